@@ -1,0 +1,34 @@
+"""Checkpoints: where they are written and read, how often, what is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Where and when state is saved, and from where a run goes on."""
+
+    save: str | None = None
+    """Folder of this run's checkpoints."""
+    save_interval: int | None = None
+    """Steps between checkpoints; default: only at the end and when stopped."""
+    load: str | None = None
+    """Folder of checkpoints to start from when `save` holds none of this run."""
+    ckpt_step: int | None = None
+    """Step to load; default: the newest complete one."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: go on if `save` holds a complete checkpoint; must: error without one; never: error with one."""
+    overwrite: bool = False
+    """With --resume never: empty the run folder of an earlier run first."""
+    finetune: bool = False
+    """Load weights alone; step, data position and optimizer start anew."""
+    no_load_optim: bool = False
+    """Do not load optimizer state and learning-rate schedule."""
+    no_load_rng: bool = False
+    """Draw dropout from this run's seed instead of the checkpoint's."""
+    no_save_optim: bool = False
+    """Save weights alone (such a checkpoint cannot be resumed, only loaded with --finetune)."""
+    keep_last: int | None = None
+    """Newest checkpoints to keep; default: all. The best one is kept apart."""

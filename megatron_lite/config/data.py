@@ -1,0 +1,46 @@
+"""The data: token files, their order, and the tokenizer they were made with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+TokenizerType = Literal[
+    "GPT2BPETokenizer", "SentencePieceTokenizer", "HuggingFaceTokenizer", "TiktokenTokenizer", "ByteTokenizer"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which tokens are read, in what order, and what text they stand for."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefix of a .bin/.idx pair, or weights and prefixes in turn: 0.7 data/web 0.3 data/code."""
+    train_data_path: tuple[str, ...] = ()
+    """As data_path, for training alone; then --split is not used."""
+    valid_data_path: tuple[str, ...] = ()
+    """As data_path, for validation alone."""
+    test_data_path: tuple[str, ...] = ()
+    """As data_path, for testing alone."""
+    split: str = "969,30,1"
+    """Weights of train, validation and test, by documents."""
+    seq_length: int = 1024
+    """Tokens a sample predicts."""
+    sample_stride: int | None = None
+    """Tokens between the starts of neighbouring samples; default: seq_length (no overlap)."""
+    mock_data: bool = False
+    """Generated tokens instead of files, to try a configuration."""
+    num_workers: int = 0
+    """Processes that read ahead; the order does not depend on it."""
+    tokenizer_type: TokenizerType | None = None
+    """Kind of tokenizer."""
+    vocab_file: str | None = None
+    """GPT2BPETokenizer: encoder.json (token to id)."""
+    merge_file: str | None = None
+    """GPT2BPETokenizer: vocab.bpe (merges)."""
+    tokenizer_model: str | None = None
+    """SentencePiece .model, Hugging Face tokenizer.json (or its folder), or tiktoken rank file."""
+    tiktoken_pattern: str | None = None
+    """Split pattern of TiktokenTokenizer: r50k, cl100k, o200k or a regular expression; default: by the file."""
+    special_tokens: tuple[str, ...] = ()
+    """User-defined special tokens, added after the tokenizer's own."""

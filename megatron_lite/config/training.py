@@ -1,0 +1,46 @@
+"""The run: how long, how large a batch, what is recomputed, when it stops."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Length, batch, recompute, validation and stopping of a run."""
+
+    micro_batch_size: int = 1
+    """Sequences of one forward pass on one data rank."""
+    global_batch_size: int | None = None
+    """Sequences of one step over all data ranks; default: micro_batch_size x data size."""
+    rampup_batch_size: tuple[int, int, int] | None = None
+    """Start, increment and samples of a linear growth to global_batch_size."""
+    train_iters: int | None = None
+    """Length of the run in steps."""
+    train_samples: int | None = None
+    """Length of the run in sequences."""
+    train_tokens: int | None = None
+    """Length of the run in target tokens."""
+    train_epochs: float | None = None
+    """Length of the run in passes over the training set."""
+    skip_samples: tuple[str, ...] = ()
+    """Ranges A:B of sample numbers that are left out (after a loss spike)."""
+    seed: int = 1234
+    """Seed of weights, order and dropout."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in backward: none, the attention core, or whole layers."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Full: every layer, in groups of recompute_num_layers ("uniform"), or only the first recompute_num_layers ("block")."""
+    recompute_num_layers: int = 1
+    """Layers of a group or block."""
+    eval_interval: int = 1000
+    """Steps between validations; 0 is never."""
+    eval_iters: int = 100
+    """Batches of one validation."""
+    early_stopping_patience: int | None = None
+    """Stop after this many validations without a better loss."""
+    exit_interval: int | None = None
+    """Save and stop at a multiple of this many steps."""
+    exit_duration_in_mins: float | None = None
+    """Save and stop after this many minutes."""

@@ -1,0 +1,79 @@
+"""The errors a run can end with, and the exit code each stands for.
+
+Exit codes of a rank: 0 done, or stopped by request; 2 a user's error; 3 a non-finite loss;
+4 a hang; 5 a lost rank. Launchers change codes on the way, so `exit.json` in the run folder
+is what tools read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_DONE = 0
+EXIT_USER_ERROR = 2
+EXIT_NON_FINITE = 3
+EXIT_HANG = 4
+EXIT_LOST_RANK = 5
+
+
+class MegatronLiteError(Exception):
+    """An error with an exit code, printed without a traceback."""
+
+    exit_code = 1
+    cause = "error"
+
+
+class UserError(MegatronLiteError):
+    """Something the user can mend. The message gives the numbers and the way out."""
+
+    exit_code = EXIT_USER_ERROR
+    cause = "user_error"
+
+
+class ConfigError(UserError):
+    """One or more problems of a configuration, reported together.
+
+    `problems` holds one complete sentence a problem.
+    """
+
+    def __init__(self, problems: str | Sequence[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        if len(self.problems) == 1:
+            message = self.problems[0]
+        else:
+            lines = "\n".join(f"  {i}. {text}" for i, text in enumerate(self.problems, 1))
+            message = f"{len(self.problems)} problems in the configuration:\n{lines}"
+        super().__init__(message)
+
+
+class DataError(UserError):
+    """A dataset, index or text file that cannot be used, with the file and the field."""
+
+
+class TokenizerError(UserError):
+    """A tokenizer that cannot be loaded or does not fit the data."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete, damaged or of another model."""
+
+
+class NonFiniteError(MegatronLiteError):
+    """A NaN or infinite loss or gradient: names step, rank and first offending parameter."""
+
+    exit_code = EXIT_NON_FINITE
+    cause = "non_finite"
+
+
+class HangError(MegatronLiteError):
+    """A step or collective that did not end in time."""
+
+    exit_code = EXIT_HANG
+    cause = "hang"
+
+
+class LostRankError(MegatronLiteError):
+    """Another rank, or the launcher, is gone."""
+
+    exit_code = EXIT_LOST_RANK
+    cause = "lost_rank"

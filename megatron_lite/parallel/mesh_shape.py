@@ -1,0 +1,128 @@
+"""The mesh as arithmetic: which rank sits where, and which ranks form a group. No torch.
+
+Axes, slowest first: pipe, data, context, expert, tensor. Tensor ranks are adjacent, so that the
+axis that talks most stays inside a node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from megatron_lite.errors import ConfigError
+
+AXES = ("pipe", "data", "context", "expert", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the five axes. The world size is their product."""
+
+    pipe: int = 1
+    data: int = 1
+    context: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            if self.size(axis) < 1:
+                raise ConfigError(f"the {axis} axis has size {self.size(axis)}; every axis has at least 1 rank")
+
+    @staticmethod
+    def of_world(world_size: int, *, tensor: int = 1, pipe: int = 1, context: int = 1, expert: int = 1) -> MeshShape:
+        """The shape whose data size is what remains of `world_size`.
+
+        Raises ConfigError when the other axes do not divide it.
+        """
+        model = tensor * pipe * context * expert
+        if model < 1 or world_size % model:
+            lower = max(world_size // model * model, model) if model >= 1 else 1
+            raise ConfigError(
+                f"world size {world_size} is not a multiple of tensor x pipe x context x expert = "
+                f"{tensor} x {pipe} x {context} x {expert} = {model}; start {lower} or "
+                f"{lower + model} ranks, or change the sizes"
+            )
+        return MeshShape(pipe, world_size // model, context, expert, tensor)
+
+    @property
+    def world_size(self) -> int:
+        return self.pipe * self.data * self.context * self.expert * self.tensor
+
+    def size(self, *axes: str) -> int:
+        """Number of ranks along `axes` together."""
+        product = 1
+        for axis in axes:
+            product *= getattr(self, axis)
+        return product
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where `rank` sits on each axis."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is outside a world of {self.world_size}")
+        where = {}
+        for axis in reversed(AXES):
+            rank, where[axis] = divmod(rank, self.size(axis))
+        return {axis: where[axis] for axis in AXES}
+
+    def rank(self, **coordinates: int) -> int:
+        """The rank at `coordinates`; axes not named are at 0."""
+        rank = 0
+        for axis in AXES:
+            rank = rank * self.size(axis) + coordinates.get(axis, 0)
+        return rank
+
+    def groups(self, *axes: str) -> Iterator[list[int]]:
+        """All groups of ranks that differ along `axes` alone, each in mesh order, by first rank."""
+        others = [axis for axis in AXES if axis not in axes]
+        inner = self._offsets([axis for axis in AXES if axis in axes])
+        for base in self._offsets(others):
+            yield [base + offset for offset in inner]
+
+    def group_of(self, rank: int, *axes: str) -> list[int]:
+        """The ranks that differ from `rank` along `axes` alone, in mesh order."""
+        where = self.coordinates(rank)
+        base = self.rank(**{axis: where[axis] for axis in AXES if axis not in axes})
+        return [base + offset for offset in self._offsets([axis for axis in AXES if axis in axes])]
+
+    def _offsets(self, axes: list[str]) -> list[int]:
+        offsets = [0]
+        for axis in axes:
+            stride = self.rank(**{axis: 1}) if self.size(axis) > 1 else 0
+            offsets = [offset + stride * i for offset in offsets for i in range(self.size(axis))]
+        return offsets
+
+    def __str__(self) -> str:
+        short = {"tensor": "tp", "pipe": "pp", "context": "cp", "data": "dp", "expert": "ep"}
+        return ",".join(f"{name}={self.size(axis)}" for axis, name in short.items() if self.size(axis) > 1) or "tp=1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A whole layout on one line: `tp=2,pp=2,vpp=1,cp=1,dp=2,ep=1,zero=1,schedule=1F1B`."""
+
+    shape: MeshShape
+    zero: int = 1
+    virtual_stages: int = 1
+    schedule: str = "1F1B"
+
+
+def parse_layout(text: str) -> Layout:
+    """The layout that `--layout` names; missing axes are 1. Raises ConfigError."""
+    sizes = {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1, "ep": 1, "zero": 1}
+    schedule = "1F1B"
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = item.partition("=")
+        if key == "schedule" and value:
+            schedule = value
+        elif key in sizes and value.isdigit() and (int(value) >= 1 or key == "zero"):
+            sizes[key] = int(value)
+        else:
+            raise ConfigError(
+                f"--layout has {item!r}; write it as tp=2,pp=1,vpp=1,cp=1,dp=2,ep=1,zero=1,schedule=1F1B "
+                f"(axes left out are 1)"
+            )
+    if sizes["zero"] > 3:
+        raise ConfigError(f"--layout has zero={sizes['zero']}; ZeRO stages are 0, 1, 2 and 3")
+    shape = MeshShape(sizes["pp"], sizes["dp"], sizes["cp"], sizes["ep"], sizes["tp"])
+    return Layout(shape, sizes["zero"], sizes["vpp"], schedule)

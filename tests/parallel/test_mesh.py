@@ -1,0 +1,76 @@
+"""Mesh arithmetic against a brute-force oracle; live groups and JSON between ranks."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+
+from megatron_lite.errors import ConfigError
+from megatron_lite.parallel.mesh_shape import AXES, MeshShape, parse_layout
+from megatron_lite.parallel.process_mesh import ProcessMesh
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 2, 1, 1, 2), (1, 3, 2, 1, 2), (2, 1, 2, 2, 2)])
+def test_groups_are_slices_of_the_rank_grid(sizes):
+    shape = MeshShape(*sizes)
+    grid = np.arange(shape.world_size).reshape(sizes)
+    for count in (1, 2):
+        for axes in itertools.combinations(AXES, count):
+            dims = [AXES.index(axis) for axis in axes]
+            moved = np.moveaxis(grid, dims, range(-count, 0)).reshape(-1, shape.size(*axes))
+            assert sorted(shape.groups(*axes)) == sorted(moved.tolist())
+            for rank in range(shape.world_size):
+                assert shape.group_of(rank, *axes) == next(row for row in moved.tolist() if rank in row)
+    for rank in range(shape.world_size):
+        where = tuple(shape.coordinates(rank).values())
+        assert grid[where] == rank
+        assert shape.rank(**shape.coordinates(rank)) == rank
+
+
+def test_world_that_does_not_divide_is_refused_with_the_numbers():
+    assert MeshShape.of_world(8, tensor=4).data == 2
+    with pytest.raises(ConfigError, match=r"world size 6 .* = 4; start 4 or 8 ranks"):
+        MeshShape.of_world(6, tensor=4)
+
+
+def test_layout_line():
+    layout = parse_layout("tp=2, dp=4,zero=3")
+    assert layout.shape == MeshShape(data=4, tensor=2) and layout.zero == 3 and layout.schedule == "1F1B"
+    for bad in ("tp=0", "tq=2", "tp", "zero=4"):
+        with pytest.raises(ConfigError, match="--layout has"):
+            parse_layout(bad)
+
+
+def _talk():
+    mesh = ProcessMesh.create(MeshShape(data=2, tensor=2))
+    total = torch.tensor([float(dist.get_rank())])
+    dist.all_reduce(total, group=mesh.group("tensor"))
+    pair = torch.tensor([float(dist.get_rank())])
+    dist.all_reduce(pair, group=mesh.subgroup("tensor", 2))
+    return total.item(), pair.item(), mesh.gather_json({"rank": mesh.global_rank, "text": "é" * mesh.global_rank})
+
+
+def test_live_groups():
+    results = run_on_ranks(_talk, 4)
+    assert [total for total, _, _ in results] == [1.0, 1.0, 5.0, 5.0]
+    assert [pair for _, pair, _ in results] == [1.0, 1.0, 5.0, 5.0]
+    assert all(said == [{"rank": r, "text": "é" * r} for r in range(4)] for _, _, said in results)
+
+
+def _fail_on_one():
+    if dist.get_rank() == 1:
+        raise RuntimeError("planted")
+    dist.barrier()
+
+
+def test_harness_gives_the_failing_rank():
+    with pytest.raises(AssertionError, match=r"rank 1 of 2 failed(?s:.*)planted"):
+        run_on_ranks(_fail_on_one, 2, timeout=30)
+
+
+def test_one_process_needs_no_group():
+    mesh = ProcessMesh.create(MeshShape())
+    assert mesh.group("tensor") is None and mesh.gather_json([1]) == [[1]]
