@@ -1,7 +1,7 @@
 """How a parameter lies on the mesh, stated once where the layer makes it.
 
 Initialisation, checkpoints, gradient norm, optimizer groups and the planner read it from
-`parameter.layout`. Global shapes and names never depend on the mesh: padding of the vocabulary
+`parameter.mesh_layout` (torch has a `layout` of its own). Global shapes and names never depend on the mesh: padding of the vocabulary
 lies in no box, a fused weight is several boxes, and key/value heads may be held by several ranks.
 """
 

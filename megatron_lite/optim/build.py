@@ -1,0 +1,61 @@
+"""The optimizers by name, and the state each keeps for a parameter."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_lite.config.optimizer import OptimizerConfig
+
+#: Tensors of the parameter's shape that an optimizer keeps, by --optimizer.
+SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+
+def build_optimizer(config: OptimizerConfig, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+    """The optimizer over `groups`; torch's fused implementation, on a CPU too.
+
+    AdamW after Loshchilov and Hutter 2019, with bias correction and decoupled decay.
+    """
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            groups,
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, fused=True)
+
+
+def slots(config: OptimizerConfig) -> tuple[str, ...]:
+    """Names of the per-parameter tensors of this configuration's optimizer."""
+    if config.optimizer == "sgd" and config.sgd_momentum == 0:
+        return ()
+    return SLOTS[config.optimizer]
+
+
+def allocate_state(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> None:
+    """Make every slot now, as zeros, as the first step would: a checkpoint can then be read into it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for name in names:
+                if name not in state:
+                    state[name] = torch.zeros_like(parameter)
+            if isinstance(optimizer, torch.optim.AdamW) and "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+
+
+def step_count(optimizer: torch.optim.Optimizer) -> int:
+    """Updates made so far, as the bias correction counts them; 0 for an optimizer without one."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            return int(state["step"])
+    return 0
+
+
+def set_step_count(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Set the bias correction's count, on resume."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(count)

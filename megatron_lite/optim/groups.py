@@ -1,0 +1,55 @@
+"""Parameter groups by name: each parameter in exactly one, an unused rule stops the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+import torch
+
+from megatron_lite.config.optimizer import OptimizerConfig
+from megatron_lite.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupRule:
+    """Which parameters, by serial name, share optimizer options. The first rule that matches counts."""
+
+    name: str
+    pattern: str
+    weight_decay: float
+
+
+def default_rules(config: OptimizerConfig) -> list[GroupRule]:
+    """Norm weights and biases without weight decay, everything else with it."""
+    return [
+        GroupRule("vectors", r"(norm\.weight|bias)$", weight_decay=0.0),
+        GroupRule("matrices", r"\.weight$", weight_decay=config.weight_decay),
+    ]
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], rules: list[GroupRule]
+) -> list[dict[str, object]]:
+    """torch.optim parameter groups, one a rule, each with the key "name".
+
+    Raises ConfigError for a parameter without a rule and for a rule without a parameter.
+    """
+    members: dict[str, list[torch.nn.Parameter]] = {rule.name: [] for rule in rules}
+    homeless = []
+    for name, parameter in named_parameters:
+        rule = next((rule for rule in rules if re.search(rule.pattern, name)), None)
+        if rule is None:
+            homeless.append(name)
+        else:
+            members[rule.name].append(parameter)
+    problems = [f"no optimizer rule matches the parameter {name}" for name in homeless]
+    problems += [
+        f"the optimizer rule {rule.name!r} ({rule.pattern}) matches no parameter"
+        for rule in rules
+        if not members[rule.name]
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return [{"name": rule.name, "params": members[rule.name], "weight_decay": rule.weight_decay} for rule in rules]
