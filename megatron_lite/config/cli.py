@@ -1,0 +1,80 @@
+"""The command line of a run: dataclass defaults < --model PRESET < --config FILE < flags."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import tyro
+
+from megatron_lite.config import megatron_argv, sources
+from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import ConfigError
+
+DESCRIPTION = (
+    "Pretrain a GPT. Values come from the defaults below, then --model, then --config, then flags; "
+    "dashes and underscores are alike, and Megatron's other flags are listed in docs/megatron_flags.md."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchOptions:
+    """Where the configuration comes from and what is done with it; not a part of it."""
+
+    model: str | None = None
+    """Model preset: a name of examples/models/ (gpt2-124m, llama-8b, ...) or the path of a YAML file."""
+    config: str | None = None
+    """YAML file with fields by section; flags win over it."""
+    dry_run: bool = False
+    """Print the resolved configuration, parameter counts and memory of a rank, and stop."""
+    world_size: int | None = None
+    """With --dry-run: plan for this many ranks; default: the ranks there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _CommandLine(RunConfig):
+    launch: LaunchOptions = dataclasses.field(default_factory=LaunchOptions)
+
+
+LAUNCH_FLAGS = frozenset(field.name for field in dataclasses.fields(LaunchOptions))
+
+
+def _source(argv: Sequence[str], flag: str) -> str | None:
+    """The last value of `flag` in argv: what the other flags' defaults depend on is read first."""
+    value = None
+    for i, word in enumerate(argv):
+        name, equals, text = word.partition("=")
+        if name == flag:
+            if not equals:
+                text = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else ""
+            if not text:
+                raise ConfigError(f"{flag} needs a value.")
+            value = text
+    return value
+
+
+def load(
+    argv: Sequence[str], prog: str = "pretrain_gpt.py", console_outputs: bool = True
+) -> tuple[RunConfig, LaunchOptions]:
+    """The configuration and launch options that a command line asks for.
+
+    `console_outputs=False` keeps this process from printing help and usage errors (ranks but one).
+    Raises ConfigError for unknown or refused flags and bad files, and SystemExit: 0 after --help,
+    2 for a value of a wrong type, after printing it.
+    """
+    base = RunConfig()
+    if preset := _source(argv, "--model"):
+        base = sources.override(base, sources.read_preset(preset))
+    if path := _source(argv, "--config"):
+        base = sources.override(base, sources.read(path))
+    rewritten = megatron_argv.rewrite(argv, sources.values_of(base), LAUNCH_FLAGS)
+    command = tyro.cli(
+        tyro.conf.OmitArgPrefixes[_CommandLine],
+        args=rewritten,
+        default=_CommandLine(**{section: getattr(base, section) for section in sources.field_types()}),
+        prog=prog,
+        description=DESCRIPTION,
+        console_outputs=console_outputs,
+    )
+    config = RunConfig(**{section: getattr(command, section) for section in sources.field_types()})
+    return config, command.launch
