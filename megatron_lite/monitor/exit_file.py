@@ -1,0 +1,43 @@
+"""`exit.json`: how a run ended, for tools, whatever launchers make of the exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+NAME = "exit.json"
+
+
+def write_exit(
+    run_dir: str | os.PathLike, cause: str, code: int, step: int, how_to_go_on: str, message: str = ""
+) -> Path:
+    """Write `exit.json` into `run_dir`, whole or not at all, and return its path.
+
+    `cause` is one word ("done", "signal", or the `cause` of an error), `code` the exit code of the
+    ranks, `step` the last step done, `how_to_go_on` a command or sentence. Raises OSError.
+    """
+    path = Path(run_dir) / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "cause": cause,
+        "code": code,
+        "step": step,
+        "how_to_go_on": how_to_go_on,
+        "message": message,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    written = path.with_name(f"{NAME}.{os.getpid()}.tmp")
+    with open(written, "w", encoding="utf-8") as file:
+        json.dump(record, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(written, path)
+    return path
+
+
+def remove_exit(run_dir: str | os.PathLike) -> None:
+    """Take away the `exit.json` of an earlier run, so that one that is killed leaves none."""
+    (Path(run_dir) / NAME).unlink(missing_ok=True)
