@@ -199,13 +199,13 @@ class IndexedReader:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What tells this set from another: CRC-32 of the index, and of 64 pages spread over the tokens."""
+        """What tells this set from another: CRC-32 of the index, and of 16 pages spread over the tokens."""
         index = 0
         for at in range(0, len(self._idx), _CHUNK):
             index = zlib.crc32(self._idx[at : at + _CHUNK], index)
         size, page, content = len(self._bin), 4096, 0
-        for i in range(64):
-            at = max(size - page, 0) * i // 63
+        for i in range(16):
+            at = max(size - page, 0) * i // 15
             content = zlib.crc32(self._bin[at : at + page], content)
         return f"{self.num_documents}-{size}-{index:08x}-{content:08x}"
 
@@ -241,6 +241,7 @@ class IndexedWriter:
             self._lengths = tempfile.TemporaryFile(dir=folder, buffering=_CHUNK)  # noqa: SIM115
             self._bounds = tempfile.TemporaryFile(dir=folder, buffering=_CHUNK)  # noqa: SIM115
             self._bin = open(self._bin_temporary, "xb", buffering=_CHUNK)  # noqa: SIM115
+        self._files = (self._bin, self._lengths, self._bounds)
 
     def add_document(self, ids: IdArray, sequence_lengths: IdArray | None = None) -> None:
         """Append one document of one sequence, or of consecutive sequences of the given lengths."""
@@ -302,7 +303,8 @@ class IndexedWriter:
                     self._write_index(index)
                     _sync(index)
                 _sync(self._bin)
-                self._close_files()
+                for file in self._files:
+                    file.close()
                 # An old index must never meet new tokens, however the process ends.
                 self._idx_path.unlink(missing_ok=True)
                 os.replace(self._bin_temporary, self._bin_path)
@@ -329,15 +331,12 @@ class IndexedWriter:
 
     def abort(self) -> None:
         """Close and remove what was written under temporary names."""
-        # A full disk fails once more when the buffers are flushed.
-        with contextlib.suppress(OSError):
-            self._close_files()
+        for file in self._files:
+            # A full disk fails once more when the buffer is flushed.
+            with contextlib.suppress(OSError):
+                file.close()
         self._bin_temporary.unlink(missing_ok=True)
         self._idx_temporary.unlink(missing_ok=True)
-
-    def _close_files(self) -> None:
-        with self._lengths, self._bounds, self._bin:
-            pass
 
     def __enter__(self) -> IndexedWriter:
         return self

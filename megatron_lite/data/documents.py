@@ -1,0 +1,110 @@
+"""Windows over the documents of a token set, and which documents train, validate and test."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import numpy as np
+
+from megatron_lite import log
+from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.errors import ConfigError, DataError
+
+SPLITS = ("train", "valid", "test")
+_SCAN_BLOCK = 1 << 20
+_SCAN_BLOCKS = 1 << 10
+
+
+def parse_split(text: str) -> tuple[float, float, float]:
+    """The shares of train, validation and test that "969,30,1" stands for; they add up to 1.
+
+    Raises ConfigError for anything but one to three numbers, none negative, not all zero.
+    """
+    try:
+        weights = [float(part) for part in re.split("[,/]", text)]
+    except ValueError:
+        weights = []
+    total = sum(weights)
+    if not 1 <= len(weights) <= 3 or min(weights) < 0 or not 0 < total < math.inf:
+        raise ConfigError(
+            f'split="{text}" is not one to three weights of train, validation and test; write for example "969,30,1".'
+        )
+    train, valid, test = (weight / total for weight in (*weights, 0.0, 0.0)[:3])
+    return train, valid, test
+
+
+def split_documents(num_documents: int, shares: tuple[float, float, float], split: str) -> tuple[int, int]:
+    """First document of a split and the one behind its last, rounded as Megatron rounds."""
+    bounds = [round(share * num_documents) for share in itertools.accumulate(shares, initial=0.0)]
+    at = SPLITS.index(split)
+    return bounds[at], bounds[at + 1]
+
+
+class TokenWindows:
+    """The samples of some whole documents: windows of `seq_length` + 1 tokens, `stride` apart.
+
+    Documents run into one another, as in Megatron: what parts them is the end-of-document token written
+    by preprocessing. Window p is tokens p * stride to p * stride + seq_length + 1 of the documents, int64,
+    the last token of it only a target. The windows are the same in every epoch, and up to `stride` tokens
+    at the end that no longer fill a window are left out. There may be none: `len()` is 0.
+    """
+
+    def __init__(
+        self,
+        reader: IndexedReader,
+        seq_length: int,
+        stride: int | None = None,
+        documents: tuple[int, int] | None = None,
+    ):
+        self.reader = reader
+        self.seq_length = seq_length
+        self.stride = stride or seq_length
+        self.documents = documents or (0, reader.num_documents)
+        self.first_token, self.last_token = (reader.document_token(document) for document in self.documents)
+        self.num_tokens = self.last_token - self.first_token
+        self._count = max(0, (self.num_tokens - 1 - seq_length) // self.stride + 1)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, window: int) -> np.ndarray:
+        if not 0 <= window < self._count:
+            raise IndexError(f"window {window} of {self._count}")
+        start = self.first_token + window * self.stride
+        return self.reader.tokens(start, start + self.seq_length + 1).astype(np.int64)
+
+    def describe(self) -> str:
+        first, last = self.documents
+        overlap = f", stride {self.stride:,}" if self.stride != self.seq_length else ""
+        return (
+            f"{self.reader.prefix}: documents {first:,} to {last:,} of {self.reader.num_documents:,}, "
+            f"{self.num_tokens:,} tokens = {self._count:,} samples of {self.seq_length:,}{overlap}"
+        )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise DataError if the documents hold a token id that the vocabulary has not.
+
+        Up to 2^30 tokens are all read; of a larger set as many, in blocks spread evenly, which is said.
+        """
+        if np.iinfo(self.reader.dtype).max < vocab_size and self.reader.dtype.kind == "u":
+            return
+        num_blocks = -(-self.num_tokens // _SCAN_BLOCK)
+        if num_blocks > _SCAN_BLOCKS:
+            log.note(
+                f"{self.reader.prefix}: {_SCAN_BLOCKS * _SCAN_BLOCK:,} of {self.num_tokens:,} tokens are checked "
+                "against the vocabulary now, the others as they are read."
+            )
+        chosen = min(num_blocks, _SCAN_BLOCKS)
+        largest = 0
+        for i in range(chosen):
+            start = self.first_token + i * num_blocks // chosen * _SCAN_BLOCK
+            largest = max(largest, self.reader.max_token_id(start, min(start + _SCAN_BLOCK, self.last_token)))
+        if largest >= vocab_size:
+            negative = largest > np.iinfo(self.reader.dtype).max
+            raise DataError(
+                f"{self.reader.prefix} holds {'a negative token id' if negative else f'token id {largest:,}'} and the "
+                f"vocabulary has ids 0 to {vocab_size - 1:,}: it was made with another tokenizer. Give that tokenizer, "
+                "or preprocess the text again with this one."
+            )

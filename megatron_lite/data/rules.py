@@ -1,0 +1,71 @@
+"""What a configuration may ask of the data, checked before anything is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.data.blend import parse_data_path
+from megatron_lite.data.documents import parse_split
+from megatron_lite.data.indexed import paths
+from megatron_lite.data.stream import parse_skip_ranges
+from megatron_lite.errors import ConfigError
+
+
+def problems(config: RunConfig) -> list[str]:
+    """One sentence for each thing of the data section (and --skip-samples) that cannot be."""
+    data, found = config.data, []
+    own_paths = {
+        "train_data_path": data.train_data_path,
+        "valid_data_path": data.valid_data_path,
+        "test_data_path": data.test_data_path,
+    }
+    given = [name for name, entries in {"data_path": data.data_path, **own_paths}.items() if entries]
+    if data.mock_data and given:
+        found.append(f"mock_data generates tokens and {given[0]} names token files; give one of the two.")
+    elif data.data_path and len(given) > 1:
+        found.append(
+            f"data_path is divided by split, {given[1]} is a set of its own; give data_path alone, or "
+            "train_data_path with valid_data_path and test_data_path."
+        )
+    elif not data.mock_data and not data.data_path and not data.train_data_path:
+        found.append(
+            "there is nothing to train on; give --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data "
+            "to try a configuration."
+        )
+    elif data.train_data_path and not data.valid_data_path and config.training.eval_interval > 0:
+        found.append(
+            f"eval_interval={config.training.eval_interval} and train_data_path has no valid_data_path beside it; give "
+            "one, or --eval-interval 0."
+        )
+    for entries in (data.data_path, *own_paths.values()):
+        found += _path_problems(entries)
+    found += _said_by(parse_split, data.split)
+    found += _said_by(parse_skip_ranges, config.training.skip_samples)
+    if data.sample_stride is not None and not 1 <= data.sample_stride <= data.seq_length:
+        found.append(
+            f"sample_stride={data.sample_stride} is outside 1 to seq_length={data.seq_length}; a longer stride would "
+            "leave tokens unread."
+        )
+    if data.num_workers < 0:
+        found.append(f"num_workers={data.num_workers} is below 0; 0 reads in line, 1 or 2 read ahead.")
+    return found
+
+
+def _path_problems(entries: Sequence[str]) -> list[str]:
+    try:
+        prefixes, _ = parse_data_path(entries)
+    except ConfigError as error:
+        return error.problems
+    missing = [str(path) for prefix in prefixes for path in paths(prefix) if not path.exists()]
+    if not missing:
+        return []
+    return [f"data path: {' and '.join(missing)} do not exist; name PREFIX of a pair PREFIX.bin and PREFIX.idx."]
+
+
+def _said_by(parse: Callable[..., object], value: object) -> list[str]:
+    try:
+        parse(value)
+    except ConfigError as error:
+        return error.problems
+    return []
