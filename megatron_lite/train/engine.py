@@ -1,0 +1,387 @@
+"""The engines that own gradients, masters and optimizer state: DeepSpeed ZeRO 1 to 3, and replicas.
+
+The one file that imports deepspeed, and only when a ZeRO stage is asked for. An engine is used as
+
+    with engine.gradients(count) as backward:      # count micro-batches
+        for micro_batch in micro_batches:
+            backward(engine.forward(micro_batch) / target_tokens)
+    outcome = engine.step(learning_rate)
+
+where the loss divided by `target_tokens` is this rank's share of the mean over the whole global batch: the
+engine sums over data ranks, it does not average.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lite import log
+from megatron_lite.checkpoint.piece import Piece
+from megatron_lite.errors import ConfigError
+from megatron_lite.optim.build import allocate_state, set_step_count, step_count
+from megatron_lite.parallel.layout import ParameterLayout
+from megatron_lite.parallel.process_mesh import ProcessMesh
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutcome:
+    """What an optimizer step did."""
+
+    grad_norm: float
+    """Global gradient norm before clipping; inf for a step that was skipped."""
+    skipped: bool
+    """The fp16 loss scale overflowed and no weight changed."""
+    loss_scale: float
+
+
+Backward = Callable[[torch.Tensor], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fragment:
+    """Elements [start, start + length) of a parameter's flattened local tensor, and where this rank
+    keeps their fp32 master: from `offset` on in the flat tensor `master`."""
+
+    parameter: torch.nn.Parameter
+    name: str
+    layout: ParameterLayout
+    start: int
+    length: int
+    master: torch.Tensor
+    offset: int
+
+
+class Engine:
+    """What the two engines share: state in pieces of global tensors, for checkpoints."""
+
+    def __init__(self, module: torch.nn.Module, mesh: ProcessMesh, optimizer: torch.optim.Optimizer, slots):
+        self.module = module
+        self.mesh = mesh
+        #: The model as it is called: DeepSpeed counts forward passes, so it stands in between.
+        self.forward: Callable[..., Any] = module
+        self.slots = tuple(slots)
+        self._optimizer = optimizer
+
+    def gradients(self, count: int) -> contextlib.AbstractContextManager[Backward]:
+        raise TypeError("use ZeroEngine or ReplicaEngine")
+
+    def step(self, learning_rate: float) -> StepOutcome:
+        raise TypeError("use ZeroEngine or ReplicaEngine")
+
+    def pieces(self, optimizer: bool = True) -> list[Piece]:
+        """This rank's fp32 masters ("weight/NAME") and optimizer slots ("SLOT/NAME") as rectangles
+        of global tensors, views of live memory: read on save, written in place on load."""
+        found = []
+        for fragment in self._fragments():
+            kinds = [("weight", fragment.master)]
+            if optimizer:
+                kinds += [(slot, self._optimizer.state[fragment.master][slot]) for slot in self.slots]
+            owned = fragment.layout.is_owner and self._owns_replica()
+            for part in fragment.layout.fragments(fragment.start, fragment.start + fragment.length):
+                first = fragment.offset + part.flat_start - fragment.start
+                for kind, flat in kinds:
+                    view = flat.detach().view(-1)[first : first + math.prod(part.shape)].view(part.shape)
+                    found.append(
+                        Piece(f"{kind}/{fragment.name}", fragment.layout.global_shape, part.global_start, view, owned)
+                    )
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """Plain values a resume needs beside the pieces."""
+        return {"optimizer_steps": step_count(self._optimizer)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        set_step_count(self._optimizer, state["optimizer_steps"])
+
+    def refresh(self) -> None:
+        """Bring the model's weights in line with masters that were written by a load."""
+
+    def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Gradients still on the parameters, inside `gradients()`; for naming a non-finite one."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                yield name, parameter.grad
+
+    def _fragments(self) -> Iterator[_Fragment]:
+        raise TypeError("use ZeroEngine or ReplicaEngine")
+
+    def _owns_replica(self) -> bool:
+        """Whether this data rank writes what it holds (False where another one holds the same)."""
+        return True
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+
+
+class ReplicaEngine(Engine):
+    """ZeRO 0 in fp32: every data rank holds all state; gradients are summed in one pass at the step."""
+
+    def __init__(self, module, mesh: ProcessMesh, optimizer: torch.optim.Optimizer, slots, clip_grad: float):
+        super().__init__(module, mesh, optimizer, slots)
+        self._clip_grad = clip_grad
+        allocate_state(optimizer, self.slots)
+
+    @contextlib.contextmanager
+    def gradients(self, count: int) -> Iterator[Backward]:
+        self._optimizer.zero_grad(set_to_none=True)
+        yield lambda loss: loss.backward()
+        self._sum_over_data_ranks()
+
+    def _sum_over_data_ranks(self, bucket_bytes: int = 64 * 2**20) -> None:
+        group = self.mesh.group("data")
+        if group is None:
+            return
+        bucket: list[torch.Tensor] = []
+        filled = 0
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        for position, gradient in enumerate(gradients):
+            bucket.append(gradient)
+            filled += gradient.numel() * gradient.element_size()
+            if filled >= bucket_bytes or position == len(gradients) - 1:
+                flat = torch.cat([g.reshape(-1) for g in bucket])
+                dist.all_reduce(flat, group=group)
+                for g, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                    g.copy_(total.view_as(g))
+                bucket, filled = [], 0
+
+    def step(self, learning_rate: float) -> StepOutcome:
+        owned = [p.grad for p in self.module.parameters() if p.grad is not None and p.mesh_layout.is_owner]
+        squares = torch.zeros((), device=self.mesh.device)
+        if owned:
+            squares = torch.stack(torch._foreach_norm(owned)).square().sum()
+        if (group := self.mesh.group("pipe", "tensor")) is not None:
+            dist.all_reduce(squares, group=group)
+        norm = squares.sqrt().item()
+        if self._clip_grad > 0 and norm > self._clip_grad:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, self._clip_grad / (norm + 1e-6))
+        self._set_learning_rate(learning_rate)
+        self._optimizer.step()
+        return StepOutcome(norm, skipped=False, loss_scale=1.0)
+
+    def _fragments(self) -> Iterator[_Fragment]:
+        for name, parameter in self.module.named_parameters():
+            yield _Fragment(parameter, name, parameter.mesh_layout, 0, parameter.numel(), parameter, 0)
+
+    def _owns_replica(self) -> bool:
+        return self.mesh.rank("data") == 0
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed ZeRO 1, 2 or 3 (Rajbhandari et al. 2020).
+
+    Stage 1 keeps fp32 gradients on the parameters until the step and reduces once; stages 2 and 3
+    reduce every micro-batch into this rank's part, so that whole gradients are never held.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        mesh: ProcessMesh,
+        optimizer: torch.optim.Optimizer,
+        slots: tuple[str, ...],
+        deepspeed_config: dict[str, Any],
+    ):
+        deepspeed = _import_deepspeed()
+        # DeepSpeed insists on the variable, also where no launcher set it; the device is set already.
+        os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
+        names = [(name, parameter, parameter.mesh_layout) for name, parameter in module.named_parameters()]
+        if deepspeed_config.get("bf16", {}).get("enabled"):
+            # Autograd then adds micro-batches up in fp32; a bf16 gradient of ones stops at 256.
+            for _, parameter, _ in names:
+                parameter.data = parameter.data.to(torch.bfloat16)
+                parameter.grad_dtype = torch.float32
+        self._deepspeed, wrapped, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, mpu=_MeshForDeepSpeed(mesh), config=deepspeed_config,
+            dist_init_required=False,
+        )
+        super().__init__(module, mesh, wrapped.optimizer, slots)
+        self.forward = self._deepspeed
+        self._zero = wrapped
+        self.stage = int(self._deepspeed.zero_optimization_stage())
+        self._names = names
+        allocate_state(self._optimizer, self.slots)
+
+    @contextlib.contextmanager
+    def gradients(self, count: int) -> Iterator[Backward]:
+        # DeepSpeed averages over data ranks; our losses are shares of one global mean, to be summed.
+        data_size = self.mesh.size("data")
+        if self.stage == 1:
+            with self._deepspeed.coalesce_grad_reduction():
+                yield lambda loss: self._deepspeed.backward(loss * data_size)
+            return
+        done = 0
+
+        def backward(loss: torch.Tensor) -> None:
+            nonlocal done
+            done += 1
+            self._deepspeed.set_gradient_accumulation_boundary(done == count)
+            self._deepspeed.backward(loss * data_size)
+
+        yield backward
+
+    def step(self, learning_rate: float) -> StepOutcome:
+        scale = float(self._zero.loss_scale)
+        self._set_learning_rate(learning_rate)
+        self._deepspeed.set_gradient_accumulation_boundary(True)
+        self._deepspeed.step()
+        norm = self._deepspeed.get_global_grad_norm()
+        norm = float("nan") if norm is None else float(norm)
+        skipped = bool(self._zero.overflow)
+        return StepOutcome(float("inf") if skipped else norm, skipped, scale)
+
+    def state(self) -> dict[str, Any]:
+        scaler = self._zero.loss_scaler
+        dynamic = {key: getattr(scaler, key) for key in _SCALER_FIELDS if hasattr(scaler, key)}
+        return {**super().state(), "loss_scaler": dynamic}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        for key, value in state.get("loss_scaler", {}).items():
+            setattr(self._zero.loss_scaler, key, value)
+
+    def refresh(self) -> None:
+        if self.stage < 3:
+            self._zero.update_lp_params()
+            return
+        for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self._zero.persistent_parameters:
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+    @contextlib.contextmanager
+    def whole(self, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+        """Within the block `parameters` are whole on this rank (stage 3 partitions them otherwise)."""
+        if self.stage < 3:
+            yield
+            return
+        with _import_deepspeed().zero.GatheredParameters(parameters):
+            yield
+
+    def _fragments(self) -> Iterator[_Fragment]:
+        if self.stage == 3:
+            yield from self._stage_3_fragments()
+            return
+        # DeepSpeed's own link from a parameter to its part of the flat fp32 master. Not a public
+        # interface: tests/train/test_deepspeed_contract.py holds it.
+        masters = self._zero.single_partition_of_fp32_groups
+        for name, parameter, layout in self._names:
+            link = parameter._hp_mapping
+            if link is not None:
+                yield _Fragment(
+                    parameter,
+                    name,
+                    layout,
+                    link.lp_fragment_address.start,
+                    link.lp_fragment_address.numel,
+                    masters[link.param_group_index],
+                    link.hp_fragment_address.start,
+                )
+
+    def _stage_3_fragments(self) -> Iterator[_Fragment]:
+        for name, parameter, layout in self._names:
+            group, offset, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            # Partitions are of equal length; the last one ends in padding.
+            start = self.mesh.rank("data") * length
+            held = max(0, min(length, parameter.ds_numel - start))
+            if held:
+                yield _Fragment(
+                    parameter, name, layout, start, held, self._zero.fp32_partitioned_groups_flat[group], offset
+                )
+
+
+#: What the dynamic loss scaler remembers between steps.
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class _MeshForDeepSpeed:
+    """The mesh under the names DeepSpeed asks for. "Model parallel" is tensor and pipe together:
+    the group over which it sums gradient norms."""
+
+    def __init__(self, mesh: ProcessMesh):
+        self._mesh = mesh
+        self._data_ranks = mesh.shape.group_of(mesh.global_rank, "data")
+        self._groups = {axes: self._group(*axes) for axes in (("data",), ("tensor",), ("pipe",), ("pipe", "tensor"))}
+
+    def _group(self, *axes: str) -> dist.ProcessGroup:
+        """A group even where it is this rank alone, which DeepSpeed needs."""
+        if (group := self._mesh.group(*axes)) is not None:
+            return group
+        mine = None
+        for ranks in self._mesh.shape.groups(*axes):
+            group = dist.new_group(ranks)
+            if self._mesh.global_rank in ranks:
+                mine = group
+        return mine
+
+    def get_model_parallel_rank(self) -> int:
+        return self._mesh.rank("pipe") * self._mesh.size("tensor") + self._mesh.rank("tensor")
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._mesh.size("pipe", "tensor")
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups["pipe", "tensor"]
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._mesh.rank("tensor")
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._mesh.size("tensor")
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups["tensor",]
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self._mesh.rank("pipe")
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self._mesh.size("pipe")
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups["pipe",]
+
+    def get_data_parallel_rank(self) -> int:
+        return self._mesh.rank("data")
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._mesh.size("data")
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups["data",]
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return self._data_ranks
+
+
+def _import_deepspeed():
+    """deepspeed, quiet and without the shared-memory op that takes minutes to compile and is not used."""
+    if "deepspeed" not in sys.modules:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ConfigError(
+            f"ZeRO needs deepspeed, which cannot be imported ({error}); `pip install deepspeed`, or --zero-stage 0 in fp32"
+        ) from None
+    deepspeed.utils.logging.logger.setLevel(logging.WARNING)
+    communication = sys.modules["deepspeed.comm.torch"]
+    communication.build_shm_op = lambda: None
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    return deepspeed
