@@ -44,11 +44,13 @@ class Flag:
     def meaning(self) -> str:
         """The last column of the documentation."""
         parts = []
-        if self.becomes:
+        if self.becomes and self.becomes[0] != self.name:
             becomes = " ".join(self.becomes).replace("{samples}", "TOKENS / seq_length").replace("{}", "VALUE")
-            parts.append(f"`{becomes}`" if self.kind != "same" else "")
+            parts.append(f"`{becomes}`")
         parts += [f"`{old}` is `{new}`" for old, new in self.values.items()]
-        parts += [f"`{value}` is refused: {reason}" for value, reason in self.refused_values.items()]
+        for reason in dict.fromkeys(self.refused_values.values()):
+            values = ", ".join(f"`{value}`" for value, why in self.refused_values.items() if why == reason)
+            parts.append(f"refused at {values}: {reason}")
         if self.neutral:
             parts.append(f"only {' or '.join(f'`{value}`' for value in self.neutral)}")
         parts.append(self.reason)
@@ -110,7 +112,7 @@ _MODEL = [
         "--position-embedding-type {}",
         1,
         refused_values={
-            name: f"only learned_absolute, rope and none exist; others are {_LATER}"
+            name: f"it is {_LATER}; use learned_absolute, rope or none"
             for name in ("relative", "yarn", "mrope", "alibi")
         },
     ),
@@ -401,8 +403,13 @@ def markdown() -> str:
         *(f"- **{kind}**: {text}" for kind, text in KINDS.items()),
     ]
     for title, flags in GROUPS.items():
-        lines += ["", f"## {title}", "", "| flag | here | meaning |", "|---|---|---|"]
-        lines += [f"| `{flag.name}` | {flag.kind} | {flag.meaning.replace('|', '/')} |" for flag in flags]
+        same = ", ".join(f"`{flag.name}`" for flag in flags if flag.kind == "same")
+        lines += ["", f"## {title}", "", f"same: {same}", "", "| flag | here | meaning |", "|---|---|---|"]
+        lines += [
+            f"| `{flag.name}` | {flag.kind} | {flag.meaning.replace('|', '/')} |"
+            for flag in flags
+            if flag.kind != "same"
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -22,7 +22,7 @@ class ModelConfig:
     """Width of one head; default: hidden_size / num_attention_heads."""
     ffn_hidden_size: int | None = None
     """Width of the feed-forward layer; default: 4 x hidden_size, or with --swiglu 8/3 x hidden_size
-    rounded up to a multiple of 64."""
+    rounded down to a multiple of 64, but at least 64."""
     max_position_embeddings: int | None = None
     """Longest sequence the model can place; default: seq_length."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
@@ -79,7 +79,7 @@ class ModelConfig:
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         if self.swiglu:
-            return -(-self.hidden_size * 8 // 3 // 64) * 64
+            return max(self.hidden_size * 8 // 3 // 64, 1) * 64
         return 4 * self.hidden_size
 
     @property

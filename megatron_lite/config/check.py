@@ -1,0 +1,300 @@
+"""The rules that hold a configuration together: every broken one is a sentence with its numbers and
+the nearest legal values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sources import values_of
+
+
+def problems(config: RunConfig, world_size: int) -> list[str]:
+    """Everything that is wrong with a configuration on `world_size` ranks, one sentence each."""
+    out_of_range = dict(_ranges(config))
+    found = list(out_of_range.values())
+    checks = {
+        _heads: ("hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "rotary_percent"),
+        _tensor_size: ("tensor_model_parallel_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
+        _lengths: ("seq_length", "max_position_embeddings", "tensor_model_parallel_size"),
+        _recompute: ("recompute_num_layers", "num_layers"),
+        _batch: ("tensor_model_parallel_size", "micro_batch_size", "global_batch_size", "rampup_batch_size"),
+        _run_length: (),
+        _learning_rate: ("lr", "min_lr"),
+        _precision: ("initial_loss_scale",),
+        _checkpoint: (),
+        _files: (),
+    }
+    for check, needed in checks.items():
+        if not out_of_range.keys() & set(needed):
+            found += check(config, world_size)
+    return found
+
+
+def notices(config: RunConfig) -> list[str]:
+    """What is allowed and has no effect, one sentence each, for the log."""
+    found = []
+    parallel = config.parallel
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        found.append("--sequence-parallel has no effect at tensor_model_parallel_size=1.")
+    if parallel.deepspeed_config and parallel.zero_stage == 0 and config.precision.dtype == "fp32":
+        found.append(f"--deepspeed_config {parallel.deepspeed_config} has no effect at --zero-stage 0 in fp32.")
+    if config.training.recompute_granularity != "full" and config.training.recompute_num_layers != 1:
+        found.append("--recompute-num-layers has no effect without --recompute-granularity full.")
+    if config.model.swiglu and config.model.activation_func != "gelu_tanh":
+        found.append(f"--activation-func {config.model.activation_func} has no effect with --swiglu.")
+    return found
+
+
+def precision_problems(dtype: str, device_type: str, has_fp16: bool) -> list[str]:
+    """What speaks against training in `dtype` ("fp32", "bf16", "fp16") on a device; known only at the start."""
+    if dtype == "fp16" and not has_fp16:
+        return [f"--fp16 needs a device with fast fp16, but this {device_type} has none; use --bf16 or fp32."]
+    return []
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors in ascending order."""
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return low + [number // d for d in reversed(low) if d * d != number]
+
+
+def one_of(choices: Iterable[int | str]) -> str:
+    """ "1, 2, 3 or 6"."""
+    words = [str(choice) for choice in choices]
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _multiples_around(number: int, unit: int) -> str:
+    lower = number // unit * unit
+    return one_of([lower, lower + unit] if lower else [unit])
+
+
+def _does_not_divide(name: str, divisor: int, of: str, number: int) -> str:
+    return f"{name}={divisor} does not divide {of}={number}; choose {one_of(divisors(number))}."
+
+
+_AT_LEAST = {
+    1: (
+        "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size "
+        "max_position_embeddings vocab_size make_vocab_size_divisible_by tensor_model_parallel_size "
+        "loss_scale_window hysteresis min_loss_scale lr_decay_iters lr_decay_samples seq_length sample_stride "
+        "micro_batch_size global_batch_size train_iters train_samples train_tokens recompute_num_layers eval_iters "
+        "early_stopping_patience exit_interval save_interval keep_last log_interval log_histograms_interval"
+    ),
+    0: (
+        "init_method_std z_loss min_lr lr_warmup_iters lr_warmup_samples lr_warmup_init weight_decay clip_grad "
+        "num_workers seed eval_interval ckpt_step"
+    ),
+}
+_ABOVE_ZERO = (
+    "norm_epsilon rotary_base distributed_timeout_minutes loss_scale initial_loss_scale lr adam_eps train_epochs "
+    "exit_duration_in_mins"
+)
+_FRACTIONS = "hidden_dropout attention_dropout label_smoothing lr_warmup_fraction adam_beta1 adam_beta2 sgd_momentum"
+
+
+def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Field name and problem for each number outside the range of its field."""
+    values = values_of(config)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield name, f"{name}={value} is not a finite number."
+    for least, names in _AT_LEAST.items():
+        for name in names.split():
+            if values[name] is not None and values[name] < least:
+                yield name, f"{name}={values[name]} is too small; give {least} or more."
+    for name in _ABOVE_ZERO.split():
+        if values[name] is not None and values[name] <= 0:
+            yield name, f"{name}={values[name]} is too small; give a number above 0."
+    for name in _FRACTIONS.split():
+        if values[name] is not None and not 0 <= values[name] < 1:
+            yield name, f"{name}={values[name]} is out of range; give a number from 0 to below 1."
+    if not 0 < values["rotary_percent"] <= 1:
+        yield "rotary_percent", f"rotary_percent={values['rotary_percent']} is out of range; give above 0 up to 1."
+    if values["zero_stage"] not in (0, 1, 2, 3):
+        yield "zero_stage", f"zero_stage={values['zero_stage']} does not exist; choose 0, 1, 2 or 3."
+    for value in values["rampup_batch_size"] or ():
+        if value < 1:
+            yield "rampup_batch_size", f"rampup_batch_size has the value {value}; give three numbers of 1 or more."
+            break
+
+
+def _heads(config: RunConfig, world_size: int) -> Iterator[str]:
+    model = config.model
+    heads, groups = model.num_attention_heads, model.kv_heads
+    if model.kv_channels is None and model.hidden_size % heads:
+        yield (
+            f"num_attention_heads={heads} does not divide hidden_size={model.hidden_size}; choose a hidden_size of "
+            f"{_multiples_around(model.hidden_size, heads)}, or give --kv-channels."
+        )
+        return
+    if heads % groups:
+        yield _does_not_divide("num_query_groups", groups, "num_attention_heads", heads)
+    if model.position_embedding_type == "rope":
+        rotated = int(model.head_dim * model.rotary_percent)
+        if rotated < 2 or rotated % 2:
+            even = max(2, rotated - rotated % 2)
+            yield (
+                f"Rotary embedding turns pairs, but rotary_percent={model.rotary_percent:g} of head size "
+                f"{model.head_dim} is {rotated}; choose a rotary_percent of {even / model.head_dim:g} or another head size."
+            )
+
+
+def _tensor_size(config: RunConfig, world_size: int) -> Iterator[str]:
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    if model.num_attention_heads % tensor:
+        yield _does_not_divide("tensor_model_parallel_size", tensor, "num_attention_heads", model.num_attention_heads)
+    if model.kv_heads != model.num_attention_heads and model.kv_heads % tensor and tensor % model.kv_heads:
+        legal = [
+            size
+            for size in divisors(model.num_attention_heads)
+            if not (model.kv_heads % size and size % model.kv_heads)
+        ]
+        yield (
+            f"tensor_model_parallel_size={tensor} neither divides num_query_groups={model.kv_heads} nor is a multiple "
+            f"of it; choose {one_of(legal)}."
+        )
+    if model.ffn_size % tensor:
+        yield _does_not_divide("tensor_model_parallel_size", tensor, "ffn_hidden_size", model.ffn_size)
+    if world_size % tensor:
+        yield _does_not_divide("tensor_model_parallel_size", tensor, "the number of ranks", world_size)
+
+
+def _lengths(config: RunConfig, world_size: int) -> Iterator[str]:
+    length, tensor = config.data.seq_length, config.parallel.tensor_model_parallel_size
+    longest = config.model.max_position_embeddings
+    if longest is not None and length > longest:
+        yield (
+            f"seq_length={length} is longer than max_position_embeddings={longest}; shorten the one to {longest} or "
+            f"raise the other to {length}."
+        )
+    if config.parallel.sequence_parallel and length % tensor:
+        yield (
+            f"--sequence-parallel splits seq_length={length} over tensor_model_parallel_size={tensor}, which does not "
+            f"divide it; choose a seq_length of {_multiples_around(length, tensor)}."
+        )
+
+
+def _recompute(config: RunConfig, world_size: int) -> Iterator[str]:
+    count, layers = config.training.recompute_num_layers, config.model.num_layers
+    if config.training.recompute_granularity == "full" and count > layers:
+        yield f"recompute_num_layers={count} is above num_layers={layers}; choose 1 to {layers}."
+
+
+def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
+    training, tensor = config.training, config.parallel.tensor_model_parallel_size
+    if world_size % tensor:
+        return
+    data_size = world_size // tensor
+    unit = training.micro_batch_size * data_size
+    batch = unit if training.global_batch_size is None else training.global_batch_size
+    sum_text = f"micro_batch_size x data size = {training.micro_batch_size} x {data_size} = {unit}"
+    if batch % unit:
+        yield f"global_batch_size={batch} is not a multiple of {sum_text}; choose {_multiples_around(batch, unit)}."
+    if training.rampup_batch_size is None:
+        return
+    start, increment, _ = training.rampup_batch_size
+    if start >= batch:
+        yield (
+            f"rampup_batch_size starts at {start}, which is not below global_batch_size={batch}; start lower or leave "
+            "the ramp-up out."
+        )
+    elif (batch - start) % increment:
+        yield (
+            f"rampup_batch_size grows from {start} by {increment}, which does not reach global_batch_size={batch}; "
+            f"choose an increment that divides {batch - start}."
+        )
+    for word, size in (("start", start), ("increment", increment)):
+        if size % unit:
+            yield (
+                f"The {word} {size} of rampup_batch_size is not a multiple of {sum_text}; choose "
+                f"{_multiples_around(size, unit)}."
+            )
+
+
+def _run_length(config: RunConfig, world_size: int) -> Iterator[str]:
+    names = ("train_iters", "train_samples", "train_tokens", "train_epochs")
+    given = [name for name in names if getattr(config.training, name) is not None]
+    if len(given) != 1:
+        flags = one_of(f"--{name.replace('_', '-')}" for name in names)
+        if given:
+            values = " and ".join(f"{name}={getattr(config.training, name)}" for name in given)
+            yield f"The length of the run is given {len(given)} times, {values}; give exactly one of {flags}."
+        else:
+            yield f"The length of the run is not given; give one of {flags}."
+
+
+def _learning_rate(config: RunConfig, world_size: int) -> Iterator[str]:
+    optimizer = config.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        yield f"min_lr={optimizer.min_lr:g} is above lr={optimizer.lr:g}; give a min_lr of at most lr."
+    if optimizer.lr_warmup_init > optimizer.lr:
+        yield f"lr_warmup_init={optimizer.lr_warmup_init:g} is above lr={optimizer.lr:g}; give at most lr."
+    in_iterations = [name for name in ("lr_decay_iters", "lr_warmup_iters") if getattr(optimizer, name)]
+    in_samples = [name for name in ("lr_decay_samples", "lr_warmup_samples") if getattr(optimizer, name)]
+    if in_iterations and in_samples:
+        both = " and ".join(f"{name}={getattr(optimizer, name)}" for name in in_iterations + in_samples)
+        yield f"Warm-up and decay are given in iterations and in samples ({both}); give both in one unit."
+    lengths = [name for name in ("lr_warmup_iters", "lr_warmup_samples") if getattr(optimizer, name)]
+    if lengths and optimizer.lr_warmup_fraction is not None:
+        both = ", ".join(f"{name}={getattr(optimizer, name)}" for name in lengths)
+        yield (
+            f"The warm-up is given twice ({both}, lr_warmup_fraction={optimizer.lr_warmup_fraction:g}); "
+            "give a length or a fraction."
+        )
+    for warmup, decay in (("lr_warmup_iters", "lr_decay_iters"), ("lr_warmup_samples", "lr_decay_samples")):
+        first, last = getattr(optimizer, warmup), getattr(optimizer, decay)
+        if last is not None and first >= last:
+            yield f"{warmup}={first} leaves nothing of {decay}={last}; give a warm-up below {last}."
+    if optimizer.lr_decay_style == "vaswani":
+        if in_samples:
+            yield f"lr_decay_style=vaswani counts steps, but {in_samples[0]} is in samples; give --lr-warmup-iters."
+        elif not optimizer.lr_warmup_iters and not optimizer.lr_warmup_fraction:
+            yield "lr_decay_style=vaswani needs a warm-up; give --lr-warmup-iters (4000 in the paper)."
+
+
+def _precision(config: RunConfig, world_size: int) -> Iterator[str]:
+    precision = config.precision
+    if precision.fp16 and precision.bf16:
+        yield "--fp16 and --bf16 are both given; choose one."
+    scale = precision.initial_loss_scale
+    power = 2.0 ** round(math.log2(scale))
+    if scale != power or scale < 1:
+        yield f"initial_loss_scale={scale:g} is not a power of two of 1 or more; choose {max(power, 1):g}."
+    elif precision.min_loss_scale > scale:
+        yield (
+            f"min_loss_scale={precision.min_loss_scale:g} is above initial_loss_scale={scale:g}; "
+            f"choose at most {scale:g}."
+        )
+    if precision.min_loss_scale != int(precision.min_loss_scale):
+        yield f"min_loss_scale={precision.min_loss_scale:g} is not whole; choose {math.ceil(precision.min_loss_scale)}."
+
+
+def _checkpoint(config: RunConfig, world_size: int) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    if checkpoint.save is None:
+        if checkpoint.save_interval is not None:
+            yield f"save_interval={checkpoint.save_interval} needs a folder; give --save DIR."
+        if checkpoint.keep_last is not None:
+            yield f"keep_last={checkpoint.keep_last} needs a folder; give --save DIR."
+        if checkpoint.resume == "must":
+            yield "--resume must needs the folder of the run to go on with; give --save DIR."
+    if checkpoint.load is None:
+        if checkpoint.finetune:
+            yield "--finetune needs weights to start from; give --load DIR."
+        if checkpoint.ckpt_step is not None and checkpoint.save is None:
+            yield f"ckpt_step={checkpoint.ckpt_step} needs a folder of checkpoints; give --load DIR."
+    if checkpoint.overwrite and checkpoint.resume != "never":
+        yield f"--overwrite empties the run folder, but --resume is {checkpoint.resume}; give --resume never with it."
+
+
+def _files(config: RunConfig, world_size: int) -> Iterator[str]:
+    if (path := config.parallel.deepspeed_config) and not Path(path).is_file():
+        yield f"deepspeed_config={path} is not a file; give the path of a DeepSpeed JSON."
+    if (path := config.checkpoint.load) and not Path(path).is_dir():
+        yield f"load={path} is not a folder; give a folder of checkpoints."
+    if config.model.vocab_size is None and config.data.tokenizer_type is None:
+        yield "The size of the vocabulary is unknown; give --tokenizer-type with its files, or --vocab-size."

@@ -1,0 +1,212 @@
+"""The DeepSpeed JSON: derived from the flags, with a user's file merged in. Neither torch nor deepspeed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sources import nearest
+from megatron_lite.errors import ConfigError
+
+PASSED_THROUGH = frozenset({
+    "zero_optimization", "communication_data_type", "seq_parallel_communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "sparse_gradients", "disable_allgather", "comms_logger", "flops_profiler", "aio",
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "tensorboard", "wandb",
+    "csv_monitor", "comet", "disable_python_gc", "zero_force_ds_cpu_optimizer",
+})  # fmt: skip
+"""Top-level keys whose values are DeepSpeed's own business."""
+
+REFUSED = {
+    "optimizer": "set --optimizer, --lr, --weight-decay, --adam-beta1, ... instead",
+    "scheduler": "set --lr-decay-style, --lr-warmup-iters, --min-lr, ... instead",
+    "activation_checkpointing": "set --recompute-granularity instead",
+    "amp": "set --bf16 or --fp16 instead",
+    "torch_autocast": "set --bf16 or --fp16 instead",
+    "curriculum_learning": "training order follows from the flags alone",
+    "data_efficiency": "training order follows from the flags alone",
+    "dataloader_drop_last": "training order follows from the flags alone",
+    "checkpoint": "checkpoints are set by --save, --load, ...",
+    "elasticity": "another number of ranks needs no setting; start again with --resume auto",
+    "pipeline": "DeepSpeed's pipeline engine is not used",
+    "tensor_parallel": "set --tensor-model-parallel-size instead",
+    "sparse_attention": "DeepSpeed's attention is not used",
+    "compression_training": "it is not in this version",
+    "progressive_layer_drop": "it is not in this version",
+    "quantize_training": "it is not in this version",
+    "eigenvalue": "it is not in this version",
+    "compile": "it is not in this version",
+}
+"""Sections that would act behind the flags' back, and what to do instead."""
+
+
+def effective_zero_stage(config: RunConfig) -> int:
+    """The ZeRO stage that runs: --zero-stage, but 1 for 0 in bf16 and fp16.
+
+    Without ZeRO there are no fp32 masters for 16-bit weights.
+    """
+    if config.precision.dtype != "fp32":
+        return max(1, config.parallel.zero_stage)
+    return config.parallel.zero_stage
+
+
+def derive(config: RunConfig) -> dict[str, Any]:
+    """The DeepSpeed JSON that the flags stand for.
+
+    The caller owns accumulation: DeepSpeed is told of one micro-batch a step and never divides by
+    their number.
+    """
+    precision = config.precision
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.optimizer.clip_grad,
+        "zero_optimization": {"stage": effective_zero_stage(config)},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": precision.dtype == "bf16"},
+        "fp16": {"enabled": precision.dtype == "fp16"},
+    }
+    if precision.dtype == "fp16":
+        derived["fp16"] |= {
+            "loss_scale": precision.loss_scale or 0,
+            "initial_scale_power": int(math.log2(precision.initial_loss_scale)),
+            "loss_scale_window": precision.loss_scale_window,
+            "hysteresis": precision.hysteresis,
+            "min_loss_scale": int(precision.min_loss_scale),
+        }
+    return derived
+
+
+def _stated(config: RunConfig, data_size: int) -> dict[str, tuple[tuple[Any, ...], str]]:
+    """Dotted JSON key to the values that agree with the flags and the flag to name otherwise."""
+    training, precision = config.training, config.precision
+    batch = training.global_batch_size or training.micro_batch_size * data_size
+    micro_batches = batch // (training.micro_batch_size * data_size)
+    stated: dict[str, tuple[tuple[Any, ...], str]] = {
+        "train_batch_size": ((batch,), f"--global-batch-size {batch}"),
+        "train_micro_batch_size_per_gpu": (
+            (training.micro_batch_size,),
+            f"--micro-batch-size {training.micro_batch_size}",
+        ),
+        "gradient_accumulation_steps": (
+            (1, micro_batches),
+            f"--global-batch-size {batch} = --micro-batch-size {training.micro_batch_size} x {data_size} data ranks "
+            f"x {micro_batches}",
+        ),
+        "gradient_clipping": ((config.optimizer.clip_grad,), f"--clip-grad {config.optimizer.clip_grad:g}"),
+        "zero_optimization.stage": (
+            (config.parallel.zero_stage, effective_zero_stage(config)),
+            f"--zero-stage {config.parallel.zero_stage}",
+        ),
+        "bf16.enabled": ((precision.dtype == "bf16",), "--bf16" if precision.dtype == "bf16" else "--no-bf16"),
+        "fp16.enabled": ((precision.dtype == "fp16",), "--fp16" if precision.dtype == "fp16" else "--no-fp16"),
+        "managed_gradient_accumulation": ((False,), "the training step, which accumulates by itself"),
+        "zero_allow_untested_optimizer": ((True,), "the optimizers, which are not DeepSpeed's"),
+        "gradient_allreduce_op": (("mean",), "the training step, which divides by the global token count"),
+        "data_types.grad_accum_dtype": (("fp32",), "the training step, which accumulates in fp32"),
+    }
+    if precision.dtype == "fp16":
+        scale = "dynamic" if precision.loss_scale is None else f"{precision.loss_scale:g}"
+        derived = derive(config)["fp16"]
+        stated |= {
+            "fp16.loss_scale": ((derived["loss_scale"],), f"--loss-scale {scale}"),
+            "fp16.initial_scale_power": (
+                (derived["initial_scale_power"],),
+                f"--initial-loss-scale {precision.initial_loss_scale:g}",
+            ),
+            "fp16.loss_scale_window": (
+                (precision.loss_scale_window,),
+                f"--loss-scale-window {precision.loss_scale_window}",
+            ),
+            "fp16.hysteresis": ((precision.hysteresis,), f"--hysteresis {precision.hysteresis}"),
+            "fp16.min_loss_scale": ((precision.min_loss_scale,), f"--min-loss-scale {precision.min_loss_scale:g}"),
+        }
+    return stated
+
+
+def _without_auto(value: Any) -> Any:
+    """`value` without the entries that say "auto": the flags, or else DeepSpeed's defaults, decide them."""
+    if isinstance(value, dict):
+        return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
+    return value
+
+
+def merge(config: RunConfig, data_size: int, user: Mapping[str, Any]) -> dict[str, Any]:
+    """The derived JSON with a user's merged in.
+
+    Raises ConfigError with every value that contradicts a flag, section that would act beside the
+    flags, and unknown key.
+    """
+    merged = derive(config)
+    stated = _stated(config, data_size)
+    owned = {key.partition(".")[0] for key in stated}
+    problems: list[str] = []
+    for key, value in _without_auto(dict(user)).items():
+        if key in REFUSED:
+            if value not in (False, None, {}, {"enabled": False}):
+                problems.append(f"The section {key} of the DeepSpeed configuration is refused: {REFUSED[key]}.")
+            continue
+        if key not in owned | PASSED_THROUGH:
+            hint = nearest(key, owned | PASSED_THROUGH | REFUSED.keys()) or "; remove it"
+            problems.append(f"{key} is not a known key of a DeepSpeed configuration{hint}.")
+            continue
+        entries = {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+        for name, inner in entries.items():
+            if name in stated:
+                agreeing, flag = stated[name]
+                if inner not in agreeing:
+                    problems.append(
+                        f"{name} is {json.dumps(inner)} in the DeepSpeed configuration, which contradicts {flag}; "
+                        "change one, or leave it out of the file."
+                    )
+            elif key in PASSED_THROUGH:
+                if name == key:
+                    merged[key] = inner
+                else:
+                    merged.setdefault(key, {})[name.partition(".")[2]] = inner
+            elif key not in merged or merged[key]["enabled"]:
+                problems.append(f"{name} cannot be set by a DeepSpeed configuration here; leave it out of the file.")
+    problems += _zero_problems(merged["zero_optimization"])
+    if problems:
+        raise ConfigError(problems)
+    return merged
+
+
+def _zero_problems(zero: Mapping[str, Any]) -> list[str]:
+    """What of DeepSpeed's ZeRO section does not go with its stage."""
+    stage = zero["stage"]
+    problems = []
+    for section, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = (zero.get(section) or {}).get("device", "none")
+        if device != "none" and stage < least:
+            problems.append(f"zero_optimization.{section} needs --zero-stage {least} or more, but it is {stage}.")
+    if stage == 1 and zero.get("overlap_comm"):
+        problems.append(
+            "zero_optimization.overlap_comm needs --zero-stage 2 or 3, but it is 1: its gradients are reduced once, "
+            "at the end of a step."
+        )
+    return problems
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A user's DeepSpeed JSON. Raises ConfigError if the file is missing or not a JSON object."""
+    try:
+        user = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The DeepSpeed configuration {path} cannot be read: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"The DeepSpeed configuration {path} is not valid JSON: {error}.") from error
+    if not isinstance(user, dict):
+        raise ConfigError(f"The DeepSpeed configuration {path} must be a JSON object, not {type(user).__name__}.")
+    return user
+
+
+def build(config: RunConfig, data_size: int) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run: derived, with --deepspeed_config merged in if given."""
+    path = config.parallel.deepspeed_config
+    return merge(config, data_size, read(path) if path else {})
