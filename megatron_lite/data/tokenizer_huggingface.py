@@ -1,0 +1,143 @@
+"""Tokenizers that the `tokenizers` library runs: any tokenizer.json, and GPT-2's vocabulary and merges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from megatron_lite.data.tokenizer_interface import ROLE_NAMES, Tokenizer
+from megatron_lite.errors import TokenizerError
+
+_IRRELEVANT = ("trim_offsets",)
+"""Settings of a tokenizer.json that change no id."""
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise TokenizerError(f"{path} is not a JSON file ({error}); give the file the tokenizer was saved to") from None
+
+
+def _essence(value: Any) -> Any:
+    """A part of a tokenizer.json without what is unset, so that files of different versions compare equal."""
+    if isinstance(value, dict):
+        return {
+            key: _essence(part)
+            for key, part in value.items()
+            if key not in _IRRELEVANT and part is not None and part is not False and part != ""
+        }
+    if isinstance(value, list):
+        return [_essence(part) for part in value]
+    return value
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """The tokenizer of a tokenizer.json, run by `tokenizers`; its post-processor adds nothing here.
+
+    `description` is the content of the file. `roles` come from a tokenizer_config.json beside it,
+    else from the usual names among its special tokens.
+    """
+
+    kind = "HuggingFaceTokenizer"
+
+    def __init__(self, description: Mapping[str, Any], roles: Mapping[str, str], source: str):
+        try:
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(description))
+        except Exception as error:
+            # The library raises plain Exception whatever is wrong.
+            raise TokenizerError(f"{source} is not a tokenizer that `tokenizers` can read: {error}") from None
+        self._library.encode_special_tokens = True
+        self._library.no_truncation()
+        self._library.no_padding()
+        self._description = description
+        names = {name for candidates in ROLE_NAMES.values() for name in candidates}
+        added = self._library.get_added_tokens_decoder()
+        specials = {token.content: id for id, token in added.items() if token.special or token.content in names}
+        ids = self._library.get_vocab(with_added_tokens=True)
+        role_ids = {role: ids.get(token) for role, token in roles.items()}
+        unknown = description["model"].get("unk_token")
+        if isinstance(unknown, str):
+            role_ids.setdefault("unk", ids.get(unknown))
+        super().__init__(max(ids.values(), default=-1) + 1, specials, role_ids)
+
+    @classmethod
+    def from_path(cls, path: Path) -> HuggingFaceTokenizer:
+        """Load a tokenizer.json or the folder that holds one."""
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise TokenizerError(f"{file} does not exist; give a tokenizer.json or the folder that holds one")
+        description = _read_json(file)
+        if not isinstance(description, dict) or not isinstance(description.get("model"), dict):
+            raise TokenizerError(f'{file} has no section "model"; it is JSON, but not a tokenizer.json')
+        settings: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (file.parent / name).is_file():
+                settings |= _read_json(file.parent / name)
+        roles = {}
+        for role in ("bos", "eos", "pad", "unk"):
+            token = settings.get(f"{role}_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            if token:
+                roles[role] = token
+        return cls(description, roles, str(file))
+
+    def _encode_texts(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        return [row.ids for row in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _decode_ids(self, ids: list[int]) -> str:
+        return self._library.decode(ids, skip_special_tokens=False)
+
+    def _base_token(self, id: int) -> str | None:
+        return self._library.id_to_token(id)
+
+    def _base_id(self, token: str) -> int | None:
+        return self._library.token_to_id(token)
+
+    def _content(self) -> Any:
+        model = dict(self._description["model"])
+        if "merges" in model:
+            model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        parts = {part: self._description.get(part) for part in ("normalizer", "pre_tokenizer")}
+        added = {token.content: id for id, token in self._library.get_added_tokens_decoder().items()}
+        return _essence({"model": model, "added": added, **parts})
+
+
+class GPT2BPETokenizer(HuggingFaceTokenizer):
+    """GPT-2's byte-level BPE out of its two files, encoder.json (token to id) and vocab.bpe (merges)."""
+
+    kind = "GPT2BPETokenizer"
+
+    @classmethod
+    def from_files(cls, vocab_file: Path, merge_file: Path) -> GPT2BPETokenizer:
+        """Load vocabulary and merges. Raises TokenizerError naming file and line of what does not fit."""
+        vocab = _read_json(vocab_file)
+        if not isinstance(vocab, dict) or not all(isinstance(id, int) for id in vocab.values()):
+            raise TokenizerError(f"{vocab_file} is not a map of tokens to ids; give GPT-2's encoder.json or vocab.json")
+        merges = []
+        for number, line in enumerate(merge_file.read_text(encoding="utf-8").split("\n"), 1):
+            if (number == 1 and line.startswith("#version")) or not line.strip():
+                continue
+            pair = line.split()
+            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+                raise TokenizerError(
+                    f"{merge_file}, line {number}: {line!r} is not a merge of two tokens of {vocab_file}; "
+                    "give vocabulary and merges of one tokenizer"
+                )
+            merges.append(pair)
+        special = "<|endoftext|>"
+        added = [{"id": vocab[special], "content": special, "special": True}] if special in vocab else []
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        description = {
+            "version": "1.0",
+            "added_tokens": [token | flags for token in added],
+            "pre_tokenizer": byte_level,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+        }
+        return cls(description, {}, f"{vocab_file} with {merge_file}")
