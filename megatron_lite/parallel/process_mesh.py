@@ -75,7 +75,12 @@ class ProcessMesh:
         return self._groups[axes]
 
     def subgroup(self, axis: str, length: int) -> dist.ProcessGroup | None:
-        """The group of `length` neighbours along `axis` this rank is in; a collective call over all ranks."""
+        """The group of `length` neighbours along `axis` this rank is in; a collective call over all ranks.
+
+        None where it would be this rank alone, and on a mesh without groups.
+        """
+        if not self._groups:
+            return None
         key = (axis, str(length))
         if key not in self._groups:
             mine = None

@@ -1,0 +1,268 @@
+"""One GPT: GPT-2, LLaMA and what lies between, by configuration.
+
+Shape suffixes, here and everywhere: B batch, S sequence on this rank, H hidden, N query heads,
+K key/value heads, D head dim, V vocabulary (on this rank, padded), F feed-forward. Heads and F are
+this rank's too. Between layers activations are [S, B, H].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.model.block import Block
+from megatron_lite.model.cache import KeyValueCache
+from megatron_lite.model.forward_pass import ForwardPass, Site
+from megatron_lite.model.init import initialize
+from megatron_lite.model.norm import Norm
+from megatron_lite.model.rotary import Rotary
+from megatron_lite.parallel.layout import replicated
+from megatron_lite.parallel.linear import TensorAxis, empty_parameter
+from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.parallel.recompute import Recompute, run_layers
+from megatron_lite.parallel.vocab import (
+    VocabParallelEmbedding,
+    VocabularyPart,
+    gather_vocabulary,
+    vocab_parallel_argmax,
+    vocab_parallel_cross_entropy,
+    vocabulary_weight,
+)
+
+_BEFORE_LAYERS = -1
+"""The layer number of the embedding's dropout."""
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer on this rank of `mesh`.
+
+    Parameters are named as in a serial model and carry `mesh_layout`. With `seed` they are initialised,
+    without it left empty for `initialize` (and always on the meta device). A mesh without groups is
+    enough to build it. Raises ValueError where the tensor size does not fit the shape.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: ProcessMesh,
+        *,
+        vocab_size: int,
+        seq_length: int,
+        sequence_parallel: bool = False,
+        recompute: Recompute | None = None,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.vocabulary = VocabularyPart.of(vocab_size, config.make_vocab_size_divisible_by, mesh)
+        self.max_positions = config.max_position_embeddings or seq_length
+        self._axis = TensorAxis(mesh, sequence_parallel and mesh.size("tensor") > 1)
+        self._recompute = recompute or Recompute()
+        self._rotary = None
+        if config.position_embedding_type == "rope":
+            self._rotary = Rotary(int(config.head_dim * config.rotary_percent), config.rotary_base)
+
+        options = {"device": device, "dtype": dtype}
+        self.embedding = Embedding(config, mesh, self.vocabulary, self.max_positions, **options)
+        recompute_core = self._recompute.granularity == "selective"
+        self.layers = nn.ModuleDict(
+            {str(n): Block(config, mesh, n, recompute_core=recompute_core, **options) for n in range(config.num_layers)}
+        )
+        self.final_norm = None
+        if config.norm_position == "pre":
+            self.final_norm = Norm(config.normalization, config.hidden_size, config.norm_epsilon, mesh, **options)
+        self.head = None
+        if config.untie_embeddings_and_output_weights:
+            self.head = Head(self.vocabulary, config.hidden_size, mesh, **options)
+        if seed is not None and torch.device(device or "cpu").type != "meta":
+            initialize(self, config, seed)
+
+    def forward(
+        self,
+        tokens_BS: torch.Tensor,
+        labels_BS: torch.Tensor,
+        loss_mask_BS: torch.Tensor,
+        *,
+        dropout_seed: int | None = None,
+    ) -> torch.Tensor:
+        """The sum of this batch's token losses where the mask is 1: an fp32 scalar, equal on all tensor ranks.
+
+        In training mode label smoothing and z-loss are part of it. `dropout_seed` is `micro_batch_seed`'s;
+        None is no dropout. The caller divides by the step's number of target tokens.
+        """
+        logits_SBV = self._logits(tokens_BS, self._plain_pass(tokens_BS, dropout_seed))
+        loss_SB = vocab_parallel_cross_entropy(
+            logits_SBV,
+            labels_BS.t(),
+            self.vocabulary,
+            self._axis.group,
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
+            z_loss=self.config.z_loss if self.training else 0.0,
+        )
+        return (loss_SB * loss_mask_BS.t()).sum()
+
+    @torch.no_grad()
+    def token_losses(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(losses, correct) of each token, without dropout, smoothing or z-loss.
+
+        fp32 and bool [B, S], equal on all tensor ranks; `correct` says that the label has the largest logit.
+        """
+        logits_SBV = self._logits(tokens_BS, self._plain_pass(tokens_BS, None))
+        guess_SB = vocab_parallel_argmax(logits_SBV, self.vocabulary, self._axis.group)
+        loss_SB = vocab_parallel_cross_entropy(logits_SBV, labels_BS.t(), self.vocabulary, self._axis.group)
+        return loss_SB.t(), guess_SB.t() == labels_BS
+
+    @torch.no_grad()
+    def logits(
+        self,
+        tokens_BS: torch.Tensor,
+        *,
+        cache: KeyValueCache | None = None,
+        left_padding_B: torch.Tensor | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """This rank's logits [B, S, V], padded vocabulary included, without dropout; `full_logits` joins them.
+
+        With `cache`, the tokens come after those it holds, and are added to it. `left_padding_B` says how many
+        tokens at the beginning of each row are padding: they are not attended to and positions begin
+        after them. `last_only` gives [B, 1, V] of the last token.
+        """
+        start = cache.length if cache else 0
+        stop = start + tokens_BS.shape[1]
+        positions_BS = mask = None
+        if left_padding_B is not None:
+            order = torch.arange(stop, device=tokens_BS.device)
+            positions_BS = (order[start:] - left_padding_B.unsqueeze(1)).clamp_(min=0)
+            mask = _causal_mask(start, stop, left_padding_B)
+        elif start and tokens_BS.shape[1] > 1:
+            mask = _causal_mask(start, stop, torch.zeros_like(tokens_BS[:1, 0]))
+        rotary = None
+        if self._rotary is not None and positions_BS is None:
+            rotary = self._rotary.tables(start, stop, tokens_BS.device)
+        elif self._rotary is not None:
+            rotary = self._rotary.tables_at(positions_BS.t(), stop)
+        axis = TensorAxis(self._axis.mesh)
+        logits_SBV = self._logits(
+            tokens_BS, ForwardPass(axis, None, rotary, mask, cache), start, positions_BS, last_only=last_only
+        )
+        if cache is not None:
+            cache.advance(tokens_BS.shape[1])
+        return logits_SBV.transpose(0, 1)
+
+    def full_logits(self, logits_BSV: torch.Tensor) -> torch.Tensor:
+        """The logits of the true vocabulary, joined over tensor ranks."""
+        return gather_vocabulary(logits_BSV, self.vocabulary, self._axis.group)
+
+    def _plain_pass(self, tokens_BS: torch.Tensor, dropout_seed: int | None) -> ForwardPass:
+        length = tokens_BS.shape[1]
+        # A mode of memory, not of meaning: lengths that the ranks do not divide go without it.
+        divides = length % self._axis.size == 0
+        axis = self._axis if divides else TensorAxis(self._axis.mesh)
+        rotary = self._rotary.tables(0, length, tokens_BS.device) if self._rotary else None
+        return ForwardPass(axis, dropout_seed, rotary)
+
+    def _logits(
+        self,
+        tokens_BS: torch.Tensor,
+        run: ForwardPass,
+        start: int = 0,
+        positions_BS: torch.Tensor | None = None,
+        *,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        hidden_SBH = self.embedding(tokens_BS, run, start, positions_BS)
+        hidden_SBH = run_layers(tuple(self.layers.values()), hidden_SBH, self._recompute, run)
+        if last_only:
+            hidden_SBH = hidden_SBH[-1:]
+        if self.final_norm is not None:
+            hidden_SBH = self.final_norm(hidden_SBH, run.axis)
+        entered = run.axis.enter(hidden_SBH)
+        return F.linear(entered, self.embedding.word.weight) if self.head is None else self.head(entered)
+
+
+class Embedding(nn.Module):
+    """Word vectors, plus learned position vectors where the model has them: [B, S] ids -> [S, B, H]."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: ProcessMesh,
+        part: VocabularyPart,
+        max_positions: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self._dropout = config.hidden_dropout
+        self.word = VocabParallelEmbedding(part, config.hidden_size, mesh, device=device, dtype=dtype)
+        self.position = None
+        if config.position_embedding_type == "learned_absolute":
+            self.position = PositionEmbedding(max_positions, config.hidden_size, mesh, device=device, dtype=dtype)
+
+    def forward(
+        self, tokens_BS: torch.Tensor, run: ForwardPass, start: int = 0, positions_BS: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        hidden_SBH = self.word(tokens_BS.t(), run.axis)
+        if self.position is not None:
+            if positions_BS is None:
+                positions_BS = torch.arange(start, start + tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
+            hidden_SBH = hidden_SBH + self.position(positions_BS.t(), run.axis)
+        return run.dropout(hidden_SBH, self._dropout, _BEFORE_LAYERS, Site.EMBEDDING)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned position vectors, replicated over tensor ranks: positions [S, B or 1] -> [S, B or 1, H].
+
+    Under sequence parallelism each rank looks up its part of the sequence alone.
+    """
+
+    def __init__(
+        self,
+        max_positions: int,
+        hidden_size: int,
+        mesh: ProcessMesh,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        layout = replicated((max_positions, hidden_size), mesh.rank("tensor"))
+        self.weight = empty_parameter(layout, device=device, dtype=dtype)
+
+    def forward(self, positions: torch.Tensor, axis: TensorAxis) -> torch.Tensor:
+        return F.embedding(axis.part_of_sequence(positions), axis.shared(self.weight))
+
+
+class Head(nn.Module):
+    """The output layer of an untied model, split over the vocabulary: [S, B, H] -> [S, B, V]."""
+
+    def __init__(
+        self,
+        part: VocabularyPart,
+        hidden_size: int,
+        mesh: ProcessMesh,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.weight = vocabulary_weight(part, hidden_size, mesh, device=device, dtype=dtype)
+
+    def forward(self, entered: torch.Tensor) -> torch.Tensor:
+        return F.linear(entered, self.weight)
+
+
+def _causal_mask(start: int, stop: int, left_padding_B: torch.Tensor) -> torch.Tensor:
+    """Which of `stop` keys each query from `start` on sees: bool [B, 1, S, stop].
+
+    Every query sees itself, padding too: a row without any key has no softmax.
+    """
+    keys = torch.arange(stop, device=left_padding_B.device)
+    queries = keys[start:].unsqueeze(1)
+    seen = (keys <= queries) & (keys >= left_padding_B[:, None, None, None])
+    return seen | (keys == queries)

@@ -1,0 +1,175 @@
+"""Collectives that autograd knows, each beside its conjugate: the backward of one is the other.
+
+    copy_to                  identity              <->  reduce_from              all-reduce
+    scatter_to               keep my part          <->  gather_from              all-gather
+    gather_sequence          all-gather along S    <->  reduce_scatter_sequence  reduce-scatter along S
+
+All ranks of `group` call them in the same order. `group` None stands for an axis of size 1: the
+argument is returned as it is, without a node in the graph. The pairs are Megatron-LM's f and g
+(Shoeybi et al. 2019) and their sequence-parallel forms (Korthikanti et al. 2022).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+# Renamed in torch 2.13, where the old names warn.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+Group = dist.ProcessGroup | None
+
+
+def all_reduce(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """The sum of `tensor` over the group, written in place if contiguous. Not differentiable."""
+    if group is None:
+        return tensor
+    tensor = tensor.contiguous()
+    dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def all_gather(tensor: torch.Tensor, group: Group, dim: int = 0) -> torch.Tensor:
+    """The group's tensors, joined along `dim` in rank order. Not differentiable."""
+    if group is None:
+        return tensor
+    size = group.size()
+    parts = tensor.new_empty((size * tensor.shape[0], *tensor.shape[1:])) if tensor.dim() else tensor.new_empty(size)
+    _all_gather_single(parts, tensor.contiguous(), group=group)
+    return parts if dim == 0 else torch.cat(parts.chunk(size), dim)
+
+
+def reduce_scatter(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """This rank's part along dim 0 of the group's sum. Not differentiable."""
+    if group is None:
+        return tensor
+    part = tensor.new_empty((_even(tensor.shape[0], group), *tensor.shape[1:]))
+    _reduce_scatter_single(part, tensor.contiguous(), group=group)
+    return part
+
+
+def my_part(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    """A view of this rank's even part along `dim`."""
+    if group is None:
+        return tensor
+    length = _even(tensor.shape[dim], group)
+    return tensor.narrow(dim, group.rank() * length, length)
+
+
+def _even(length: int, group: dist.ProcessGroup) -> int:
+    if length % group.size():
+        raise ValueError(f"a dim of {length} cannot be split evenly over {group.size()} ranks")
+    return length // group.size()
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        # Autograd may hand the same gradient to another branch, so it is not summed in place.
+        return all_reduce(gradient.clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.mark_dirty(tensor)
+        dist.all_reduce(tensor, group=group)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+class _ScatterTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, group, dim):
+        ctx.group, ctx.dim = group, dim
+        return my_part(tensor, group, dim).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return all_gather(gradient, ctx.group, ctx.dim), None, None
+
+
+class _GatherFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, group, dim):
+        ctx.group, ctx.dim = group, dim
+        return all_gather(tensor, group, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return my_part(gradient, ctx.group, ctx.dim).contiguous(), None, None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return all_gather(tensor, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return reduce_scatter(gradient, ctx.group), None
+
+
+class _ReduceScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return reduce_scatter(tensor, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return all_gather(gradient, ctx.group), None
+
+
+def copy_to(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """`tensor`, equal on all ranks, as the input of something they share; its gradient is summed."""
+    return tensor if group is None else _CopyTo.apply(tensor, group)
+
+
+def reduce_from(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """The sum of the ranks' `tensor`s, equal on all of them. Works in place: `tensor` is used up."""
+    return tensor if group is None else _ReduceFrom.apply(tensor.contiguous(), group)
+
+
+def scatter_to(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    """This rank's part along `dim` of a `tensor` equal on all ranks; its gradient is gathered.
+
+    Raises ValueError when the group does not divide the dim.
+    """
+    return tensor if group is None else _ScatterTo.apply(tensor, group, dim)
+
+
+def gather_from(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
+    """The ranks' parts joined along `dim`, equal on all of them; each keeps its part of the gradient,
+    which is equal on all ranks too."""
+    return tensor if group is None else _GatherFrom.apply(tensor, group, dim)
+
+
+def gather_sequence(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """The whole sequence from its parts along dim 0, as the input of something the ranks share; its
+    gradient is summed and split."""
+    return tensor if group is None else _GatherSequence.apply(tensor, group)
+
+
+def reduce_scatter_sequence(tensor: torch.Tensor, group: Group) -> torch.Tensor:
+    """This rank's part along dim 0 of the sum of the ranks' `tensor`s; its gradient is gathered.
+
+    Raises ValueError when the group does not divide the dim.
+    """
+    return tensor if group is None else _ReduceScatterSequence.apply(tensor, group)
