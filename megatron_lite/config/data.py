@@ -31,7 +31,7 @@ class DataConfig:
     mock_data: bool = False
     """Generated tokens instead of files, to try a configuration."""
     num_workers: int = 0
-    """Processes that read ahead; the order does not depend on it."""
+    """Threads that read the next step's samples ahead; the order does not depend on it."""
     tokenizer_type: TokenizerType | None = None
     """Kind of tokenizer."""
     vocab_file: str | None = None

@@ -42,13 +42,11 @@ def problems(config: RunConfig) -> list[str]:
         found += _path_problems(entries)
     found += _said_by(parse_split, data.split)
     found += _said_by(parse_skip_ranges, config.training.skip_samples)
-    if data.sample_stride is not None and not 1 <= data.sample_stride <= data.seq_length:
+    if data.sample_stride is not None and data.sample_stride > data.seq_length:
         found.append(
-            f"sample_stride={data.sample_stride} is outside 1 to seq_length={data.seq_length}; a longer stride would "
-            "leave tokens unread."
+            f"sample_stride={data.sample_stride} is above seq_length={data.seq_length}, so tokens between samples would "
+            f"never be read; choose 1 to {data.seq_length}."
         )
-    if data.num_workers < 0:
-        found.append(f"num_workers={data.num_workers} is below 0; 0 reads in line, 1 or 2 read ahead.")
     return found
 
 
@@ -60,7 +58,7 @@ def _path_problems(entries: Sequence[str]) -> list[str]:
     missing = [str(path) for prefix in prefixes for path in paths(prefix) if not path.exists()]
     if not missing:
         return []
-    return [f"data path: {' and '.join(missing)} do not exist; name PREFIX of a pair PREFIX.bin and PREFIX.idx."]
+    return [f"data path: cannot find {' and '.join(missing)}; name PREFIX of a pair PREFIX.bin and PREFIX.idx."]
 
 
 def _said_by(parse: Callable[..., object], value: object) -> list[str]:
