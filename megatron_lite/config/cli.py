@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 from collections.abc import Sequence
 
 import tyro
@@ -53,14 +55,11 @@ def _source(argv: Sequence[str], flag: str) -> str | None:
     return value
 
 
-def load(
-    argv: Sequence[str], prog: str = "pretrain_gpt.py", console_outputs: bool = True
-) -> tuple[RunConfig, LaunchOptions]:
+def load(argv: Sequence[str], prog: str = "pretrain_gpt.py") -> tuple[RunConfig, LaunchOptions]:
     """The configuration and launch options that a command line asks for.
 
-    `console_outputs=False` keeps this process from printing help and usage errors (ranks but one).
-    Raises ConfigError for unknown or refused flags and bad files, and SystemExit: 0 after --help,
-    2 for a value of a wrong type, after printing it.
+    Raises ConfigError for flags that are unknown, refused or of a wrong type and for bad files, and
+    SystemExit 0 after printing --help.
     """
     base = RunConfig()
     if preset := _source(argv, "--model"):
@@ -68,13 +67,19 @@ def load(
     if path := _source(argv, "--config"):
         base = sources.override(base, sources.read(path))
     rewritten = megatron_argv.rewrite(argv, sources.values_of(base), LAUNCH_FLAGS)
-    command = tyro.cli(
-        tyro.conf.OmitArgPrefixes[_CommandLine],
-        args=rewritten,
-        default=_CommandLine(**{section: getattr(base, section) for section in sources.field_types()}),
-        prog=prog,
-        description=DESCRIPTION,
-        console_outputs=console_outputs,
-    )
+    usage_error = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(usage_error):
+            command = tyro.cli(
+                tyro.conf.OmitArgPrefixes[_CommandLine],
+                args=rewritten,
+                default=_CommandLine(**{section: getattr(base, section) for section in sources.field_types()}),
+                prog=prog,
+                description=DESCRIPTION,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(f"The command line cannot be read:\n{usage_error.getvalue().rstrip()}") from None
     config = RunConfig(**{section: getattr(command, section) for section in sources.field_types()})
     return config, command.launch

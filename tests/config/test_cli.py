@@ -1,0 +1,77 @@
+"""The command line: precedence, spelling, errors, and no torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_lite.config import cli
+from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import ConfigError
+
+
+def load(text: str) -> RunConfig:
+    return cli.load(text.split())[0]
+
+
+def test_no_flags_are_the_defaults():
+    assert load("") == RunConfig()
+
+
+def test_flags_win_over_the_file_over_the_preset_over_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {num_layers: 4, hidden_size: 64}\noptimizer: {lr: 2e-4}\nprecision: {bf16: true}\n")
+    config = load(f"--model llama-1b --config {file} --hidden-size 128 --no-bf16")
+    assert (config.model.num_layers, config.model.hidden_size, config.model.kv_heads) == (4, 128, 8)
+    assert config.model.swiglu and config.optimizer.lr == 2e-4 and not config.precision.bf16
+    assert load(f"--config={file} --num_query_groups None").model.num_query_groups is None
+
+
+def test_dashes_and_underscores_are_alike():
+    assert load("--num-layers 3") == load("--num_layers 3") == load("--num-layers=3") == load("--num_layers=3")
+
+
+def test_launch_options_are_apart_from_the_configuration():
+    config, launch = cli.load(["--dry-run", "--world-size", "64", "--model", "gpt2-355m"])
+    assert launch == cli.LaunchOptions(model="gpt2-355m", dry_run=True, world_size=64)
+    assert config == load("--model gpt2-355m")
+
+
+def test_launchers_flags_are_accepted():
+    for words in ("--local_rank 3", "--local-rank=3", "--deepspeed", "--deepspeed --local_rank=0"):
+        assert load(words) == RunConfig()
+
+
+def test_an_unknown_flag_suggests_the_nearest():
+    with pytest.raises(ConfigError, match=r"--num-layer is not a known flag; perhaps you meant --num-layers"):
+        load("--num-layer 3")
+    with pytest.raises(ConfigError) as caught:
+        load("--hiden_size 3 --zzz --fp8-format hybrid")
+    assert len(caught.value.problems) == 3 and "perhaps you meant --hidden-size" in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("words", ["--num-layers x", "--bf16 yes", "stray", "--rampup-batch-size 1 2", "--num-layers"])
+def test_a_value_of_a_wrong_type_is_an_error_that_names_it(words, capfd):
+    with pytest.raises(ConfigError) as caught:
+        load(words)
+    assert words.split()[-1] in str(caught.value) and "--help" in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_source_without_a_value_is_an_error():
+    for words in ("--config", "--model --bf16", "--config="):
+        with pytest.raises(ConfigError, match="needs a value"):
+            load(words)
+
+
+def test_help_comes_without_torch_and_lists_every_section():
+    code = (
+        "import sys\n"
+        "from megatron_lite.config.cli import load\n"
+        "try:\n    load(['--help'])\n"
+        "except SystemExit as stop:\n    print('code', stop.code, 'torch' in sys.modules, 'deepspeed' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "code 0 False False"
+    for flag in ("--num-layers", "--zero-stage", "--bf16", "--lr", "--data-path", "--save", "--dry-run", "--model"):
+        assert flag in done.stdout
