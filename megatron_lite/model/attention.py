@@ -67,8 +67,10 @@ class Attention(nn.Module):
         query, key, value = (heads.permute(1, 2, 0, 3) for heads in (query_SBND, key_SBKD, value_SBKD))
         if run.cache is not None:
             key, value = run.cache.append(self._layer, key, value)
-        core = (self._core, query, key, value, run)
-        mixed_BNSD = recomputed(*core) if self._recompute_core else core[0](*core[1:])
+        if self._recompute_core:
+            mixed_BNSD = recomputed(self._core, query, key, value, run)
+        else:
+            mixed_BNSD = self._core(query, key, value, run)
         return self.output(mixed_BNSD.permute(2, 0, 1, 3).flatten(2), run.axis)
 
     def _core(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.errors import UserError
 from megatron_lite.model.block import Block
 from megatron_lite.model.cache import KeyValueCache
 from megatron_lite.model.forward_pass import ForwardPass, Site
@@ -209,8 +210,14 @@ class Embedding(nn.Module):
     ) -> torch.Tensor:
         hidden_SBH = self.word(tokens_BS.t(), run.axis)
         if self.position is not None:
+            stop, longest = start + tokens_BS.shape[1], self.position.weight.mesh_layout.global_shape[0]
+            if stop > longest:
+                raise UserError(
+                    f"{stop} tokens for a model that learned {longest} positions; give it at most {longest}, or train "
+                    f"with a larger max_position_embeddings"
+                )
             if positions_BS is None:
-                positions_BS = torch.arange(start, start + tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
+                positions_BS = torch.arange(start, stop, device=tokens_BS.device).unsqueeze(0)
             hidden_SBH = hidden_SBH + self.position(positions_BS.t(), run.axis)
         return run.dropout(hidden_SBH, self._dropout, _BEFORE_LAYERS, Site.EMBEDDING)
 
