@@ -105,7 +105,8 @@ def _ranges(config: RunConfig) -> Iterator[tuple[str, str]]:
     for least, names in _AT_LEAST.items():
         for name in names.split():
             if values[name] is not None and values[name] < least:
-                yield name, f"{name}={values[name]} is too small; give {least} or more."
+                out = " or turn validation off by --eval-interval 0" if name == "eval_iters" else ""
+                yield name, f"{name}={values[name]} is too small; give {least} or more{out}."
     for name in _ABOVE_ZERO.split():
         if values[name] is not None and values[name] <= 0:
             yield name, f"{name}={values[name]} is too small; give a number above 0."

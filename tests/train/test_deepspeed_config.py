@@ -1,0 +1,174 @@
+"""The DeepSpeed JSON: derived from flags, merged with a user's, contradictions named on both sides."""
+
+import json
+
+import pytest
+
+from megatron_lite.config import sources
+from megatron_lite.config.run import RunConfig
+from megatron_lite.errors import ConfigError
+from megatron_lite.train import deepspeed_config
+
+
+def config_of(**fields) -> RunConfig:
+    overrides: dict = {}
+    for name, value in fields.items():
+        overrides.setdefault(sources.section_of()[name], {})[name] = value
+    return sources.override(RunConfig(), overrides)
+
+
+def merged(user: dict, data_size: int = 2, **fields) -> dict:
+    return deepspeed_config.merge(config_of(**fields), data_size, user)
+
+
+def refused(user: dict, data_size: int = 2, **fields) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        merged(user, data_size, **fields)
+    return caught.value.problems
+
+
+def test_flags_alone():
+    assert deepspeed_config.derive(config_of(zero_stage=2, bf16=True, micro_batch_size=4, clip_grad=0.5)) == {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+    }
+
+
+def test_the_loss_scale_of_fp16():
+    dynamic = deepspeed_config.derive(config_of(fp16=True, initial_loss_scale=4096.0, hysteresis=3))["fp16"]
+    assert dynamic == {
+        "enabled": True,
+        "loss_scale": 0,
+        "initial_scale_power": 12,
+        "loss_scale_window": 1000,
+        "hysteresis": 3,
+        "min_loss_scale": 1,
+    }
+    assert deepspeed_config.derive(config_of(fp16=True, loss_scale=128.0))["fp16"]["loss_scale"] == 128
+
+
+def test_16_bit_weights_without_zero_run_as_zero_1():
+    assert [deepspeed_config.effective_zero_stage(config_of(zero_stage=s)) for s in range(4)] == [0, 1, 2, 3]
+    assert [deepspeed_config.effective_zero_stage(config_of(zero_stage=s, bf16=True)) for s in range(4)] == [1, 1, 2, 3]
+    assert deepspeed_config.effective_zero_stage(config_of(zero_stage=0, fp16=True)) == 1
+
+
+def test_an_empty_file_changes_nothing():
+    assert merged({}) == deepspeed_config.derive(RunConfig())
+
+
+def test_offload_communication_and_profilers_pass_through():
+    user = {
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu", "pin_memory": True},
+            "reduce_bucket_size": 1000,
+            "stage3_param_persistence_threshold": 10,
+        },
+        "comms_logger": {"enabled": True, "verbose": False},
+        "flops_profiler": {"enabled": True, "profile_step": 3},
+        "aio": {"block_size": 1048576},
+        "communication_data_type": "fp32",
+        "wall_clock_breakdown": True,
+    }
+    result = merged(user, zero_stage=3)
+    assert {key: result[key] for key in user} == user
+
+
+def test_a_file_that_agrees_is_accepted_and_accumulation_stays_ours():
+    user = {
+        "train_batch_size": 16,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False, "loss_scale_window": 7},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "optimizer": None,
+    }
+    flags = {"global_batch_size": 16, "micro_batch_size": 2, "bf16": True}
+    assert merged(user, **flags) == deepspeed_config.derive(config_of(**flags))
+
+
+def test_auto_is_ours_or_deepspeeds_default():
+    user = {
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "fp16": {"enabled": "auto"},
+        "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto"},
+    }
+    assert merged(user) == deepspeed_config.derive(RunConfig())
+
+
+@pytest.mark.parametrize(
+    ("user", "flags", "key", "flag"),
+    [
+        ({"zero_optimization": {"stage": 2}}, {}, "zero_optimization.stage is 2", "--zero-stage 1"),
+        ({"bf16": {"enabled": True}}, {}, "bf16.enabled is true", "--no-bf16"),
+        ({"fp16": {"enabled": False}}, {"fp16": True}, "fp16.enabled is false", "--fp16"),
+        ({"gradient_clipping": 0.3}, {}, "gradient_clipping is 0.3", "--clip-grad 1"),
+        ({"train_micro_batch_size_per_gpu": 8}, {}, "per_gpu is 8", "--micro-batch-size 1"),
+        ({"train_batch_size": 8}, {"global_batch_size": 4}, "train_batch_size is 8", "--global-batch-size 4"),
+        ({"gradient_accumulation_steps": 3}, {"global_batch_size": 4}, "steps is 3", "--micro-batch-size 1 x 2"),
+        ({"fp16": {"loss_scale_window": 5}}, {"fp16": True}, "window is 5", "--loss-scale-window 1000"),
+        ({"fp16": {"loss_scale": 64}}, {"fp16": True}, "loss_scale is 64", "--loss-scale dynamic"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, {}, 'grad_accum_dtype is "bf16"', "fp32"),
+        ({"managed_gradient_accumulation": True}, {}, "managed_gradient_accumulation is true", "training step"),
+    ],
+)
+def test_a_contradiction_names_both(user, flags, key, flag):
+    (problem,) = refused(user, **flags)
+    before, contradicts, after = problem.partition("which contradicts")
+    assert contradicts and key in before and flag in after
+
+
+def test_sections_that_would_act_beside_the_flags_are_refused():
+    for section, instead in deepspeed_config.REFUSED.items():
+        (problem,) = refused({section: {"enabled": True}})
+        assert section in problem and instead in problem
+        assert merged({section: {"enabled": False}}) == deepspeed_config.derive(RunConfig())
+
+
+def test_unknown_keys_suggest_the_nearest():
+    assert "perhaps you meant zero_optimization" in refused({"zero_optimisation": {}})[0]
+    assert "fp16.auto_cast cannot be set" in refused({"fp16": {"auto_cast": True}}, fp16=True)[0]
+
+
+def test_all_problems_are_said_at_once():
+    assert len(refused({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}, "zzz": 1})) == 3
+
+
+def test_offload_and_overlap_need_their_stage():
+    offload = {"device": "cpu"}
+    assert "--zero-stage 3" in refused({"zero_optimization": {"offload_param": offload}}, zero_stage=2)[0]
+    assert "--zero-stage 1" in refused({"zero_optimization": {"offload_optimizer": offload}}, zero_stage=0)[0]
+    assert "--zero-stage 2 or 3" in refused({"zero_optimization": {"overlap_comm": True}})[0]
+    assert merged({"zero_optimization": {"overlap_comm": True}}, zero_stage=2)["zero_optimization"]["overlap_comm"]
+
+
+def test_a_file_is_read_and_merged(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"steps_per_print": 100}))
+    assert deepspeed_config.build(config_of(deepspeed_config=str(file)), 1)["steps_per_print"] == 100
+    for text, message in (("{", "not valid JSON"), ("[]", "must be a JSON object")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            deepspeed_config.read(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        deepspeed_config.read(tmp_path / "none.json")
+
+
+def test_deepspeed_knows_every_key_that_is_derived():
+    runtime = pytest.importorskip("deepspeed.runtime.config")
+    derived = deepspeed_config.derive(config_of(fp16=True, zero_stage=2))
+    made = runtime.DeepSpeedConfig(derived, mpu=None)
+    assert made.gradient_accumulation_steps == 1 and made.managed_gradient_accumulation is False
+    assert made.zero_config.stage == 2 and made.float16_config.initial_scale_power == 16
