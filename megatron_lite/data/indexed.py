@@ -273,10 +273,12 @@ class IndexedWriter:
 
     def _checked_lengths(self, lengths: IdArray, total: int) -> np.ndarray:
         array = np.asarray(lengths, np.int64)
-        if array.size and (array.min() < 0 or array.max() > _LARGEST_LENGTH):
+        if array.size and array.max() > _LARGEST_LENGTH:
             raise DataError(
                 f"{self.prefix}: a sequence of {array.max():,} tokens; the format holds at most {_LARGEST_LENGTH:,}."
             )
+        if array.size and array.min() < 0:
+            raise ValueError(f"a sequence length of {array.min()}")
         if int(array.sum()) != total:
             raise ValueError(f"lengths add up to {int(array.sum())} and there are {total} ids")
         return array.astype("<i4")

@@ -216,6 +216,8 @@ def test_lengths_must_fit_the_ids(tmp_path):
             writer.add_many([1, 2], [1, 2])
         with pytest.raises(DataError, match="at most 2,147,483,647"):
             writer.add_many([1, 2], [2**31, 2 - 2**31])
+        with pytest.raises(ValueError, match="length of -1"):
+            writer.add_many([1, 2], [3, -1])
 
 
 def test_nothing_is_visible_before_close_and_an_abort_keeps_the_old_set(tmp_path):
