@@ -57,13 +57,12 @@ def derive(config: RunConfig) -> dict[str, Any]:
     """The DeepSpeed JSON that the flags stand for.
 
     The caller owns accumulation: DeepSpeed is told of one micro-batch a step and never divides by
-    their number.
+    their number. 16-bit gradients travel and add up in fp32, as in Megatron-LM.
     """
     precision = config.precision
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
         "gradient_clipping": config.optimizer.clip_grad,
         "zero_optimization": {"stage": effective_zero_stage(config)},
         "zero_allow_untested_optimizer": True,
@@ -71,6 +70,12 @@ def derive(config: RunConfig) -> dict[str, Any]:
         "bf16": {"enabled": precision.dtype == "bf16"},
         "fp16": {"enabled": precision.dtype == "fp16"},
     }
+    if precision.dtype != "fp32":
+        derived["communication_data_type"] = "fp32"
+        if effective_zero_stage(config) > 1:
+            # In stage 1 the parameters themselves accumulate in fp32; DeepSpeed would take another
+            # optimizer wrapper there, which cannot coalesce reductions.
+            derived["data_types"] = {"grad_accum_dtype": "fp32"}
     if precision.dtype == "fp16":
         derived["fp16"] |= {
             "loss_scale": precision.loss_scale or 0,
@@ -105,7 +110,7 @@ def _stated(config: RunConfig, data_size: int) -> dict[str, tuple[tuple[Any, ...
         ),
         "bf16.enabled": ((precision.dtype == "bf16",), "--bf16" if precision.dtype == "bf16" else "--no-bf16"),
         "fp16.enabled": ((precision.dtype == "fp16",), "--fp16" if precision.dtype == "fp16" else "--no-fp16"),
-        "managed_gradient_accumulation": ((False,), "the training step, which accumulates by itself"),
+        "managed_gradient_accumulation": ((True,), "the training step, which sets the boundary by itself"),
         "zero_allow_untested_optimizer": ((True,), "the optimizers, which are not DeepSpeed's"),
         "gradient_allreduce_op": (("mean",), "the training step, which divides by the global token count"),
         "data_types.grad_accum_dtype": (("fp32",), "the training step, which accumulates in fp32"),
@@ -169,7 +174,7 @@ def merge(config: RunConfig, data_size: int, user: Mapping[str, Any]) -> dict[st
                     merged[key] = inner
                 else:
                     merged.setdefault(key, {})[name.partition(".")[2]] = inner
-            elif key not in merged or merged[key]["enabled"]:
+            elif merged.get(key, {}).get("enabled", True):
                 problems.append(f"{name} cannot be set by a DeepSpeed configuration here; leave it out of the file.")
     problems += _zero_problems(merged["zero_optimization"])
     if problems:

@@ -31,14 +31,22 @@ def test_flags_alone():
     assert deepspeed_config.derive(config_of(zero_stage=2, bf16=True, micro_batch_size=4, clip_grad=0.5)) == {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": 2},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": True},
         "fp16": {"enabled": False},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
     }
+
+
+def test_16_bit_gradients_travel_in_fp32_and_stage_1_adds_them_up_on_the_parameters():
+    for dtype in ("bf16", "fp16"):
+        stage_1 = deepspeed_config.derive(config_of(zero_stage=1, **{dtype: True}))
+        assert stage_1["communication_data_type"] == "fp32" and "data_types" not in stage_1
+    assert "communication_data_type" not in deepspeed_config.derive(config_of(zero_stage=2))
 
 
 def test_the_loss_scale_of_fp16():
@@ -121,7 +129,7 @@ def test_auto_is_ours_or_deepspeeds_default():
         ({"fp16": {"loss_scale_window": 5}}, {"fp16": True}, "window is 5", "--loss-scale-window 1000"),
         ({"fp16": {"loss_scale": 64}}, {"fp16": True}, "loss_scale is 64", "--loss-scale dynamic"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, {}, 'grad_accum_dtype is "bf16"', "fp32"),
-        ({"managed_gradient_accumulation": True}, {}, "managed_gradient_accumulation is true", "training step"),
+        ({"managed_gradient_accumulation": False}, {}, "managed_gradient_accumulation is false", "training step"),
     ],
 )
 def test_a_contradiction_names_both(user, flags, key, flag):
@@ -140,6 +148,8 @@ def test_sections_that_would_act_beside_the_flags_are_refused():
 def test_unknown_keys_suggest_the_nearest():
     assert "perhaps you meant zero_optimization" in refused({"zero_optimisation": {}})[0]
     assert "fp16.auto_cast cannot be set" in refused({"fp16": {"auto_cast": True}}, fp16=True)[0]
+    param_dtype = {"data_types": {"param_dtype": "bf16"}}
+    assert "data_types.param_dtype cannot be set" in refused(param_dtype, bf16=True, zero_stage=3)[0]
 
 
 def test_all_problems_are_said_at_once():
@@ -170,5 +180,5 @@ def test_deepspeed_knows_every_key_that_is_derived():
     runtime = pytest.importorskip("deepspeed.runtime.config")
     derived = deepspeed_config.derive(config_of(fp16=True, zero_stage=2))
     made = runtime.DeepSpeedConfig(derived, mpu=None)
-    assert made.gradient_accumulation_steps == 1 and made.managed_gradient_accumulation is False
+    assert made.gradient_accumulation_steps == 1 and made.grad_accum_dtype == "fp32"
     assert made.zero_config.stage == 2 and made.float16_config.initial_scale_power == 16
