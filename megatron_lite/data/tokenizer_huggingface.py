@@ -87,7 +87,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return cls(description, roles, str(file))
 
     def _encode_texts(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        return [row.ids for row in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+        # One text a call: a batch starts a thread a core, and the processes of a corpus share the cores already.
+        encode = self._library.encode_batch_fast
+        return [encode([text], add_special_tokens=False)[0].ids for text in texts]
 
     def _decode_ids(self, ids: list[int]) -> str:
         return self._library.decode(ids, skip_special_tokens=False)

@@ -68,6 +68,13 @@ def sliding_windows(ids: Sequence[int], max_length: int, stride: int) -> list[Wi
     return windows
 
 
+def _joined(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    if rows and isinstance(rows[0], np.ndarray):
+        return np.concatenate(rows, dtype=np.int32, casting="same_kind"), lengths
+    return np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=int(lengths.sum())), lengths
+
+
 class Tokenizer(abc.ABC):
     """A mapping between text and token ids 0 ... vocab_size - 1.
 
@@ -219,12 +226,11 @@ class Tokenizer(abc.ABC):
 
     def encode_block(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts end to end (int32) and the number of ids of each (int64): the fast path."""
-        arrays = [np.asarray(row, dtype=np.int32) for row in self._own_ids(texts)]
-        for index, array in enumerate(arrays):
-            if self._is_guarded[array].any():
-                arrays[index] = np.asarray(self.encode(texts[index]), dtype=np.int32)
-        lengths = np.fromiter(map(len, arrays), dtype=np.int64, count=len(arrays))
-        return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int32), lengths
+        rows = self._own_ids(texts)
+        flat, lengths = _joined(rows)
+        if self._is_guarded[flat].any():
+            flat, lengths = _joined([self.encode(text) for text in texts])
+        return flat, lengths
 
     def encode_ordinary_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of many texts, an int32 array each."""

@@ -1,0 +1,134 @@
+"""Turn text into the token sets that training reads: PREFIX_text_document.bin and .idx.
+
+    python tools/preprocess_data.py --input corpus/*.jsonl.zst --output-prefix data/corpus \\
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json --append-eod --workers 8
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+import tyro
+
+from megatron_lite import log
+from megatron_lite.config.data import DataConfig
+from megatron_lite.config.megatron_flags import BY_NAME
+from megatron_lite.data.provenance import Provenance
+from megatron_lite.data.text_input import InputFormat, TxtDocuments
+from megatron_lite.data.tokenize_corpus import CorpusJob, tokenize_corpus
+from megatron_lite.errors import ConfigError, MegatronLiteError
+
+EXIT_INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class PreprocessOptions:
+    """Turn text into the token sets that training reads. Flags are Megatron's; dashes and underscores are alike."""
+
+    input: tuple[str, ...]
+    """Files or patterns ("corpus/**/*.jsonl"), or - for standard input; .gz, .zst, .bz2 and .xz are unpacked."""
+    output_prefix: str
+    """Written are OUTPUT_PREFIX_KEY_document.bin, .idx and .meta.json for each of --json-keys."""
+    tokenizer_type: str
+    """GPT2BPETokenizer, SentencePieceTokenizer, HuggingFaceTokenizer, TiktokenTokenizer or ByteTokenizer."""
+    vocab_file: str | None = None
+    """GPT2BPETokenizer: encoder.json (token to id)."""
+    merge_file: str | None = None
+    """GPT2BPETokenizer: vocab.bpe (merges)."""
+    tokenizer_model: str | None = None
+    """SentencePiece .model, Hugging Face tokenizer.json (or its folder), or tiktoken rank file."""
+    tiktoken_pattern: str | None = None
+    """Split pattern of TiktokenTokenizer: r50k, cl100k, o200k or a regular expression; default: by the file."""
+    special_tokens: tuple[str, ...] = ()
+    """User-defined special tokens, added after the tokenizer's own."""
+    vocab_size: int | None = None
+    """Write ids for a vocabulary of this size, which decides their width; default: the tokenizer's."""
+    append_eod: bool = False
+    """End each document with the end-of-document token."""
+    json_keys: tuple[str, ...] = ("text",)
+    """Keys of a JSON line to take text from; each makes a token set of its own."""
+    input_format: InputFormat = "auto"
+    """JSON lines or plain text; auto: .txt, .text and .md are plain text, all else JSON lines."""
+    txt_documents: TxtDocuments = "file"
+    """What a document of plain text is; paragraphs are parted by blank lines."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At a bad line (invalid JSON or UTF-8, no such key, not a string): stop, or leave it out and count it."""
+    workers: int = 1
+    """Processes that tokenize; the output does not depend on it."""
+    log_interval: int = 10_000
+    """Documents between progress lines where there is no terminal."""
+    partitions: int = 1
+    """Of Megatron; only 1: --workers share all files already, in order."""
+    keep_sequential_samples: bool = False
+    """Of Megatron; has no effect: the order is always kept."""
+    dataset_impl: str = "mmap"
+    """Of Megatron; only mmap."""
+    split_sentences: bool = False
+    """Of Megatron; refused: a GPT trains on whole documents."""
+
+    def problems(self) -> list[str]:
+        """What cannot be, one sentence each."""
+        found = []
+        for name in ("workers", "log_interval"):
+            if getattr(self, name) < 1:
+                found.append(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1; give 1 or more.")
+        if not self.json_keys:
+            found.append("--json-keys needs at least one key; the usual one is text.")
+        if self.tokenizer_type in BY_NAME["tokenizer_type"].refused_values:
+            reason = BY_NAME["tokenizer_type"].refused_values[self.tokenizer_type]
+            found.append(f"--tokenizer-type {self.tokenizer_type} is refused: {reason}.")
+        if self.partitions != 1:
+            found.append(f"--partitions {self.partitions} is refused: --workers share all files already, in order.")
+        if self.dataset_impl not in ("mmap", "infer"):
+            found.append(f"--dataset-impl {self.dataset_impl} is refused: token sets are memory-mapped, leave it out.")
+        if self.split_sentences:
+            found.append("--split-sentences is refused: it is for BERT, a GPT trains on whole documents; leave it out.")
+        return found
+
+    def job(self) -> CorpusJob:
+        """The work these options ask for; Megatron's names of tokenizers are understood."""
+        tokenizer = DataConfig(
+            tokenizer_type=BY_NAME["tokenizer_type"].values.get(self.tokenizer_type, self.tokenizer_type),
+            **{name: getattr(self, name) for name in _TOKENIZER_FIELDS},
+        )
+        shared = {field.name for field in dataclasses.fields(CorpusJob)} - {"inputs", "tokenizer", "block_bytes"}
+        return CorpusJob(inputs=self.input, tokenizer=tokenizer, **{name: getattr(self, name) for name in shared})
+
+
+_TOKENIZER_FIELDS = ("vocab_file", "merge_file", "tokenizer_model", "tiktoken_pattern", "special_tokens")
+
+
+def _describe(prefix: str, facts: Provenance) -> str:
+    return (
+        f"{prefix}: {facts.documents:,} documents, {facts.tokens:,} tokens of {facts.vocab_size:,} ids, "
+        f"{facts.text_bytes:,} bytes of text = {facts.bytes_per_token:.3f} bytes a token; unigram entropy "
+        f"{facts.unigram_entropy:.4f} nats a token, "
+        f"{facts.unigram_entropy / math.log(2) / facts.bytes_per_token:.4f} bits a byte"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns its exit code."""
+    options = tyro.cli(PreprocessOptions, args=argv, prog="preprocess_data.py")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if problems := options.problems():
+            raise ConfigError(problems)
+        for prefix, facts in tokenize_corpus(options.job()).items():
+            print(_describe(prefix, facts))
+    except MegatronLiteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        log.note("stopped; nothing was written")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
