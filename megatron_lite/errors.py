@@ -58,6 +58,12 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, damaged or of another model."""
 
 
+class CheckpointNotSaved(MegatronLiteError):
+    """A checkpoint lost to a full disk, an I/O error or a deadline. The run may go on without it."""
+
+    cause = "checkpoint_not_saved"
+
+
 class NonFiniteError(MegatronLiteError):
     """A NaN or infinite loss or gradient: names step, rank and first offending parameter."""
 

@@ -1,4 +1,4 @@
-"""A piece of training state: a rectangle of one named global tensor, as a view of live memory."""
+"""What a checkpoint is handed: rectangles of named global tensors, as views of live memory."""
 
 from __future__ import annotations
 
@@ -6,17 +6,56 @@ import dataclasses
 
 import torch
 
+from megatron_lite.checkpoint.boxes import Rectangle
+
+#: The dtypes a checkpoint may hold, by the names the safetensors format gives them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A rectangle of the global tensor `name`, held by this rank.
+    """A rectangle of one named global tensor, as a view of live memory.
 
-    `tensor` has the rectangle's shape; saving reads it and loading writes it in place. Of all
-    ranks exactly one owns (and writes) each element.
+    `tensor` has the rectangle's shape; it is read by a save and written in place by a load.
     """
 
     name: str
+    """Kind and serial parameter name: `weight/layers.3.mlp.up.weight`, `exp_avg/...`."""
     global_shape: tuple[int, ...]
     global_start: tuple[int, ...]
     tensor: torch.Tensor
     owned: bool
+    """This rank writes it; over all ranks every element is owned exactly once."""
+
+    def __post_init__(self) -> None:
+        rectangle = self.rectangle
+        whole = Rectangle((0,) * len(self.global_shape), self.global_shape)
+        if len(rectangle.start) != len(rectangle.shape) or rectangle.overlap(whole) != rectangle:
+            raise ValueError(f"{rectangle} is not a rectangle of {self.name}, which has shape {self.global_shape}")
+        if self.tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{self.name} is {self.tensor.dtype}; a checkpoint holds {', '.join(DTYPES)}")
+
+    @property
+    def rectangle(self) -> Rectangle:
+        return Rectangle(self.global_start, tuple(self.tensor.shape))
+
+    @property
+    def dtype_name(self) -> str:
+        return DTYPE_NAMES[self.tensor.dtype]
+
+    def bytes_view(self) -> memoryview:
+        """The values in row-major order as bytes: live memory where it is contiguous and on the CPU."""
+        flat = self.tensor.detach().contiguous().cpu().reshape(-1)
+        return memoryview(flat.view(torch.uint8).numpy())

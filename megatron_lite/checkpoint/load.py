@@ -1,0 +1,160 @@
+"""Loading: the rectangles a rank wants, out of whatever rectangles were stored. Resharding is just this.
+
+Only chunks that hold something wanted are read, each once, checked, and copied into place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lite.checkpoint.boxes import Rectangle, rectangles_of
+from megatron_lite.checkpoint.manifest import Manifest, StoredBox, StoredTensor, read_manifest
+from megatron_lite.checkpoint.piece import DTYPES, Piece
+from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
+from megatron_lite.checkpoint.shard import ShardReader
+from megatron_lite.errors import CheckpointError
+
+_SHOWN = 4
+
+
+def load(folder: str | os.PathLike[str], pieces: Sequence[Piece], ranks: Ranks, *, only: str = "") -> dict[str, Any]:
+    """The state of the checkpoint in `folder`, its tensors written into `pieces` in place. All ranks call.
+
+    With `only`, pieces and stored tensors whose names do not begin with it are left alone
+    (`only="weight/"` takes no optimizer state). Every byte that is used has been checked.
+
+    Raises CheckpointError on all ranks alike when a tensor is missing, superfluous, of another shape
+    or dtype, or damaged. `pieces` may then have been written in part.
+    """
+    folder = Path(folder)
+    wanted = [piece for piece in pieces if piece.name.startswith(only)]
+    try:
+        manifest = _read_and_match(folder, wanted, ranks, only)
+        together(ranks, lambda: _fill(folder, manifest, wanted))
+    except RankFailures as failures:
+        raise CheckpointError(f"{folder} cannot be loaded: {failures}") from failures
+    return manifest.state
+
+
+def read_tensor(folder: str | os.PathLike[str], name: str) -> torch.Tensor:
+    """One whole tensor of a checkpoint, on the CPU, in its stored dtype. Raises CheckpointError."""
+    manifest = read_manifest(folder)
+    if name not in manifest.tensors:
+        raise CheckpointError(f"{folder} holds no tensor {name!r}; it holds {_some(manifest.tensors)}")
+    stored = manifest.tensors[name]
+    whole = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    _fill(Path(folder), manifest, [Piece(name, stored.shape, (0,) * len(stored.shape), whole, owned=False)])
+    return whole
+
+
+def _read_and_match(folder: Path, wanted: list[Piece], ranks: Ranks, only: str) -> Manifest:
+    """The manifest, if what all ranks want together is what it holds.
+
+    Each rank tells which stored tensors it takes as the bits of one number, not by thousands of names.
+    """
+    manifest: Manifest
+
+    def compare() -> dict[str, Any]:
+        nonlocal manifest
+        manifest = read_manifest(folder)
+        names = {piece.name for piece in wanted}
+        return {
+            "taken": hex(sum(1 << bit for bit, name in enumerate(manifest.tensors) if name in names)),
+            "missing": sorted(names - manifest.tensors.keys()),
+            "differing": _differing(wanted, manifest),
+        }
+
+    answers = together(ranks, compare)
+    taken = 0
+    for answer in answers:
+        taken |= int(answer["taken"], 16)
+    missing = sorted({name for answer in answers for name in answer["missing"]})
+    differing = sorted({text for answer in answers for text in answer["differing"]})
+    matched = {name for bit, name in enumerate(manifest.tensors) if taken >> bit & 1}
+    unexpected = [name for name in manifest.tensors if name.startswith(only) and name not in matched]
+    if missing or differing or unexpected:
+        raise CheckpointError(_mismatch(folder, manifest, matched, missing, unexpected, differing))
+    return manifest
+
+
+def _differing(wanted: list[Piece], manifest: Manifest) -> list[str]:
+    found = {}
+    for piece in wanted:
+        stored = manifest.tensors.get(piece.name)
+        if stored and (stored.shape, stored.dtype) != (piece.global_shape, piece.dtype_name):
+            there = f"{stored.dtype} {list(stored.shape)} there"
+            found[piece.name] = f"{piece.name} is {there} and {piece.dtype_name} {list(piece.global_shape)} here"
+    return list(found.values())
+
+
+def _mismatch(
+    folder: Path, manifest: Manifest, matched: set[str], missing: list[str], unexpected: list[str], differing: list[str]
+) -> str:
+    parts = []
+    layers_there, layers_here = _layers(manifest.tensors), _layers(matched.union(missing))
+    if layers_there != layers_here:
+        parts.append(f"the checkpoint holds {layers_there} layers, this model {layers_here}")
+    if missing:
+        parts.append(f"{len(missing)} tensors of this model are not in it ({_some(missing)})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} of its tensors are not in this model ({_some(unexpected)})")
+    if differing:
+        parts.append(f"{len(differing)} tensors differ ({_some(differing)})")
+    ways = "start with the model settings it was trained with"
+    if not any(name.startswith("weight/") for name in missing + unexpected) and not differing:
+        ways = "take its weights alone by --no-load-optim or --finetune"
+    return f"{folder} does not fit this model: {'; '.join(parts)}. To go on, {ways}."
+
+
+def _layers(names: Collection[str]) -> int:
+    return len({found[1] for name in names if (found := re.search(r"\blayers\.(\d+)\.", name))})
+
+
+def _some(names: Collection[str]) -> str:
+    first = ", ".join(list(names)[:_SHOWN])
+    return f"{first}, ..." if len(names) > _SHOWN else first
+
+
+def _fill(folder: Path, manifest: Manifest, pieces: list[Piece]) -> None:
+    by_name: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces:
+        by_name[piece.name].append(piece)
+    with ShardReader(folder, manifest) as reader:
+        for name, group in by_name.items():
+            stored = manifest.tensors[name]
+            for box in stored.boxes:
+                touched = [piece for piece in group if piece.rectangle.overlap(box.rectangle)]
+                if touched:
+                    _fill_from_box(reader, manifest.chunk_bytes, stored, box, touched)
+
+
+def _fill_from_box(
+    reader: ShardReader, chunk_bytes: int, stored: StoredTensor, box: StoredBox, pieces: list[Piece]
+) -> None:
+    """Copy what `pieces` want of one box, chunk by chunk; a chunk is a few rectangles of its box."""
+    dtype, chunk_values = DTYPES[stored.dtype], chunk_bytes // stored.item_bytes
+    overlaps = [piece.rectangle.overlap(box.rectangle) for piece in pieces]
+    ranges = [overlap.flat_range_in(box.rectangle) for overlap in overlaps if overlap]
+    begin, end = min(first for first, _ in ranges), max(last for _, last in ranges)
+    for index in range(begin // chunk_values, -(-end // chunk_values)):
+        first = index * chunk_values
+        last = min(first + chunk_values, box.rectangle.size)
+        copies: list[tuple[Piece, Rectangle, Rectangle, int]] = []
+        for part, flat in rectangles_of(box.rectangle.shape, first, last):
+            source = part.moved(box.rectangle.start)
+            for piece in pieces:
+                if shared := source.overlap(piece.rectangle):
+                    copies.append((piece, shared, source, flat - first))
+        if not copies:
+            continue
+        values = torch.frombuffer(reader.chunk(box, box.rectangle.size * stored.item_bytes, index), dtype=dtype)
+        for piece, shared, source, offset in copies:
+            held = values[offset : offset + source.size].view(source.shape)[shared.slices_in(source)]
+            piece.tensor.detach()[shared.slices_in(piece.rectangle)].copy_(held)

@@ -1,0 +1,183 @@
+"""One rank's file, in the safetensors format: eight bytes of header length, a JSON header, the values.
+
+A box of a tensor is stored row-major, little-endian, under the tensor's name followed by its place in
+slice notation (`weight/embedding.weight[0:512,0:64]`), or under the name alone if it is the whole tensor.
+Every chunk of a box has a CRC-32 in the manifest, so a reader checks just what it reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from megatron_lite.checkpoint.manifest import (
+    CHUNK_BYTES,
+    ITEM_BYTES,
+    Manifest,
+    StoredBox,
+    box_entry,
+    file_entry,
+    open_regular,
+)
+from megatron_lite.checkpoint.piece import Piece
+from megatron_lite.errors import CheckpointError
+
+_MOST_OPEN_FILES = 128
+
+
+class _Placed(NamedTuple):
+    """A piece and the bytes [first, last) of the file it goes to."""
+
+    piece: Piece
+    first: int
+    last: int
+
+
+class ShardPlan:
+    """What a rank's file will hold, decided before a byte is written: header, ranges, size.
+
+    Pieces of zero elements and those owned elsewhere take no part; a rank left with none has `size` 0
+    and writes no file.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], step: int):
+        # Widest values first, so that every tensor is aligned to its own item.
+        held = sorted(
+            (piece for piece in pieces if piece.owned and piece.tensor.numel()),
+            key=lambda piece: (-ITEM_BYTES[piece.dtype_name], piece.name, piece.global_start),
+        )
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", "step": str(step)}}
+        ends = [0]
+        for piece in held:
+            ends.append(ends[-1] + piece.tensor.nbytes)
+            is_whole = piece.rectangle.shape == piece.global_shape
+            header[piece.name if is_whole else f"{piece.name}{piece.rectangle}"] = {
+                "dtype": piece.dtype_name,
+                "shape": piece.rectangle.shape,
+                "data_offsets": ends[-2:],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = len(text).to_bytes(8, "little") + text
+        base = len(self.header)
+        self.size = base + ends[-1] if held else 0
+        self.placed = [
+            _Placed(piece, base + a, base + b) for piece, a, b in zip(held, ends[:-1], ends[1:], strict=True)
+        ]
+
+    def write(self, path: Path, deadline: float | None = None) -> dict[str, Any]:
+        """Write the file and make it durable; its `files` and `tensors` entries for the manifest.
+
+        Straight from the pieces' memory, chunk by chunk. `deadline` is a time.monotonic() value past
+        which it gives up. Raises OSError (TimeoutError past the deadline).
+        """
+        if not self.placed:
+            return {"files": {}, "tensors": {}}
+        tensors: dict[str, Any] = {}
+        try:
+            with open(path, "xb") as file:
+                file.write(self.header)
+                for piece, first, last in self.placed:
+                    checksums = _write_chunks(file, piece.bytes_view(), deadline)
+                    entry = {"dtype": piece.dtype_name, "shape": list(piece.global_shape), "boxes": []}
+                    tensors.setdefault(piece.name, entry)["boxes"].append(
+                        box_entry(piece.rectangle, path.name, first, last, checksums)
+                    )
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if error.filename is None:
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
+        entry = file_entry(self.size, len(self.header), zlib.crc32(self.header))
+        return {"files": {path.name: entry}, "tensors": tensors}
+
+
+def keep_to(deadline: float | None) -> None:
+    """Raise TimeoutError past `deadline`, a time.monotonic() value."""
+    if deadline is not None and time.monotonic() > deadline:
+        raise TimeoutError(errno.ETIMEDOUT, "the time for this save is used up")
+
+
+def _write_chunks(file: BinaryIO, values: memoryview, deadline: float | None) -> list[int]:
+    checksums = []
+    for first in range(0, len(values), CHUNK_BYTES):
+        keep_to(deadline)
+        chunk = values[first : first + CHUNK_BYTES]
+        checksums.append(zlib.crc32(chunk))
+        file.write(chunk)
+    return checksums
+
+
+class ShardReader(contextlib.AbstractContextManager):
+    """The files of one checkpoint, opened when first read; whatever is handed out has been checked."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self._folder = folder
+        self._manifest = manifest
+        self._open: dict[str, BinaryIO] = {}
+        self._checked: set[str] = set()
+        self._buffer = bytearray(manifest.chunk_bytes)
+
+    def __exit__(self, *exc_info: object) -> None:
+        for file in self._open.values():
+            file.close()
+
+    def check_file(self, name: str) -> None:
+        """Check that the file is there, a plain one, of its size, with its header."""
+        if name in self._checked:
+            return
+        entry = self._manifest.files[name]
+        size = os.fstat(self._file(name).fileno()).st_size
+        if size != entry.size:
+            raise CheckpointError(f"{self._folder / name} has {size} bytes, and the manifest says {entry.size}")
+        self._read(name, 0, entry.header_size, entry.header_crc32)
+        self._checked.add(name)
+
+    def chunk(self, box: StoredBox, nbytes: int, index: int) -> memoryview:
+        """Bytes of chunk `index` of a box of `nbytes` in all; valid until the next call.
+
+        Raises CheckpointError naming file and byte range when the checksum differs.
+        """
+        self.check_file(box.file)
+        first = index * self._manifest.chunk_bytes
+        length = min(self._manifest.chunk_bytes, nbytes - first)
+        return self._read(box.file, box.first_byte + first, length, box.crc32[index])
+
+    def _file(self, name: str) -> BinaryIO:
+        if name not in self._open:
+            if len(self._open) == _MOST_OPEN_FILES:
+                self._open.pop(next(iter(self._open))).close()
+            try:
+                self._open[name] = open_regular(self._folder / name)
+            except OSError as error:
+                raise CheckpointError(f"{self._folder / name} cannot be read: {error.strerror}") from None
+        return self._open[name]
+
+    def _read(self, name: str, first: int, length: int, crc32: int) -> memoryview:
+        file = self._file(name)
+        if length > len(self._buffer):
+            self._buffer = bytearray(length)
+        values = memoryview(self._buffer)[:length]
+        done = 0
+        while done < length:
+            try:
+                count = os.preadv(file.fileno(), [values[done:]], first + done)
+            except OSError as error:
+                raise CheckpointError(f"{self._folder / name} cannot be read: {error.strerror}") from None
+            if count == 0:
+                raise CheckpointError(f"{self._folder / name} ends at byte {first + done}; it was cut off while read")
+            done += count
+        if zlib.crc32(values) != crc32:
+            raise CheckpointError(
+                f"{self._folder / name}: bytes {first} to {first + length - 1} do not match their checksum; "
+                f"the file is damaged"
+            )
+        return values
