@@ -62,7 +62,7 @@ class _Rewriting:
         self.defaults = defaults
         self.own = {*defaults, *(f"no_{name}" for name, value in defaults.items() if isinstance(value, bool))}
         self.own |= other_flags
-        lengths = [item.values[0] for item in given if item.name == "seq_length" and item.values]
+        lengths = [item.values[0] for item in given if item.name.endswith("seq_length") and item.values]
         self.seq_length = lengths[-1] if lengths else str(defaults["seq_length"])
         self.settings: dict[str, dict[str, tuple[_Given, str]]] = {}
         self.problems: list[str] = []
@@ -109,7 +109,7 @@ class _Rewriting:
         return []
 
     def _neutral(self, row: Flag, item: _Given) -> list[str]:
-        if set(item.values) <= set(row.neutral):
+        if item.values and set(item.values) <= set(row.neutral):
             return []
         return self._refused(row, item)
 

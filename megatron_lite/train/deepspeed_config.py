@@ -190,11 +190,6 @@ def _zero_problems(zero: Mapping[str, Any]) -> list[str]:
         device = (zero.get(section) or {}).get("device", "none")
         if device != "none" and stage < least:
             problems.append(f"zero_optimization.{section} needs --zero-stage {least} or more, but it is {stage}.")
-    if stage == 1 and zero.get("overlap_comm"):
-        problems.append(
-            "zero_optimization.overlap_comm needs --zero-stage 2 or 3, but it is 1: its gradients are reduced once, "
-            "at the end of a step."
-        )
     return problems
 
 

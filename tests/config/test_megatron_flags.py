@@ -180,6 +180,7 @@ def test_a_row_is_complete(row: Flag):
 
 def test_tokens_become_samples_by_the_sequence_length(tmp_path):
     assert load("--lr-decay-tokens", "10241", "--seq-length", "512")["lr_decay_samples"] == 21
+    assert load("--encoder-seq-length", "512", "--lr-warmup-tokens", "10240")["lr_warmup_samples"] == 20
     assert load("--seq_length=512", "--lr-warmup-tokens", "10240")["lr_warmup_samples"] == 20
     file = tmp_path / "run.yaml"
     file.write_text("data: {seq_length: 256}")

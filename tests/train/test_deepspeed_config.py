@@ -156,12 +156,10 @@ def test_all_problems_are_said_at_once():
     assert len(refused({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}, "zzz": 1})) == 3
 
 
-def test_offload_and_overlap_need_their_stage():
+def test_offload_needs_its_stage():
     offload = {"device": "cpu"}
     assert "--zero-stage 3" in refused({"zero_optimization": {"offload_param": offload}}, zero_stage=2)[0]
     assert "--zero-stage 1" in refused({"zero_optimization": {"offload_optimizer": offload}}, zero_stage=0)[0]
-    assert "--zero-stage 2 or 3" in refused({"zero_optimization": {"overlap_comm": True}})[0]
-    assert merged({"zero_optimization": {"overlap_comm": True}}, zero_stage=2)["zero_optimization"]["overlap_comm"]
 
 
 def test_a_file_is_read_and_merged(tmp_path):
