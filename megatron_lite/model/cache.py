@@ -38,3 +38,10 @@ class KeyValueCache:
     def advance(self, tokens: int) -> None:
         """Count `tokens` that every layer has appended."""
         self.length += tokens
+
+    def keep(self, rows: list[int], length: int) -> None:
+        """Go on with some rows of the batch and the last `length` tokens of each."""
+        capacity = self.capacity - (self.length - length)
+        for layer, held in self._layers.items():
+            self._layers[layer] = tuple(tensor[rows, :, self.capacity - capacity :] for tensor in held)
+        self.capacity, self.length = capacity, length
