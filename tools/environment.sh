@@ -27,8 +27,7 @@ environment_make() { # folder of a new virtual environment
     "$python" -m venv --clear "$1"
 }
 
-# pip, silent but for errors; what it says beside them is in .venv/install.log.
-environment_pip() { .venv/bin/python -m pip -qq --log .venv/install.log "$@"; }
+environment_pip() { .venv/bin/python -m pip -qq "$@"; } # errors alone are heard
 
 # Without a GPU PyTorch's CPU build is wanted: the standard one for Linux brings several GB of CUDA libraries.
 # The index in use may offer it (its version ends in "+cpu"); PyTorch's own index does.
@@ -76,7 +75,7 @@ environment_ensure() { # extra
             "warning: no C++ compiler (g++): DeepSpeed's CPU offload cannot be built; on Debian and Ubuntu: apt install g++"
         rm -f .venv/installed-*
         environment_install "$extra" || {
-            environment_say "the installation failed; its whole log is .venv/install.log"
+            environment_say "the installation failed"
             return 1
         }
         echo "$key" >".venv/installed-${extra:-base}"
