@@ -76,9 +76,11 @@ class GPT(nn.Module):
         self.final_norm = None
         if config.norm_position == "pre":
             self.final_norm = Norm(config.normalization, config.hidden_size, config.norm_epsilon, mesh, **options)
-        self.head = None
+        # A tied head holds the embedding's own parameter, which keeps the embedding's name.
+        head_weight = self.embedding.word.weight
         if config.untie_embeddings_and_output_weights:
-            self.head = Head(self.vocabulary, config.hidden_size, mesh, **options)
+            head_weight = vocabulary_weight(self.vocabulary, config.hidden_size, mesh, **options)
+        self.head = Head(head_weight)
         if seed is not None and torch.device(device or "cpu").type != "meta":
             initialize(self, config, seed)
 
@@ -181,8 +183,7 @@ class GPT(nn.Module):
             hidden_SBH = hidden_SBH[-1:]
         if self.final_norm is not None:
             hidden_SBH = self.final_norm(hidden_SBH, run.axis)
-        entered = run.axis.enter(hidden_SBH)
-        return F.linear(entered, self.embedding.word.weight) if self.head is None else self.head(entered)
+        return self.head(run.axis.enter(hidden_SBH))
 
 
 class Embedding(nn.Module):
@@ -246,19 +247,11 @@ class PositionEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The output layer of an untied model, split over the vocabulary: [S, B, H] -> [S, B, V]."""
+    """The output layer, split over the vocabulary by its weight [V, H]: [S, B, H] -> [S, B, V]."""
 
-    def __init__(
-        self,
-        part: VocabularyPart,
-        hidden_size: int,
-        mesh: ProcessMesh,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, weight: nn.Parameter):
         super().__init__()
-        self.weight = vocabulary_weight(part, hidden_size, mesh, device=device, dtype=dtype)
+        self.weight = weight
 
     def forward(self, entered: torch.Tensor) -> torch.Tensor:
         return F.linear(entered, self.weight)

@@ -52,7 +52,7 @@ class VocabularyPart:
 class VocabParallelEmbedding(nn.Module):
     """Token vectors split by rows over tensor ranks: [S, B] ids -> [S, B, H], as `TensorAxis.leave` leaves them.
 
-    `weight` is [V, H] globally. A tied output head multiplies by the same weight.
+    `weight` is [V, H] globally.
     """
 
     def __init__(
