@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -30,10 +31,10 @@ def _rank_main(connection, fn, rank, size, store_path, timeout, args, kwargs):
     try:
         store = dist.FileStore(store_path, size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-        result = fn(*args, **kwargs)
-        connection.send(("done", result))
+        # Plain pickles: multiprocessing's own would share tensors by descriptors of a rank that is gone.
+        connection.send_bytes(pickle.dumps(("done", fn(*args, **kwargs))))
     except BaseException:
-        connection.send(("failed", traceback.format_exc()))
+        connection.send_bytes(pickle.dumps(("failed", traceback.format_exc())))
     finally:
         connection.close()
         # A rank that failed leaves its peers inside a collective: no orderly goodbye then.
@@ -74,7 +75,7 @@ def _collect(workers, deadline):
         for parent in ready:
             rank = waiting.pop(parent)
             try:
-                kind, value = parent.recv()
+                kind, value = pickle.loads(parent.recv_bytes())
             except EOFError:
                 raise AssertionError(f"rank {rank} of {len(workers)} died without a word") from None
             if kind == "failed":

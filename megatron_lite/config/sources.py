@@ -144,6 +144,14 @@ def parse(text: str, source: str) -> Overrides:
         return {}
     if not isinstance(document, dict):
         raise ConfigError(f"{source} must map sections ({', '.join(field_types())}) to fields.")
+    return typed(document, source)
+
+
+def typed(document: Mapping[str, Any], source: str) -> Overrides:
+    """The fields of a mapping from sections to fields, each of its field's type.
+
+    Raises ConfigError with every unknown section, unknown key and value of a wrong type at once.
+    """
     overrides: Overrides = {}
     problems: list[str] = []
     for section, fields in document.items():
@@ -198,7 +206,7 @@ def read_preset(name: str) -> Overrides:
     return read(PRESET_FOLDER / f"{name}.yaml")
 
 
-def _plain(config: RunConfig) -> dict[str, dict[str, Any]]:
+def plain(config: RunConfig) -> dict[str, dict[str, Any]]:
     """The configuration in the types of YAML and JSON, each number of its field's type."""
     return {
         section: {
@@ -210,12 +218,20 @@ def _plain(config: RunConfig) -> dict[str, dict[str, Any]]:
     }
 
 
+def from_plain(sections: Mapping[str, Mapping[str, Any]], source: str) -> RunConfig:
+    """The configuration that `plain` gave; `source` names it in messages. Raises ConfigError.
+
+    Fields this version has and `sections` has not keep their defaults, so that older ones can be read.
+    """
+    return override(RunConfig(), typed(sections, source))
+
+
 def dump(config: RunConfig) -> str:
     """The whole configuration as YAML, by section; `parse` of it gives every field back."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
 
 
 def config_hash(config: RunConfig) -> str:
     """SHA-256, in hex, of the configuration's canonical JSON (sorted keys, no white space)."""
-    canonical = json.dumps(_plain(config), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    canonical = json.dumps(plain(config), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

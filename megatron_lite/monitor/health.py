@@ -39,7 +39,9 @@ def check_finite(
         raise NonFiniteError(describe(value, step=step, rank=rank, weights=weights, gradients=gradients))
 
 
-def describe(loss: float, *, step: int, rank: int, weights: Named = (), gradients: Named = ()) -> str:
+def describe(
+    loss: float, *, step: int, rank: int, weights: Named = (), gradients: Named = (), what: str = "loss"
+) -> str:
     """The sentences of a non-finite loss: where it arose, what is the first tensor hurt, what to do."""
     for kind, tensors in (("weight", weights), ("gradient", gradients)):
         found = first_non_finite(tensors)
@@ -50,6 +52,6 @@ def describe(loss: float, *, step: int, rank: int, weights: Named = (), gradient
     else:
         culprit = "all weights and gradients on this rank are finite, so an activation overflowed in this step"
     return (
-        f"step {step}: the loss is {loss} on rank {rank}; {culprit}. Go back to the last checkpoint with a lower "
+        f"step {step}: the {what} is {loss} on rank {rank}; {culprit}. Go back to the last checkpoint with a lower "
         f"--lr, a longer warm-up or a smaller --clip-grad, or leave the samples of this step out by --skip-samples A:B"
     )

@@ -18,6 +18,7 @@ from megatron_lite import log
 from megatron_lite.errors import ConfigError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+GRACE_SECONDS = 25.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: str | None = None
         self.asked_at: float | None = None
+        self._pressing = False
         self._watch_over = threading.Event()
 
     def listen(self) -> None:
@@ -112,26 +114,34 @@ class StopRequest:
         if watched:
             threading.Thread(target=self._watch, args=(watched,), daemon=True, name="launcher-watch").start()
 
+    def deadline(self) -> float | None:
+        """When a save on the way out must be over, on the monotonic clock; None if nobody presses.
+
+        Launchers kill a rank 30 s after they asked it to stop.
+        """
+        return self.asked_at + GRACE_SECONDS if self.asked_at is not None and self._pressing else None
+
     def close(self) -> None:
         """Stop watching and give the signals their default meaning back."""
         self._watch_over.set()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
 
-    def ask(self, reason: str) -> None:
-        """Note a reason to stop; the first one counts."""
+    def ask(self, reason: str, pressing: bool = False) -> None:
+        """Note a reason to stop; the first one counts. `pressing`: the process may be killed soon."""
         if self.reason is None:
             self.asked_at = time.monotonic()
             self.reason = reason
+        self._pressing |= pressing
 
     def _on_signal(self, number: int, frame) -> None:
         signal.signal(number, signal.SIG_DFL)
-        self.ask(f"signal {signal.Signals(number).name}")
+        self.ask(f"signal {signal.Signals(number).name}", pressing=True)
 
     def _watch(self, chain: list[tuple[int, int]]) -> None:
         while not self._watch_over.wait(0.5):
             if any(_parent_of(pid) != parent for pid, parent in chain):
-                self.ask("the launcher is gone")
+                self.ask("the launcher is gone", pressing=True)
                 return
 
 

@@ -7,6 +7,7 @@ group is None and a collective returns its input, so one process needs no proces
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -108,6 +109,13 @@ class ProcessMesh:
         return [
             json.loads(bytes(part[: int(length)].numpy())) for part, length in zip(gathered, lengths, strict=True)
         ]
+
+    def sum_numbers(self, values: Sequence[float]) -> list[float]:
+        """`values` summed over all ranks, in float64: exact for counts below 2^53."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self._control)
+        return total.tolist()
 
     def barrier(self) -> None:
         """Wait for every rank."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -26,7 +25,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lite import log
 from megatron_lite.checkpoint.piece import Piece
 from megatron_lite.errors import ConfigError
 from megatron_lite.optim.build import allocate_state, set_step_count, step_count

@@ -1,0 +1,145 @@
+"""A run put together: ranks, data, model, engine, out of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_lite import log
+from megatron_lite.checkpoint import ranks
+from megatron_lite.config import check
+from megatron_lite.config.run import RunConfig
+from megatron_lite.data.loader import BatchLoader
+from megatron_lite.data.stream import SampleStream, build_stream
+from megatron_lite.data.tokenizer import build_tokenizer
+from megatron_lite.data.tokenizer_interface import Tokenizer
+from megatron_lite.errors import ConfigError, MegatronLiteError, UserError
+from megatron_lite.model.gpt import GPT
+from megatron_lite.optim.build import build_optimizer, slots
+from megatron_lite.optim.groups import default_rules, parameter_groups
+from megatron_lite.parallel import launch
+from megatron_lite.parallel.mesh_shape import MeshShape
+from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.parallel.recompute import Recompute
+from megatron_lite.train import deepspeed_config
+from megatron_lite.train.engine import Engine, ReplicaEngine, ZeroEngine
+
+T = TypeVar("T")
+
+
+def start_ranks(me: launch.Launch, *, tensor: int, timeout_minutes: float) -> ProcessMesh:
+    """The live mesh of all ranks that were launched; the data size is what the tensor size leaves."""
+    shape = MeshShape.of_world(me.world_size, tensor=tensor)
+    device = launch.start(me, timeout_minutes)
+    return ProcessMesh.create(shape, device)
+
+
+def together(mesh: ProcessMesh, action: Callable[[], T]) -> T:
+    """`action()`; an error of the user's on one rank is raised on all of them, so that none waits."""
+    done: list[T] = []
+    try:
+        ranks.together(mesh, lambda: done.append(action()))
+    except ranks.RankFailures as failures:
+        if not isinstance(failures.__cause__, (MegatronLiteError, OSError, type(None))):
+            raise failures.__cause__ from None
+        texts = {failure.text for failure in failures.failures}
+        everywhere = len(texts) == 1 and len(failures.failures) == mesh.world_size
+        raise UserError(texts.pop() if everywhere else str(failures)) from None
+    return done[0]
+
+
+def resolve_vocabulary(config: RunConfig) -> tuple[Tokenizer | None, int]:
+    """The tokenizer, if one is named, and the true vocabulary size: the flag's, or the tokenizer's.
+
+    Raises ConfigError when the tokenizer has more ids than --vocab-size.
+    """
+    tokenizer = build_tokenizer(config.data) if config.data.tokenizer_type else None
+    given = config.model.vocab_size
+    if tokenizer is None:
+        if given is None:
+            raise ConfigError("the vocabulary size is not known: give --tokenizer-type and its file, or --vocab-size")
+        return None, given
+    if given is not None and given < tokenizer.vocab_size:
+        raise ConfigError(
+            f"vocab_size={given} is smaller than the tokenizer's {tokenizer.vocab_size}; "
+            f"leave --vocab-size out, or give at least {tokenizer.vocab_size}"
+        )
+    return tokenizer, given or tokenizer.vocab_size
+
+
+def build_model(
+    config: RunConfig, mesh: ProcessMesh, vocab_size: int, *, dtype: torch.dtype = torch.float32
+) -> GPT:
+    """The model of this rank on the mesh's device, its weights drawn from the seed."""
+    return GPT(
+        config.model,
+        mesh,
+        vocab_size=vocab_size,
+        seq_length=config.data.seq_length,
+        sequence_parallel=config.parallel.sequence_parallel and mesh.size("tensor") > 1,
+        recompute=Recompute(
+            config.training.recompute_granularity,
+            config.training.recompute_method,
+            config.training.recompute_num_layers,
+        ),
+        seed=config.training.seed,
+        device=mesh.device,
+        dtype=dtype,
+    )
+
+
+def build_engine(config: RunConfig, model: GPT, mesh: ProcessMesh) -> Engine:
+    """The engine of the configured ZeRO stage, its optimizer over this rank's parameters."""
+    problems = check.precision_problems(
+        config.precision.dtype, mesh.device.type, has_fp16=mesh.device.type != "cpu"
+    )
+    if problems:
+        raise ConfigError(problems)
+    groups = parameter_groups(model.named_parameters(), default_rules(config.optimizer))
+    optimizer = build_optimizer(config.optimizer, groups)
+    names = slots(config.optimizer)
+    stage = deepspeed_config.effective_zero_stage(config)
+    if stage == 0:
+        return ReplicaEngine(model, mesh, optimizer, names, config.optimizer.clip_grad)
+    if stage != config.parallel.zero_stage:
+        log.warn(
+            f"ZeRO {config.parallel.zero_stage} in {config.precision.dtype} runs as ZeRO {stage}: "
+            f"16-bit weights need fp32 masters, which ZeRO keeps"
+        )
+    return ZeroEngine(model, mesh, optimizer, names, deepspeed_config.build(config, mesh.size("data")))
+
+
+def open_stream(config: RunConfig, split: str, vocab_size: int) -> SampleStream:
+    """The samples of "train", "valid" or "test", checked against the vocabulary."""
+    stream = build_stream(
+        config.data,
+        seed=config.training.seed,
+        split=split,
+        vocab_size=vocab_size,
+        skip_samples=config.training.skip_samples if split == "train" else (),
+    )
+    stream.check_vocabulary(vocab_size)
+    return stream
+
+
+def open_loader(config: RunConfig, stream: SampleStream, mesh: ProcessMesh, vocab_size: int) -> BatchLoader:
+    """The micro-batches of this data rank out of `stream`."""
+    return BatchLoader(
+        stream,
+        data_rank=mesh.rank("data"),
+        data_size=mesh.size("data"),
+        micro_batch_size=config.training.micro_batch_size,
+        vocab_size=vocab_size,
+        num_workers=config.data.num_workers,
+    )
+
+
+def close_ranks() -> None:
+    """End the process group, once all ranks are here."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+

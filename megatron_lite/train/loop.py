@@ -1,0 +1,154 @@
+"""The loop: train a step, and once in a while evaluate, save, log."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+from megatron_lite import log
+from megatron_lite.config.run import RunConfig
+from megatron_lite.data.loader import BatchLoader
+from megatron_lite.monitor.memory import MemoryMeter
+from megatron_lite.monitor.metrics import Metrics, throughput
+from megatron_lite.monitor.sinks import Sinks
+from megatron_lite.optim.schedule import Schedule
+from megatron_lite.parallel.launch import StopRequest
+from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.train.batch_plan import BatchPlan
+from megatron_lite.train.engine import Engine
+from megatron_lite.train.keeper import Keeper
+from megatron_lite.train.progress import Progress
+from megatron_lite.train.step import StepResult, train_step, validate
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a training run consists of, put together by train/start.py."""
+
+    config: RunConfig
+    mesh: ProcessMesh
+    engine: Engine
+    plan: BatchPlan
+    schedule: Schedule
+    progress: Progress
+    dropout_seed: int
+    train_loader: BatchLoader
+    valid_loader: BatchLoader | None
+    eval_batches: int
+    sinks: Sinks
+    metrics: Metrics
+    memory: MemoryMeter
+    keeper: Keeper
+    stop: StopRequest
+    flops_per_token: float
+    peak_flops: float | None
+    run_dir: Path | None
+
+
+def train(run: Run) -> str:
+    """Train to the end of the plan or until a reason to stop; returns that reason.
+
+    The state is saved at the end whatever the reason. Raises NonFiniteError.
+    """
+    progress = run.progress
+    started = time.monotonic()
+    reason = "done"
+    while progress.step < run.plan.total_iterations:
+        if found := _one_step(run, started):
+            reason = found
+            break
+        if _is_due(progress.step, run.config.training.eval_interval) and run.valid_loader is not None:
+            _evaluate(run)
+            patience = run.config.training.early_stopping_patience
+            if patience is not None and progress.validations_without_better >= patience:
+                reason = "early stopping"
+                log.note(
+                    f"no better validation loss than {progress.best_valid_loss:.4f} (step {progress.best_step}) "
+                    f"in {patience} validations: stopping"
+                )
+                break
+        if _is_due(progress.step, run.config.checkpoint.save_interval):
+            run.keeper.save(run.engine, progress)
+        if _is_due(progress.step, run.config.training.exit_interval):
+            reason = "exit interval"
+            break
+    if reason == "done" and run.valid_loader and not _is_due(progress.step, run.config.training.eval_interval):
+        _evaluate(run)
+    run.keeper.save(run.engine, progress, deadline=run.stop.deadline())
+    return reason
+
+
+def _one_step(run: Run, started: float) -> str | None:
+    """Train one step; a reason to stop instead, agreed by all ranks."""
+    began = time.perf_counter()
+    progress, plan, mesh = run.progress, run.plan, run.mesh
+    limit = run.config.training.exit_duration_in_mins
+    if limit is not None and time.monotonic() - started >= 60 * limit:
+        run.stop.ask("exit duration")
+    batch_size = plan.global_batch_size(progress.consumed_samples)
+    micro_batches = run.train_loader.step(progress.consumed_samples, batch_size)
+    counts_here = mesh.rank("tensor") == 0 and mesh.rank("pipe") == 0 and mesh.rank("context") == 0
+    tokens_here = sum(int(batch.loss_mask.sum()) for batch in micro_batches) if counts_here else 0
+    target_tokens, asked = mesh.sum_numbers([tokens_here, run.stop.reason is not None])
+    if asked:
+        return next(reason for reason in mesh.gather_json(run.stop.reason) if reason)
+    rate = run.schedule.learning_rate(progress.step, progress.consumed_samples)
+    result = train_step(
+        run.engine,
+        mesh,
+        micro_batches,
+        target_tokens=int(target_tokens),
+        step=progress.step + 1,
+        seed=run.dropout_seed,
+        learning_rate=rate,
+    )
+    progress.step += 1
+    progress.consumed_samples += batch_size
+    progress.consumed_tokens += int(target_tokens)
+    progress.skipped_steps += result.outcome.skipped
+    _log_step(run, result, rate, batch_size, time.perf_counter() - began)
+    return None
+
+
+def _log_step(run: Run, result: StepResult, rate: float, batch_size: int, seconds: float) -> None:
+    progress = run.progress
+    values = {
+        "step": progress.step,
+        "loss": result.loss,
+        "lr": rate,
+        "grad_norm": result.outcome.grad_norm,
+        "loss_scale": result.outcome.loss_scale,
+        "skipped_steps": progress.skipped_steps,
+        "global_batch_size": batch_size,
+        "consumed_samples": progress.consumed_samples,
+        "consumed_tokens": progress.consumed_tokens,
+        **throughput(
+            tokens=batch_size * run.config.data.seq_length,
+            seconds=seconds,
+            world_size=run.mesh.world_size,
+            flops_per_token=run.flops_per_token,
+            peak_flops=run.peak_flops,
+        ),
+        **run.memory.metrics(),
+    }
+    for name, value in values.items():
+        run.metrics.record(name, value)
+    run.sinks.write(run.metrics.collect())
+
+
+def _evaluate(run: Run) -> None:
+    """Validate, log it, and keep the checkpoint apart if it is the best so far."""
+    batch_size = run.plan.stages[-1].batch_size
+    loss = validate(run.engine, run.mesh, run.valid_loader, run.eval_batches, batch_size)
+    run.metrics.record("step", run.progress.step)
+    run.metrics.record("valid_loss", loss)
+    run.metrics.record("valid_perplexity", math.exp(min(loss, 700.0)))
+    run.sinks.write(run.metrics.collect())
+    if run.progress.note_validation(loss):
+        run.keeper.save(run.engine, run.progress, best=True)
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return bool(interval) and step % interval == 0

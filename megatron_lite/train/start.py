@@ -1,0 +1,363 @@
+"""From a configuration to a finished run: assemble, resume or start anew, train, say how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lite import log
+from megatron_lite.checkpoint import store
+from megatron_lite.checkpoint.find import find
+from megatron_lite.checkpoint.load import load
+from megatron_lite.checkpoint.manifest import Manifest, read_manifest
+from megatron_lite.config import sources
+from megatron_lite.config.run import RunConfig
+from megatron_lite.data.stream import SampleStream
+from megatron_lite.errors import EXIT_LOST_RANK, CheckpointError, LostRankError, MegatronLiteError
+from megatron_lite.monitor.exit_file import remove_exit, write_exit
+from megatron_lite.monitor.memory import MemoryMeter
+from megatron_lite.monitor.metrics import Metrics
+from megatron_lite.monitor.sinks import open_sinks
+from megatron_lite.monitor.versions import versions
+from megatron_lite.optim.schedule import Schedule, schedule
+from megatron_lite.parallel.launch import Launch, StopRequest
+from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.plan.devices import dense_peak_flops
+from megatron_lite.plan.flops import flops_per_token
+from megatron_lite.train import build
+from megatron_lite.train.batch_plan import BatchPlan
+from megatron_lite.train.engine import Engine
+from megatron_lite.train.keeper import Keeper
+from megatron_lite.train.loop import Run, train
+from megatron_lite.train.progress import Progress
+
+
+def run_folder(config: RunConfig) -> Path | None:
+    """Where metrics, config and exit.json of a run go: --run-dir, else --save, else nowhere."""
+    folder = config.logging.run_dir or config.checkpoint.save
+    return None if folder is None else Path(folder)
+
+
+def run_training(config: RunConfig, me: Launch, command: str) -> None:
+    """Train as configured, on the ranks that were launched.
+
+    `command` is how this run was started, for the line that says how to go on. Raises
+    MegatronLiteError; a stop by request is no error.
+    """
+    with contextlib.ExitStack() as held:
+        stop = StopRequest()
+        stop.listen()
+        held.callback(stop.close)
+        mesh = build.start_ranks(
+            me,
+            tensor=config.parallel.tensor_model_parallel_size,
+            timeout_minutes=config.parallel.distributed_timeout_minutes,
+        )
+        _claim_folders(config, mesh, held)
+        run = _assemble(config, mesh, stop, MemoryMeter(mesh.device))
+        for resource in (run.sinks, run.train_loader, run.valid_loader):
+            if resource is not None:
+                held.callback(resource.close)
+        _train_and_tell(run, command)
+    build.close_ranks()
+
+
+def _train_and_tell(run: Run, command: str) -> None:
+    """Train, and leave `exit.json` however that ends."""
+    try:
+        reason = train(run)
+    except MegatronLiteError as error:
+        _leave_exit_file(run, error.cause, error.exit_code, _how_to_go_on(run, command), str(error))
+        raise
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        lost = LostRankError(f"another rank is gone, seen by rank {run.mesh.global_rank}: {str(error).splitlines()[0]}")
+        _leave_exit_file(run, lost.cause, lost.exit_code, _how_to_go_on(run, command), str(lost))
+        raise lost from None
+    how = _how_to_go_on(run, command)
+    log.note(f"stopped at step {run.progress.step} of {run.plan.total_iterations}: {reason}; {how}")
+    _leave_exit_file(run, reason.replace(" ", "_"), 0, how, "")
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because a rank at the other end is gone."""
+    text = str(error)
+    return any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe"))
+
+
+def _how_to_go_on(run: Run, command: str) -> str:
+    if run.progress.step >= run.plan.total_iterations:
+        return "the run is complete"
+    if run.keeper.root is None:
+        return "nothing was saved (no --save folder), so the run starts again from step 0"
+    if run.keeper.saved_step is None:
+        return f"no checkpoint was saved, so the same command starts again from step 0: {command}"
+    return f"the same command goes on from step {run.keeper.saved_step}: {command}"
+
+
+def _leave_exit_file(run: Run, cause: str, code: int, how: str, message: str) -> None:
+    # After a lost rank nobody knows whether rank 0 is there: each survivor writes the same.
+    if run.run_dir is None or (run.mesh.global_rank != 0 and code != EXIT_LOST_RANK):
+        return
+    try:
+        write_exit(run.run_dir, cause, code, run.progress.step, how, message)
+    except OSError as error:
+        log.warn(f"exit.json could not be written: {error}")
+
+
+def _claim_folders(config: RunConfig, mesh: ProcessMesh, held: contextlib.ExitStack) -> None:
+    """Take the right to write in the run's folders, emptied first where --overwrite says so."""
+    options = config.checkpoint
+    if options.save is not None and options.resume == "never":
+        build.together(mesh, lambda: _insist_on_empty(Path(options.save), options.overwrite))
+    if options.save is not None:
+        held.enter_context(store.claim(options.save, mesh))
+    if options.save is not None and options.overwrite and mesh.global_rank == 0:
+        _empty(Path(options.save))
+    mesh.barrier()
+    run_dir = run_folder(config)
+    if run_dir is not None and mesh.global_rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        remove_exit(run_dir)
+
+
+def _assemble(config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: MemoryMeter) -> Run:
+    found = _what_to_load(config, mesh)
+    data = build.together(mesh, lambda: _open_data(config, mesh))
+    plan = data.plan
+    config = _resolved(config, plan, data.vocab_size)
+    model = build.build_model(config, mesh, data.vocab_size)
+    engine = build.build_engine(config, model, mesh)
+    curve = schedule(config.optimizer, plan.total_iterations, plan.total_samples, config.model.hidden_size)
+    start = _Start(Progress(), curve, config.training.seed)
+    if found is not None:
+        start = _load(config, mesh, engine, found, start, data.facts)
+    device_name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
+    made_with = versions([device_name])
+    run_dir = run_folder(config)
+    if run_dir is not None and mesh.global_rank == 0:
+        _write_run_folder(run_dir, config, made_with)
+    for line in [*data.train_stream.describe(), *plan.lines()]:
+        log.note(line)
+    peak = dense_peak_flops(device_name, config.precision.dtype)
+    if peak is None:
+        log.note(f"MFU: unknown device {device_name!r}, so it is not given")
+    return Run(
+        config=config,
+        mesh=mesh,
+        engine=engine,
+        plan=plan,
+        schedule=start.schedule,
+        progress=start.progress,
+        dropout_seed=start.dropout_seed,
+        train_loader=build.open_loader(config, data.train_stream, mesh, data.vocab_size),
+        valid_loader=data.valid_stream and build.open_loader(config, data.valid_stream, mesh, data.vocab_size),
+        eval_batches=data.eval_batches,
+        sinks=open_sinks(
+            config.logging,
+            run_dir,
+            rank=mesh.global_rank,
+            world_size=mesh.world_size,
+            total_steps=plan.total_iterations,
+            resume_step=start.progress.step,
+            settings=sources.plain(config),
+        ),
+        metrics=Metrics(),
+        memory=memory,
+        keeper=Keeper(
+            root=Path(config.checkpoint.save) if config.checkpoint.save else None,
+            mesh=mesh,
+            config=config,
+            schedule=start.schedule,
+            dropout_seed=start.dropout_seed,
+            facts=data.facts,
+            versions=made_with,
+            saved_step=start.saved_step,
+        ),
+        stop=stop,
+        flops_per_token=flops_per_token(config.model, vocab_size=data.vocab_size, seq_length=config.data.seq_length),
+        peak_flops=peak,
+        run_dir=run_dir,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """What is read, how it is cut into steps, and what identifies it."""
+
+    vocab_size: int
+    train_stream: SampleStream
+    valid_stream: SampleStream | None
+    eval_batches: int
+    plan: BatchPlan
+    facts: dict[str, Any]
+
+
+def _open_data(config: RunConfig, mesh: ProcessMesh) -> _Data:
+    tokenizer, vocab_size = build.resolve_vocabulary(config)
+    train_stream = build.open_stream(config, "train", vocab_size)
+    plan = BatchPlan.of(config.training, mesh.size("data"), config.data.seq_length, train_stream.samples_per_epoch)
+    valid_stream, eval_batches = None, config.training.eval_iters
+    if config.training.eval_interval and eval_batches:
+        valid_stream = build.open_stream(config, "valid", vocab_size)
+        batch_size = plan.stages[-1].batch_size
+        held = max(1, valid_stream.samples_per_epoch // batch_size)
+        if held < eval_batches:
+            log.note(
+                f"validation is {held} batches instead of eval_iters={eval_batches}: the set holds "
+                f"{valid_stream.samples_per_epoch:,} samples, a batch {batch_size:,}"
+            )
+            eval_batches = held
+    facts = {
+        "train_data": train_stream.fingerprint,
+        "valid_data": valid_stream.fingerprint if valid_stream else None,
+        "tokenizer": tokenizer.fingerprint if tokenizer else None,
+    }
+    return _Data(vocab_size, train_stream, valid_stream, eval_batches, plan, facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """Where a run begins."""
+
+    progress: Progress
+    schedule: Schedule
+    dropout_seed: int
+    saved_step: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A checkpoint to begin from, and whether it is of this run (or only given by --load)."""
+
+    folder: Path
+    manifest: Manifest
+    is_own: bool
+
+
+def _what_to_load(config: RunConfig, mesh: ProcessMesh) -> _Found | None:
+    """The checkpoint this run begins from, by --resume, --save and --load. Raises CheckpointError."""
+    options = config.checkpoint
+    own = None
+    if options.save is not None and options.resume != "never":
+        own = find(options.save, mesh, options.ckpt_step if options.load is None else None)
+    if own is not None:
+        manifest = read_manifest(own)
+        log.note(f"going on with this run from step {manifest.step} in {own} (--resume {options.resume})")
+        return _Found(own, manifest, is_own=True)
+    if options.resume == "must":
+        raise CheckpointError(
+            f"--resume must, but {options.save} holds no complete checkpoint; "
+            f"take --resume auto to start from step 0"
+        )
+    if options.load is not None:
+        folder = find(options.load, mesh, options.ckpt_step)
+        if folder is None:
+            wanted = "complete checkpoint" if options.ckpt_step is None else f"complete step {options.ckpt_step}"
+            raise CheckpointError(f"--load {options.load} holds no {wanted}")
+        log.note(f"starting from {folder}")
+        return _Found(folder, read_manifest(folder), is_own=False)
+    if options.save is not None and options.resume == "auto":
+        log.note(f"{options.save} holds no checkpoint: starting from step 0 (--resume auto)")
+    return None
+
+
+def _insist_on_empty(folder: Path, overwrite: bool) -> None:
+    held = sorted(path.name for path in folder.iterdir() if path.name != ".lock") if folder.is_dir() else []
+    if held and not overwrite:
+        raise CheckpointError(
+            f"--resume never, but {folder} is not empty ({', '.join(held[:3])}{', ...' if len(held) > 3 else ''}); "
+            f"choose another --save folder, --resume auto to go on, or --overwrite to empty it"
+        )
+    if held and not _looks_like_a_run(folder):
+        raise CheckpointError(
+            f"--overwrite would empty {folder}, which holds neither checkpoints nor metrics.jsonl; "
+            f"empty it by hand if that is meant"
+        )
+
+
+def _empty(folder: Path) -> None:
+    held = [path for path in folder.iterdir() if path.name != ".lock"]
+    for path in held:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if held:
+        log.note(f"emptied {folder} (--overwrite)")
+
+
+def _looks_like_a_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml", "exit.json", "latest"))
+
+
+def _load(
+    config: RunConfig, mesh: ProcessMesh, engine: Engine, found: _Found, fresh: _Start, facts: dict[str, Any]
+) -> _Start:
+    """Fill the engine from a checkpoint and say where the run begins."""
+    options = config.checkpoint
+    weights_only = options.finetune and not found.is_own
+    optimizer = not weights_only and not options.no_load_optim
+    only = "" if optimizer else "weight/"
+    state = load(found.folder, engine.pieces(optimizer=optimizer), mesh, only=only)
+    engine.refresh()
+    if weights_only:
+        log.note("took the weights alone (--finetune): step, data position and optimizer start anew")
+        return fresh
+    if optimizer:
+        engine.load_state(state["engine"])
+    for name, value in facts.items():
+        if state["facts"].get(name) != value:
+            log.warn(
+                f"{name.replace('_', ' ')} differs from the checkpoint's: from here on the samples are those of the "
+                f"new configuration"
+            )
+    curve = _choose_schedule(config, Schedule(**state["schedule"]), fresh.schedule, optimizer)
+    seed = state["random"]["dropout_seed"]
+    if options.no_load_rng:
+        seed = fresh.dropout_seed
+    progress = Progress.from_state(state["progress"])
+    return _Start(progress, curve, seed, saved_step=progress.step if found.is_own else None)
+
+
+def _choose_schedule(config: RunConfig, saved: Schedule, asked: Schedule, take_saved: bool) -> Schedule:
+    if not take_saved or saved == asked:
+        return asked
+    differs = [
+        f"{field.name} {getattr(saved, field.name)} → {getattr(asked, field.name)}"
+        for field in dataclasses.fields(Schedule)
+        if getattr(saved, field.name) != getattr(asked, field.name)
+    ]
+    if config.optimizer.override_opt_param_scheduler:
+        log.note(f"learning-rate schedule overridden by the flags: {', '.join(differs)}")
+        return asked
+    log.warn(
+        f"the learning-rate schedule of the checkpoint is kept; the flags would change {', '.join(differs)} "
+        f"(--override-opt_param-scheduler takes them)"
+    )
+    return saved
+
+
+def _resolved(config: RunConfig, plan: BatchPlan, vocab_size: int) -> RunConfig:
+    """The configuration with what was derived filled in: a run can be started from it alone."""
+    return sources.override(
+        config,
+        {
+            "model": {
+                "vocab_size": vocab_size,
+                "max_position_embeddings": config.model.max_position_embeddings or config.data.seq_length,
+            },
+            "training": {"global_batch_size": plan.stages[-1].batch_size},
+        },
+    )
+
+
+def _write_run_folder(run_dir: Path, config: RunConfig, made_with: dict[str, Any]) -> None:
+    for name, text in (("config.yaml", sources.dump(config)), ("versions.json", json.dumps(made_with, indent=2))):
+        written = run_dir / f"{name}.tmp"
+        written.write_text(text + "\n", encoding="utf-8")
+        written.replace(run_dir / name)

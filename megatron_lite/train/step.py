@@ -1,0 +1,115 @@
+"""A single training step, and a validation pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_lite.data.loader import BatchLoader, MicroBatch
+from megatron_lite.errors import NonFiniteError
+from megatron_lite.monitor.health import describe
+from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.parallel.random import micro_batch_seed
+from megatron_lite.train.engine import Engine, StepOutcome
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What a training step leaves behind."""
+
+    loss: float
+    """Mean loss over the target tokens of the global batch, in nats."""
+    outcome: StepOutcome
+
+
+def train_step(
+    engine: Engine,
+    mesh: ProcessMesh,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    target_tokens: int,
+    step: int,
+    seed: int | None,
+    learning_rate: float,
+) -> StepResult:
+    """One optimizer step on this rank's micro-batches of a global batch.
+
+    `target_tokens` are those of the whole global batch, counted before backward: masks, accumulation
+    and data ranks cannot bias the mean. `seed` None is no dropout. Raises NonFiniteError, on all
+    ranks alike and before any weight changes, for a NaN or infinite loss.
+    """
+    # ------------------------------------------------------------------ single training step
+    loss = torch.zeros((), dtype=torch.float32, device=mesh.device)
+    with engine.gradients(len(micro_batches)) as backward:
+        for micro_batch in micro_batches:
+            share = forward(engine, mesh, micro_batch, step=step, seed=seed) / target_tokens
+            backward(share)
+            loss += share.detach()
+    value = _sum_over_data_ranks(loss, mesh)
+    if not math.isfinite(value):
+        raise_non_finite(engine, mesh, step, value, loss.item())
+    outcome = engine.step(learning_rate)
+    # ---------------------------------------------------------------------------------------
+    if not outcome.skipped and not math.isfinite(outcome.grad_norm):
+        raise_non_finite(engine, mesh, step, outcome.grad_norm, outcome.grad_norm, what="gradient norm")
+    return StepResult(value, outcome)
+
+
+def forward(engine: Engine, mesh: ProcessMesh, batch: MicroBatch, *, step: int, seed: int | None) -> torch.Tensor:
+    """Sum of the token losses of one micro-batch, fp32 scalar."""
+    dropout_seed = None if seed is None else micro_batch_seed(seed, step, batch.index)
+    return engine.forward(
+        batch.tokens.to(mesh.device, non_blocking=True),
+        batch.labels.to(mesh.device, non_blocking=True),
+        batch.loss_mask.to(mesh.device, non_blocking=True),
+        dropout_seed=dropout_seed,
+    )
+
+
+@torch.no_grad()
+def validate(engine: Engine, mesh: ProcessMesh, loader: BatchLoader, batches: int, batch_size: int) -> float:
+    """Mean loss in nats over the first `batches` global batches of a stream, dropout off."""
+    engine.module.eval()
+    total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    for batch in range(batches):
+        for micro_batch in loader.step(batch * batch_size, batch_size):
+            total[0] += forward(engine, mesh, micro_batch, step=0, seed=None)
+            total[1] += micro_batch.loss_mask.sum()
+    if (group := mesh.group("data")) is not None:
+        dist.all_reduce(total, group=group)
+    engine.module.train()
+    return (total[0] / total[1]).item()
+
+
+def _sum_over_data_ranks(value: torch.Tensor, mesh: ProcessMesh) -> float:
+    if (group := mesh.group("data")) is None:
+        return value.item()
+    total = value.clone()
+    dist.all_reduce(total, group=group)
+    return total.item()
+
+
+def raise_non_finite(
+    engine: Engine, mesh: ProcessMesh, step: int, value: float, local: float, what: str = "loss"
+) -> None:
+    """Say on every rank alike which rank and parameter a non-finite value comes from.
+
+    Called on all ranks together: each looks at its own weights and gradients, and the first rank
+    whose own value is not finite is the one that is named.
+    """
+    mine = None
+    if not math.isfinite(local):
+        mine = describe(
+            local,
+            what=what,
+            step=step,
+            rank=mesh.global_rank,
+            weights=engine.module.named_parameters(),
+            gradients=engine.named_gradients(),
+        )
+    said = [text for text in mesh.gather_json(mine) if text]
+    raise NonFiniteError(said[0] if said else f"step {step}: the {what} over all data ranks is {value}")

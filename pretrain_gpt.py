@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Pretrain a GPT: `python pretrain_gpt.py --config FILE`, or by `deepspeed` or `torchrun`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+from megatron_lite import log
+from megatron_lite.config import check, cli
+from megatron_lite.data import rules
+from megatron_lite.errors import ConfigError, LostRankError, MegatronLiteError
+from megatron_lite.parallel.launch import Launch
+
+
+def main(argv: list[str]) -> int:
+    """Run as the command line asks; returns the exit code of this rank."""
+    me = Launch()
+    try:
+        me = Launch.from_environment()
+        log.configure(me.rank, me.world_size)
+        config, options = cli.load(argv)
+        world_size = (options.world_size or me.world_size) if options.dry_run else me.world_size
+        if problems := check.problems(config, world_size) + rules.problems(config):
+            raise ConfigError(problems)
+        for notice in check.notices(config):
+            log.note(notice)
+        if options.dry_run:
+            from megatron_lite.train.dry_run import dry_run
+
+            if me.rank == 0:
+                print("\n".join(dry_run(config, world_size)))
+            return 0
+        from megatron_lite.train.start import run_training
+
+        run_training(config, me, "python pretrain_gpt.py " + shlex.join(argv))
+        return 0
+    except MegatronLiteError as error:
+        if me.rank == 0 or isinstance(error, LostRankError):
+            log.every_rank(f"error: {error}")
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
