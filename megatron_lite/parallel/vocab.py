@@ -113,7 +113,7 @@ def vocab_parallel_cross_entropy(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, part, group, label_smoothing, z_loss):
-        exponentials = logits.reshape(-1, part.length)
+        exponentials = logits.detach().reshape(-1, part.length)
         if logits.dtype != torch.float32:
             exponentials = exponentials.float()
         exponentials[:, part.held :] = -math.inf
