@@ -87,7 +87,7 @@ def generate(
     fewer ids than the model. Without the cache every step reads all tokens again, for the same result.
     Raises UserError for a prompt that is empty, longer than the model's positions or outside its vocabulary.
     """
-    _check_prompts(model, prompts, max_new_tokens)
+    check_prompts(model, prompts, max_new_tokens)
     vocab_size = min(vocab_size or model.vocabulary.vocab_size, model.vocabulary.vocab_size)
     every_row = [
         _Row(number, prompt, sampling.seed, max_new_tokens, model.max_positions)
@@ -143,23 +143,25 @@ def _next_logits(model: GPT, mesh: ProcessMesh, rows: Sequence[_Row], cache: Key
     return model.full_logits(logits_BSV)[:, -1].float()
 
 
-def _check_prompts(model: GPT, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+def check_prompts(model: GPT, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
+    """Raise UserError, with the numbers, for a prompt that `model` cannot continue."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} is too small; give 1 or more")
-    for number, prompt in enumerate(prompts):
-        length = len(prompt.tokens)
+    longest, vocab_size = model.max_positions, model.vocabulary.vocab_size
+    for number, prompt in enumerate(prompts, 1):
+        name, length = f"prompt {number} of {len(prompts)}", len(prompt.tokens)
         if length == 0:
-            raise UserError(f"prompt {number} is empty; a model continues at least one token")
-        if length > model.max_positions:
+            raise UserError(f"{name} is empty; give at least one token of text to go on from")
+        if length > longest:
             raise UserError(
-                f"prompt {number} has {length} tokens and the model was trained for {model.max_positions}; "
-                f"shorten it by {length - model.max_positions}"
+                f"{name} has {length} tokens and the model was trained for {longest} positions; shorten it by "
+                f"{length - longest} tokens or more"
             )
         low, high = min(prompt.tokens), max(prompt.tokens)
-        if low < 0 or high >= model.vocabulary.vocab_size:
+        if low < 0 or high >= vocab_size:
             raise UserError(
-                f"prompt {number} has token id {low if low < 0 else high} and the model's vocabulary ids 0 to "
-                f"{model.vocabulary.vocab_size - 1}; the tokenizer is not the one it was trained with"
+                f"{name} has token id {low if low < 0 else high} and the model knows ids 0 to {vocab_size - 1}; "
+                f"give the tokenizer it was trained with"
             )
 
 
@@ -169,6 +171,6 @@ def _say_what_does_not_fit(rows: Sequence[_Row], max_new_tokens: int, max_positi
         least = min(cut, key=lambda row: row.room)
         log.warn(
             f"{len(cut)} of {len(rows)} prompts are continued by fewer than {max_new_tokens} tokens: the model was "
-            f"trained for {max_positions} positions, and prompt {least.number} has {len(least.tokens)} tokens, "
+            f"trained for {max_positions} positions, and prompt {least.number + 1} has {len(least.tokens)} tokens, "
             f"which leaves {least.room}"
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.data.tokenizer_stream import StreamDecoder
 from megatron_lite.errors import UserError
-from megatron_lite.generate.generate import Continuation, Prompt, Reason, generate
+from megatron_lite.generate.generate import Continuation, Prompt, Reason, check_prompts, generate
 from megatron_lite.generate.sampling import Sampling
 from megatron_lite.model.gpt import GPT
 from megatron_lite.parallel.process_mesh import ProcessMesh
@@ -100,7 +100,8 @@ def complete(
     """
     if "" in stop:
         raise UserError("a stop string is empty; leave it out, generation then ends by itself")
-    encoded = _encode(tokenizer, prompts, model.max_positions)
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    check_prompts(model, [Prompt(tokens) for tokens in encoded], max_new_tokens)
     wanted = [(prompt, sample) for prompt in range(len(prompts)) for sample in range(num_samples)]
     by_length = sorted(range(len(wanted)), key=lambda number: len(encoded[wanted[number][0]]))
     batches = [by_length[start : start + batch_size] for start in range(0, len(wanted), batch_size)]
@@ -126,22 +127,6 @@ def complete(
             prompt, sample = wanted[number]
             mine[number] = _completion(prompts[prompt], sample, text, continuation)
     return _joined(mine, mesh)
-
-
-def _encode(tokenizer: Tokenizer, prompts: Sequence[str], longest: int) -> list[list[int]]:
-    """Ids of each prompt, on every rank before any rank begins. Raises UserError."""
-    encoded = []
-    for number, prompt in enumerate(prompts, 1):
-        ids = tokenizer.encode(prompt)
-        if not ids:
-            raise UserError(f"prompt {number} of {len(prompts)} is empty; give at least one token of text to go on from")
-        if len(ids) > longest:
-            raise UserError(
-                f"prompt {number} of {len(prompts)} is {len(ids)} tokens long and the model was trained for {longest} "
-                f"positions; shorten it by {len(ids) - longest} tokens or more"
-            )
-        encoded.append(ids)
-    return encoded
 
 
 def _listener(batch: Sequence[int], texts: Sequence[GrowingText], on_text: OnText | None) -> Callable[[int, int], bool]:

@@ -122,7 +122,7 @@ def test_each_row_goes_to_the_last_position_and_says_so(references, mesh, capsys
         assert tokens_of(result) == [tokens_of(run(model, mesh, [prompt], max_new_tokens=40))[0] for prompt in prompts]
     said = capsys.readouterr().err
     assert "2 of 3 prompts are continued by fewer than 40 tokens" in said
-    assert "48 positions, and prompt 2 has 48 tokens, which leaves 1" in said
+    assert "48 positions, and prompt 3 has 48 tokens, which leaves 1" in said
 
 
 def test_every_token_is_told_and_the_listener_can_end_a_row(references, mesh):
@@ -150,9 +150,9 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(references, mesh):
 def test_unfit_prompts_are_refused_with_the_numbers(references, mesh):
     model = our_model(references["gpt2"], mesh)
     for prompt, message in [
-        ([], "prompt 1 is empty"),
-        ([1] * 50, "prompt 1 has 50 tokens and the model was trained for 48; shorten it by 2"),
-        ([VOCABULARY], "prompt 1 has token id 101 and the model's vocabulary ids 0 to 100"),
+        ([], "prompt 2 of 2 is empty"),
+        ([1] * 50, "prompt 2 of 2 has 50 tokens and the model was trained for 48 positions; shorten it by 2"),
+        ([VOCABULARY], "prompt 2 of 2 has token id 101 and the model knows ids 0 to 100"),
     ]:
         with pytest.raises(UserError, match=message):
             run(model, mesh, [[1], prompt])
