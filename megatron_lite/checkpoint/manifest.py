@@ -312,13 +312,12 @@ def _tensor(field: str, entry: Any, chunk_bytes: int) -> StoredTensor:
 
 def _box(field: str, entry: Any, whole: tuple[int, ...], item_bytes: int, chunk_bytes: int) -> StoredBox:
     _keys(_object(entry, field), "start shape file bytes crc32", field)
-    rectangle = Rectangle(
-        _integers(entry["start"], f"{field}.start"), _integers(entry["shape"], f"{field}.shape", low=1)
+    start, shape = _integers(entry["start"], f"{field}.start"), _integers(entry["shape"], f"{field}.shape", low=1)
+    inside = len(start) == len(shape) == len(whole) and all(map(_fits, start, shape, whole))
+    _expect(
+        inside, field, f"starts at {list(start)} with shape {list(shape)}: not inside a tensor of shape {list(whole)}"
     )
-    inside = len(rectangle.start) == len(rectangle.shape) == len(whole) and all(
-        first + length <= limit for first, length, limit in zip(*rectangle, whole, strict=True)
-    )
-    _expect(inside, field, f"is {rectangle}, which does not lie in a tensor of shape {list(whole)}")
+    rectangle = Rectangle(start, shape)
     file = _text(entry["file"], f"{field}.file")
     byte_range = _integers(entry["bytes"], f"{field}.bytes")
     size = rectangle.size * item_bytes
@@ -334,6 +333,10 @@ def _box(field: str, entry: Any, whole: tuple[int, ...], item_bytes: int, chunk_
     return StoredBox(
         rectangle, file, byte_range[0], tuple(_integer(c, f"{field}.crc32", high=2**32 - 1) for c in checksums)
     )
+
+
+def _fits(first: int, length: int, limit: int) -> bool:
+    return first + length <= limit
 
 
 def _check_files_are_tiled(files: dict[str, StoredFile], tensors: dict[str, StoredTensor]) -> None:
