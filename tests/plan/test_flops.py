@@ -1,8 +1,14 @@
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sources import override, read_preset
+from megatron_lite.model.gpt import GPT
+from megatron_lite.parallel.mesh_shape import MeshShape
+from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.flops import flops_per_token, forward_flops_per_token
 from megatron_lite.plan.parameters import parameter_shapes
 
@@ -39,3 +45,27 @@ def test_palms_convention_of_matrices_and_attention(swiglu, tied):
     )
     expected = 6 * (multiplied + 77 * 48) + 12 * 3 * 32 * 4 * 20
     assert flops_per_token(model, vocab_size=77, seq_length=32) == expected
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_torch_counts_the_same_over_the_model(grouped):
+    """torch counts matrix products as they run, in forward and backward."""
+    vocab, batch, length = 128, 2, 64
+    options = {"swiglu": True, "add_bias_linear": False, "num_query_groups": 2} if grouped else {}
+    config = ModelConfig(
+        num_layers=2, hidden_size=64, num_attention_heads=4, hidden_dropout=0.0, attention_dropout=0.0, **options
+    )
+    model = GPT(config, ProcessMesh(MeshShape(), 0), vocab_size=vocab, seq_length=length, seed=1)
+    tokens = torch.randint(0, vocab, (batch, length))
+    # The counter does not know the CPU's fused attention, so attention runs as plain products.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss = model(tokens, tokens, torch.ones(batch, length))
+        forward = counter.get_total_flops()
+        loss.backward()
+    per_token = forward_flops_per_token(config, vocab_size=vocab, seq_length=length)
+    assert forward == batch * length * per_token
+    assert (
+        counter.get_total_flops()
+        == 3 * forward
+        == batch * length * flops_per_token(config, vocab_size=vocab, seq_length=length)
+    )

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -5,8 +6,13 @@ from pathlib import Path
 import pytest
 
 from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.optimizer import OptimizerConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sources import override, read_preset
+from megatron_lite.model.gpt import GPT
+from megatron_lite.optim.groups import default_rules
+from megatron_lite.parallel.mesh_shape import MeshShape
+from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.parameters import COMPONENTS, count_parameters, padded_vocab_size, parameter_shapes
 
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[2] / "examples/models").glob("*.yaml"))
@@ -88,3 +94,43 @@ def test_the_planner_needs_no_torch():
         "import megatron_lite.plan.report, megatron_lite.plan.devices, megatron_lite.plan.memory"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+VARIANTS = {
+    "post-norm, no positions": {"norm_position": "post", "position_embedding_type": "none"},
+    "biases with rope and swiglu": {"swiglu": True, "position_embedding_type": "rope", "ffn_hidden_size": 96},
+    "query biases alone": {"add_bias_linear": False, "add_qkv_bias": True, "normalization": "RMSNorm"},
+    "wide heads, few groups, own head": {
+        "kv_channels": 24, "num_query_groups": 2, "untie_embeddings_and_output_weights": True,
+    },
+}  # fmt: skip
+
+
+def shape_of(name):
+    """(model, vocabulary, sequence length) of a preset or variant."""
+    if name in VARIANTS:
+        return ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=8, **VARIANTS[name]), 1001, 32
+    config = preset(name)
+    return config.model, config.model.vocab_size, config.data.seq_length
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor_size"),
+    [
+        (name, size)
+        for name in [*PRESETS, *VARIANTS]
+        for size in (1, 2, 4, 5, 8)
+        if shape_of(name)[0].num_attention_heads % size == 0
+    ],
+)
+def test_the_closed_form_is_the_model(name, tensor_size):
+    model, vocab, length = shape_of(name)
+    planned = list(parameter_shapes(model, vocab_size=vocab, seq_length=length, tensor_size=tensor_size))
+    mesh = ProcessMesh(MeshShape(tensor=tensor_size), rank=tensor_size - 1)
+    built = GPT(model, mesh, vocab_size=vocab, seq_length=length, device="meta")
+    assert {shape.name: (shape.shape, shape.local_shape) for shape in planned} == {
+        name: (parameter.mesh_layout.global_shape, tuple(parameter.shape))
+        for name, parameter in built.named_parameters()
+    }
+    vectors = re.compile(default_rules(OptimizerConfig())[0].pattern)
+    assert all(shape.is_vector == bool(vectors.search(shape.name)) for shape in planned)

@@ -1,0 +1,141 @@
+"""What one micro-batch keeps for backward on one rank, in closed form, for this model's layers.
+
+After Korthikanti et al. 2022, with what this code saves: a norm keeps its input, linear layers that read
+the same tensor keep it once, `scaled_dot_product_attention` keeps query, key, value, output and a
+log-sum-exp instead of the square, and the cross-entropy keeps one fp32 copy of the logits. A test
+holds the formulas to what torch's allocator counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_lite.config.model import ModelConfig
+from megatron_lite.config.precision import PrecisionConfig
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.training import TrainingConfig
+from megatron_lite.plan.parameters import padded_vocab_size
+
+FP32 = 4
+TOKEN_ID = 8
+LOSS_BYTES_PER_TOKEN = 14
+"""Row, two masks and a scale that the cross-entropy keeps of each token, beside the logits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch on one rank."""
+
+    embedding: int
+    layers: tuple[int, ...]
+    """Kept of each layer from forward to backward."""
+    recomputed: tuple[int, ...]
+    """What backward of each group of layers makes again, at once; one entry a group."""
+    group_sizes: tuple[int, ...]
+    """Layers in each group that backward walks as one; 1 without full recompute."""
+    head: int
+    """Final norm, input of the output layer, logits and loss."""
+    layer_temporary: int
+    """Most that backward of a layer needs beside what it frees."""
+    head_temporary: int
+    """Most that forward and backward of the output layer need for a moment, weight gradient apart."""
+
+    @property
+    def kept(self) -> int:
+        """All that is alive between forward and backward."""
+        return self.embedding + sum(self.layers) + self.head
+
+
+def element_bytes(precision: PrecisionConfig) -> int:
+    """Bytes of a weight or activation element."""
+    return 4 if precision.dtype == "fp32" else 2
+
+
+def plan_activations(
+    config: RunConfig, *, vocab_size: int, device_type: str = "cpu", granularity: str | None = None
+) -> Activations:
+    """What a micro-batch of `config` keeps; `granularity` stands in for the configured recompute."""
+    model, training = config.model, config.training
+    tensor = config.parallel.tensor_model_parallel_size
+    element = element_bytes(config.precision)
+    tokens = training.micro_batch_size * config.data.seq_length
+    whole = tokens * model.hidden_size * element
+    residual = whole // tensor if config.parallel.sequence_parallel else whole
+    # Noise in the activations' dtype on a CPU, a mask of bytes on a GPU.
+    mask = residual if device_type == "cpu" else residual // element
+    norm = residual + _norm_statistics(model, element, residual, device_type)
+    dropout = mask if model.hidden_dropout else 0
+    granularity = granularity or training.recompute_granularity
+
+    projected, core, core_temporary = _attention(model, training, config.data.seq_length, element, tensor, device_type)
+    feed_forward, feed_forward_temporary = _feed_forward(model, tokens, element, tensor)
+    first_half = norm + whole + dropout + projected
+    second_half = norm + whole + dropout + feed_forward
+    if granularity == "selective":
+        # The core is made again once the second half is gone.
+        plain, again = first_half + second_half, max(0, core + core_temporary - second_half)
+    else:
+        plain, again = first_half + core + second_half, 0
+    layers, recomputed, sizes = _by_recompute(model.num_layers, plain, residual, training, granularity, again)
+
+    rows = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, tensor) // tensor
+    logits = tokens * rows * FP32
+    low_precision_logits = tokens * rows * element if element != FP32 else 0
+    return Activations(
+        embedding=tokens * TOKEN_ID + dropout,
+        layers=layers,
+        recomputed=recomputed,
+        group_sizes=sizes,
+        head=(norm if model.norm_position == "pre" else 0) + whole + logits + tokens * LOSS_BYTES_PER_TOKEN,
+        layer_temporary=whole + max(feed_forward_temporary, core_temporary - second_half),
+        head_temporary=max(low_precision_logits, whole),
+    )
+
+
+def _norm_statistics(model: ModelConfig, element: int, residual: int, device_type: str) -> int:
+    tokens = residual // (model.hidden_size * element)
+    if model.normalization == "RMSNorm":
+        return tokens * FP32
+    return 2 * tokens * (element if device_type == "cpu" else FP32)
+
+
+def _attention(
+    model: ModelConfig, training: TrainingConfig, seq_length: int, element: int, tensor: int, device_type: str
+) -> tuple[int, int, int]:
+    """Bytes of the core's inputs and output, what the core keeps beside them, and what its backward needs."""
+    tokens = training.micro_batch_size * seq_length
+    heads = model.num_attention_heads // tensor
+    query = tokens * heads * model.head_dim
+    keys = tokens * max(1, model.kv_heads // tensor) * model.head_dim
+    # Rotated keys are a copy, while the values still hold the whole key/value projection.
+    inputs = query + 2 * keys + (keys if model.position_embedding_type == "rope" else 0)
+    kept = (inputs + query) * element
+    if device_type == "cpu" and model.attention_dropout:
+        # torch's CPU kernel has no dropout: probabilities, noise and their product are kept, all in fp32.
+        square = tokens * heads * seq_length * FP32
+        return kept, 3 * square + (query + 2 * keys) * (FP32 - element), square
+    return kept, tokens * heads * FP32, 0
+
+
+def _feed_forward(model: ModelConfig, tokens: int, element: int, tensor: int) -> tuple[int, int]:
+    """Bytes kept, and bytes its backward needs beside what it frees."""
+    inner = tokens * (model.ffn_size // tensor) * element
+    if model.swiglu:
+        return 4 * inner, 2 * inner
+    return (inner if model.activation_func == "relu" else 2 * inner), inner
+
+
+def _by_recompute(
+    num_layers: int, plain: int, residual: int, training: TrainingConfig, granularity: str, again: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(kept of each layer, made again by each group, layers of each group)."""
+    length = min(training.recompute_num_layers, num_layers)
+    if granularity != "full":
+        return (plain,) * num_layers, (again,) * num_layers, (1,) * num_layers
+    if training.recompute_method == "block":
+        kept = (residual,) * length + (plain,) * (num_layers - length)
+        made_again = (plain - residual,) * length + (0,) * (num_layers - length)
+        return kept, made_again, (1,) * num_layers
+    sizes = tuple(min(length, num_layers - first) for first in range(0, num_layers, length))
+    kept = tuple(residual if i % length == 0 else 0 for i in range(num_layers))
+    return kept, tuple(size * plain - residual for size in sizes), sizes

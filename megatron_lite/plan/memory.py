@@ -1,0 +1,187 @@
+"""The memory of one rank in closed form: state by ZeRO stage, activations by recompute, and the peak.
+
+The stages as DeepSpeed 0.19 keeps them (Rajbhandari et al. 2020), with p elements on this tensor rank,
+d data ranks, w bytes a weight, n optimizer slots of fp32:
+
+    stage   weights   masters   slots     gradients
+    0       4 p       -         4 n p     4 p                     fp32 alone: weights are their own masters
+    1       w p       4 p/d     4 n p/d   4 p                     fp32, whole until the step
+    2       w p       4 p/d     4 n p/d   w p/d (twice while micro-batches add up)
+    3       w p/d     4 p/d     4 n p/d   w p/d, and a bucket
+
+Reduction goes through a bucket of `reduce_bucket_size` elements; the step flattens this rank's gradients
+and casts them to fp32. A peak is looked for at several moments, and the moment that has it is told.
+Offloading is not planned: it moves masters, slots or weights to the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.plan.activations import FP32, Activations, element_bytes, plan_activations
+from megatron_lite.plan.parameters import ParameterShape, padded_vocab_size, parameter_shapes
+
+GRANULARITIES = ("none", "selective", "full")
+REPLICA_BUCKET_BYTES = 64 * 2**20
+"""Flat buffer through which gradients are summed without ZeRO."""
+GATHERED_PARAMETERS = 10**9
+"""Elements stage 3 keeps gathered at most (DeepSpeed's `stage3_max_live_parameters`)."""
+CUDA_WORKSPACE_BYTES = 32 * 2**20
+"""What cuBLAS takes from torch's allocator, on Hopper."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """What a rank holds at one moment of a step, in bytes; the parts add up to `total`."""
+
+    name: str
+    weights: int
+    optimizer: int
+    gradients: int
+    activations: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.gradients + self.activations + self.temporary
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Bytes a rank holds whatever the micro-batch."""
+
+    weights: int
+    optimizer: int
+    """fp32 masters and optimizer slots."""
+    gradients: int
+    """At their largest, between backward and step."""
+
+
+def optimizer_slots(config: RunConfig) -> int:
+    """fp32 tensors the optimizer keeps a parameter: AdamW's two moments, or SGD's momentum."""
+    if config.optimizer.optimizer == "adamw":
+        return 2
+    return 1 if config.optimizer.sgd_momentum else 0
+
+
+def checkpoint_bytes(config: RunConfig, total_parameters: int) -> int:
+    """A checkpoint's size: fp32 masters and slots of every parameter, once."""
+    return FP32 * (1 + (0 if config.checkpoint.no_save_optim else optimizer_slots(config))) * total_parameters
+
+
+def effective_zero_stage(config: RunConfig) -> int:
+    """The stage that runs: 16-bit weights need the fp32 masters of stage 1 at least."""
+    return max(config.parallel.zero_stage, 0 if config.precision.dtype == "fp32" else 1)
+
+
+def micro_batches(config: RunConfig, data_size: int) -> int:
+    """Micro-batches of one step on each data rank, at the full batch size."""
+    per_pass = config.training.micro_batch_size * data_size
+    return max(1, (config.training.global_batch_size or per_pass) // per_pass)
+
+
+def plan_state(config: RunConfig, elements: int, data_size: int) -> State:
+    """State of a rank that holds `elements` parameters of its tensor group."""
+    stage, width = effective_zero_stage(config), element_bytes(config.precision)
+    part = -(-elements // data_size)
+    slots = optimizer_slots(config)
+    if stage == 0:
+        return State(FP32 * elements, FP32 * slots * elements, FP32 * elements)
+    weights = width * (part if stage == 3 else elements)
+    gradients = FP32 * elements if stage == 1 else width * part
+    return State(weights, FP32 * (1 + slots) * part, gradients)
+
+
+def moments(
+    config: RunConfig,
+    *,
+    data_size: int,
+    vocab_size: int,
+    device_type: str = "cpu",
+    granularity: str | None = None,
+    reduce_bucket_size: int = 500_000_000,
+) -> list[Moment]:
+    """The moments of a step at which memory can be highest.
+
+    `reduce_bucket_size` is DeepSpeed's, in elements. On a CPU a page of it counts once it is written.
+    """
+    stage, width = effective_zero_stage(config), element_bytes(config.precision)
+    tensor = config.parallel.tensor_model_parallel_size
+    shapes = list(
+        parameter_shapes(config.model, vocab_size=vocab_size, seq_length=config.data.seq_length, tensor_size=tensor)
+    )
+    elements = sum(shape.local_elements for shape in shapes)
+    part = -(-elements // data_size)
+    state = plan_state(config, elements, data_size)
+    activations = plan_activations(config, vocab_size=vocab_size, device_type=device_type, granularity=granularity)
+    workspace = CUDA_WORKSPACE_BYTES if device_type == "cuda" else 0
+    touched = reduce_bucket_size if device_type == "cuda" else min(reduce_bucket_size, elements)
+    bucket = width * touched
+    accumulates = micro_batches(config, data_size) > 1
+
+    if stage == 3:
+        workspace += bucket + width * min(elements, GATHERED_PARAMETERS)
+    found = []
+    for name, alive, temporary, share in _backward(config, activations, shapes, width, vocab_size, tensor):
+        if stage <= 1:
+            gradients = state.gradients if accumulates else int(state.gradients * share)
+        elif stage == 2:
+            # The sum so far, the part being made, and the bucket, which fills as backward goes on.
+            gradients = state.gradients * (2 if accumulates else 1) + int(bucket * share)
+        else:
+            gradients = state.gradients
+        found.append(Moment(name, state.weights, state.optimizer, gradients, alive, temporary + workspace))
+
+    flat, cast = width * part, FP32 * part if width != FP32 else 0
+    if stage == 0:
+        sum_up = min(REPLICA_BUCKET_BYTES, state.gradients) if data_size > 1 else 0
+        found.append(Moment("summing gradients", state.weights, state.optimizer, state.gradients, 0, sum_up))
+    else:
+        if stage == 1:
+            # Whole gradients move into a bucket that holds them all, and are copied into a smaller one.
+            moved = 0 if device_type == "cpu" and touched == elements else bucket
+            reducing = Moment(
+                "reducing gradients", state.weights, state.optimizer, state.gradients, 0, moved + flat + workspace
+            )
+            found.append(reducing)
+        kept = flat if stage < 3 else state.gradients
+        step = Moment(
+            "optimizer step", state.weights, state.optimizer, kept, 0, flat + cast + (bucket if stage == 3 else 0)
+        )
+        found.append(step)
+    return found
+
+
+def peak(config: RunConfig, **arguments) -> Moment:
+    """The moment of `moments` with the largest total."""
+    return max(moments(config, **arguments), key=lambda moment: moment.total)
+
+
+def _backward(
+    config: RunConfig,
+    activations: Activations,
+    shapes: list[ParameterShape],
+    width: int,
+    vocab_size: int,
+    tensor: int,
+) -> Iterator[tuple[str, int, int, float]]:
+    """(name, bytes alive, temporary bytes, share of all weight gradients made) of the moments of backward."""
+    model = config.model
+    rows = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, tensor) // tensor
+    vocabulary = rows * model.hidden_size
+    elements = sum(shape.local_elements for shape in shapes)
+    per_layer = sum(shape.local_elements for shape in shapes if shape.name.startswith("layers.0."))
+    alive = activations.kept
+    # A weight's gradient is made in the weight's dtype before it is added to the sum.
+    yield "backward of the output layer", alive, max(activations.head_temporary, width * vocabulary), 0.0
+    alive -= activations.head
+    made = vocabulary
+    last = model.num_layers
+    for size, again in zip(reversed(activations.group_sizes), reversed(activations.recomputed), strict=True):
+        yield "backward of the layers", alive + again, activations.layer_temporary, made / elements
+        alive -= sum(activations.layers[last - size : last])
+        made += size * per_layer
+        last -= size
+    yield "backward of the embedding", alive, width * vocabulary, min(1.0, made / elements)

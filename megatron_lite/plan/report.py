@@ -1,0 +1,173 @@
+"""The text of `--dry-run`: what a configuration comes to, before anything is started."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.plan.flops import flops_per_token
+from megatron_lite.plan.memory import (
+    GRANULARITIES,
+    Moment,
+    checkpoint_bytes,
+    effective_zero_stage,
+    optimizer_slots,
+    peak,
+)
+from megatron_lite.plan.parameters import count_parameters, padded_vocab_size
+
+
+def dry_run_report(
+    config: RunConfig,
+    world_size: int,
+    vocab_size: int,
+    *,
+    batch_lines: Sequence[str] = (),
+    total_samples: int | None = None,
+    samples_per_epoch: int | None = None,
+    device_type: str = "cpu",
+    reduce_bucket_size: int = 500_000_000,
+) -> list[str]:
+    """Lines of plain text: settings, batch, parameters, FLOPs, memory of a rank, size of a checkpoint.
+
+    `batch_lines` are the sums of the batch plan and `total_samples` its length; `samples_per_epoch`
+    is the size of the training set where it is known. `world_size` is a multiple of the tensor size.
+    """
+    tensor = config.parallel.tensor_model_parallel_size
+    data_size = world_size // tensor
+    memory = {"data_size": data_size, "device_type": device_type, "reduce_bucket_size": reduce_bucket_size}
+    return [
+        *_settings(config),
+        "",
+        "batch",
+        *(f"  {line}" for line in batch_lines),
+        *_length(total_samples, samples_per_epoch),
+        "",
+        *_parameters(config, vocab_size),
+        "",
+        *_compute(config, vocab_size, world_size, data_size, total_samples),
+        "",
+        *_memory(config, vocab_size, memory),
+        "",
+        *_checkpoint(config, vocab_size),
+    ]
+
+
+def _settings(config: RunConfig) -> list[str]:
+    lines = ["settings (those that differ from the defaults)"]
+    for section in dataclasses.fields(config):
+        chosen = getattr(config, section.name)
+        default = type(chosen)()
+        for field in dataclasses.fields(chosen):
+            value = getattr(chosen, field.name)
+            if value != getattr(default, field.name):
+                lines.append(f"  {section.name + '.' + field.name:<46} {_shown(value)}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _length(total_samples: int | None, samples_per_epoch: int | None) -> list[str]:
+    if not total_samples or not samples_per_epoch:
+        return []
+    epochs = total_samples / samples_per_epoch
+    return [f"  {epochs:.3g} epochs = {total_samples:,} of {samples_per_epoch:,} sequences an epoch"]
+
+
+def _parameters(config: RunConfig, vocab_size: int) -> list[str]:
+    tensor = config.parallel.tensor_model_parallel_size
+    count = count_parameters(config.model, vocab_size=vocab_size, seq_length=config.data.seq_length, tensor_size=tensor)
+    lines = ["parameters"]
+    for name, number in count.by_component.items():
+        lines.append(f"  {name:<20} {number:>18,}  {number / count.total:6.1%}")
+    lines += [
+        f"  {'total':<20} {count.total:>18,}",
+        f"  {'trainable':<20} {count.trainable:>18,}",
+        f"  {'without embeddings':<20} {count.without_embedding:>18,}",
+    ]
+    rows = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by, tensor)
+    padding = f"; {vocab_size:,} tokens in {rows:,} rows" if rows != vocab_size else ""
+    lines.append(
+        f"  {'on a tensor rank':<20} {count.on_rank:>18,}  of {tensor} tensor ranks, as laid out in memory{padding}"
+    )
+    return lines
+
+
+def _compute(
+    config: RunConfig, vocab_size: int, world_size: int, data_size: int, total_samples: int | None
+) -> list[str]:
+    shape = {"vocab_size": vocab_size, "seq_length": config.data.seq_length}
+    token = flops_per_token(config.model, **shape)
+    causal = flops_per_token(config.model, **shape, causal=True)
+    batch = config.training.global_batch_size or config.training.micro_batch_size * data_size
+    tokens = batch * config.data.seq_length
+    lines = [
+        "model FLOPs (forward and backward, attention as a full square; recompute not counted)",
+        f"  a token  {flops(token)}  ({flops(causal)} with the causal half of attention alone)",
+        f"  a step   {flops(token * tokens)} = {flops(token)} x {tokens:,} tokens; "
+        f"{flops(token * tokens / world_size)} on each of {world_size} ranks",
+    ]
+    if total_samples:
+        total = total_samples * config.data.seq_length
+        lines.append(f"  the run  {flops(token * total)} = {flops(token)} x {total:,} tokens")
+    return lines
+
+
+def _memory(config: RunConfig, vocab_size: int, arguments: dict[str, Any]) -> list[str]:
+    precision, stage = config.precision.dtype, effective_zero_stage(config)
+    lines = [
+        f"memory of a rank at its highest, by recompute ({precision}, ZeRO {stage} over {arguments['data_size']} data "
+        f"ranks, {config.training.micro_batch_size} sequences of {config.data.seq_length:,}; * is chosen)",
+        f"    {'recompute':<10}" + "".join(f"{name:>13}" for name in (*_PARTS, "peak")) + "  at",
+    ]
+    for granularity in GRANULARITIES:
+        moment = peak(config, vocab_size=vocab_size, granularity=granularity, **arguments)
+        chosen = "*" if granularity == config.training.recompute_granularity else " "
+        cells = "".join(f"{size(getattr(moment, name)):>13}" for name in _PARTS)
+        lines.append(f"  {chosen} {granularity:<10}{cells}{size(moment.total):>13}  {moment.name}")
+    return lines
+
+
+_PARTS = ("weights", "gradients", "optimizer", "activations", "temporary")
+
+
+def memory_comparison(predicted: Moment, measured: int) -> str:
+    """One line at the end of a run: the peak that was planned beside the peak that was."""
+    return (
+        f"peak memory of a rank: predicted {size(predicted.total)} ({predicted.name}), measured {size(measured)} "
+        f"above what the process held before the model, {predicted.total / max(1, measured):.0%}"
+    )
+
+
+def _checkpoint(config: RunConfig, vocab_size: int) -> list[str]:
+    total = count_parameters(config.model, vocab_size=vocab_size, seq_length=config.data.seq_length).total
+    slots = 0 if config.checkpoint.no_save_optim else optimizer_slots(config)
+    kept = f" and {slots} optimizer slots" if slots else ""
+    return [
+        f"a checkpoint is {size(checkpoint_bytes(config, total))} = {4 * (1 + slots)} bytes x {total:,} parameters "
+        f"(fp32 masters{kept})"
+    ]
+
+
+def size(number: float) -> str:
+    """Bytes with three digits and a binary unit: 1.24 GiB."""
+    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if number >= 0.9995 * factor:
+            return f"{_three_digits(number / factor)} {unit}"
+    return f"{number:.0f} B"
+
+
+def flops(number: float) -> str:
+    """FLOPs with three digits and a letter: 854 MFLOP."""
+    for letter, factor in (("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * factor:
+            return f"{_three_digits(number / factor)} {letter}FLOP"
+    return f"{number:.0f} FLOP"
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:.2f}" if number < 9.995 else f"{number:.1f}" if number < 99.95 else f"{number:.0f}"
