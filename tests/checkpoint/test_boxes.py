@@ -14,9 +14,7 @@ shapes = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
 @st.composite
 def rectangles(draw, shape):
     start = tuple(draw(st.integers(0, length - 1)) for length in shape)
-    return Rectangle(
-        start, tuple(draw(st.integers(1, length - a)) for length, a in zip(shape, start, strict=True))
-    )
+    return Rectangle(start, tuple(draw(st.integers(1, length - a)) for length, a in zip(shape, start, strict=True)))
 
 
 def tiles(draw, rectangle, cuts):

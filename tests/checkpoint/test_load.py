@@ -211,7 +211,11 @@ def layered(count, width=4, dtype=torch.float32):
     ("held", "wanted", "message"),
     [
         (layered(24), layered(12), "the checkpoint holds 24 layers, this model 12; 12 of its tensors are not in this"),
-        (layered(2), layered(3), r"holds 2 layers, this model 3; 1 tensors of this model are not in it \(weight/layers.2"),
+        (
+            layered(2),
+            layered(3),
+            r"holds 2 layers, this model 3; 1 tensors of this model are not in it \(weight/layers.2",
+        ),
         (layered(2), layered(2, 8), r"2 tensors differ \(weight/layers.0.w is F32 \[4\] there and F32 \[8\] here"),
         (layered(1), layered(1, dtype=torch.bfloat16), r"F32 \[4\] there and BF16 \[4\] here"),
     ],
