@@ -111,7 +111,9 @@ def test_data_and_tensor_ranks_share_the_work_and_agree(mesh):
 def test_unfit_prompts_are_refused(mesh):
     with pytest.raises(UserError, match="prompt 2 of 2 is empty"):
         run(mesh, prompts=["a", ""])
-    with pytest.raises(UserError, match="1 of 1 has 70 tokens and the model was trained for 64 positions; shorten it by 6"):
+    with pytest.raises(
+        UserError, match="1 of 1 has 70 tokens and the model was trained for 64 positions; shorten it by 6"
+    ):
         run(mesh, prompts=["a" * 70])
     with pytest.raises(UserError, match="stop string is empty"):
         run(mesh, stop=[""])
