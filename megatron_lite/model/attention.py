@@ -8,7 +8,6 @@ from torch import nn
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.forward_pass import ForwardPass, Site
-from megatron_lite.model.rotary import apply_rope
 from megatron_lite.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import seed_device
@@ -19,9 +18,8 @@ class Attention(nn.Module):
     """Causal self-attention: [S, B, H] -> [S, B, H], heads split over tensor ranks.
 
     `query.weight` is [N D, H], `key_value.weight` [2 K D, H] with all keys first, `output.weight`
-    [H, N D]. Where tensor ranks outnumber key/value heads, neighbours hold the same one; the ranks
-    must be a multiple of the heads or divide them (ValueError otherwise). Grouped key/value heads:
-    Ainslie et al. 2023.
+    [H, N D]. Where tensor ranks outnumber key/value heads, neighbours hold the same one. Raises
+    ValueError where heads cannot be shared out whole. Grouped key/value heads: Ainslie et al. 2023.
     """
 
     def __init__(
@@ -35,35 +33,38 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        queries, groups, ranks = config.num_attention_heads, config.kv_heads, mesh.size("tensor")
+        if queries % groups or queries % ranks or (groups % ranks and ranks % groups):
+            raise ValueError(
+                f"{queries} query heads and {groups} key/value heads cannot be shared out whole over {ranks} ranks"
+            )
         self._layer = layer
         self._head_dim = config.head_dim
         self._dropout = config.attention_dropout
-        self._interleaved = config.rotary_interleaved
         self._recompute_core = recompute_core
-        all_heads = config.num_attention_heads * config.head_dim
-        kv_width = config.kv_heads * config.head_dim
+        query_width = queries * config.head_dim
+        group_width = groups * config.head_dim
         options = {"device": device, "dtype": dtype}
         self.query = ColumnParallelLinear(
-            config.hidden_size, all_heads, mesh, bias=config.has_qkv_bias, sections=(all_heads,), **options
+            config.hidden_size, query_width, mesh, bias=config.has_qkv_bias, sections=(query_width,), **options
         )
         self.key_value = ColumnParallelLinear(
             config.hidden_size,
-            2 * kv_width,
+            2 * group_width,
             mesh,
             bias=config.has_qkv_bias,
-            sections=(kv_width, kv_width),
-            replicas=max(1, mesh.size("tensor") // config.kv_heads),
+            sections=(group_width, group_width),
+            replicas=max(1, ranks // groups),
             **options,
         )
-        self.output = RowParallelLinear(all_heads, config.hidden_size, mesh, bias=config.add_bias_linear, **options)
+        self.output = RowParallelLinear(query_width, config.hidden_size, mesh, bias=config.add_bias_linear, **options)
 
     def forward(self, hidden_SBH: torch.Tensor, run: ForwardPass) -> torch.Tensor:
         entered = run.axis.enter(hidden_SBH)
         query_SBND = self.query(entered).unflatten(-1, (-1, self._head_dim))
         key_SBKD, value_SBKD = self.key_value(entered).unflatten(-1, (2, -1, self._head_dim)).unbind(-3)
-        if run.rotary is not None:
-            query_SBND = apply_rope(query_SBND, run.rotary, interleaved=self._interleaved)
-            key_SBKD = apply_rope(key_SBKD, run.rotary, interleaved=self._interleaved)
+        if run.rotation is not None:
+            query_SBND, key_SBKD = run.rotation(query_SBND), run.rotation(key_SBKD)
         query, key, value = (heads.permute(1, 2, 0, 3) for heads in (query_SBND, key_SBKD, value_SBKD))
         if run.cache is not None:
             key, value = run.cache.append(self._layer, key, value)

@@ -17,9 +17,7 @@ class KeyValueCache:
         self.length = 0
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def append(
-        self, layer: int, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, layer: int, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new tokens after those there; views of all keys and values of `layer`.
 
         Raises ValueError when they do not fit.

@@ -8,6 +8,7 @@ import enum
 import torch
 
 from megatron_lite.model.cache import KeyValueCache
+from megatron_lite.model.rotary import Rotation
 from megatron_lite.parallel.linear import TensorAxis
 from megatron_lite.parallel.random import dropout, mix
 
@@ -25,13 +26,13 @@ class Site(enum.IntEnum):
 class ForwardPass:
     """What one forward pass hands to every layer.
 
-    `dropout_seed` is the micro-batch's, None for no dropout. `rotary` are the (cosines, sines) of the
-    positions. `mask` [B, 1, S, S so far] says which keys a query sees, where causality alone does not.
+    `dropout_seed` is the micro-batch's, None for no dropout. `rotation` is that of
+    the tokens' positions. `mask` [B, 1, S, S so far] says which keys a query sees, where causality alone does not.
     """
 
     axis: TensorAxis
     dropout_seed: int | None = None
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    rotation: Rotation | None = None
     mask: torch.Tensor | None = None
     cache: KeyValueCache | None = None
 

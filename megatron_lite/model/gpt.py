@@ -65,7 +65,8 @@ class GPT(nn.Module):
         self._recompute = recompute or Recompute()
         self._rotary = None
         if config.position_embedding_type == "rope":
-            self._rotary = Rotary(int(config.head_dim * config.rotary_percent), config.rotary_base)
+            width = int(config.head_dim * config.rotary_percent)
+            self._rotary = Rotary(config.head_dim, width, config.rotary_base, interleaved=config.rotary_interleaved)
 
         options = {"device": device, "dtype": dtype}
         self.embedding = Embedding(config, mesh, self.vocabulary, self.max_positions, **options)
@@ -143,14 +144,14 @@ class GPT(nn.Module):
             mask = _causal_mask(start, stop, left_padding_B)
         elif start and tokens_BS.shape[1] > 1:
             mask = _causal_mask(start, stop, torch.zeros_like(tokens_BS[:1, 0]))
-        rotary = None
+        rotation = None
         if self._rotary is not None and positions_BS is None:
-            rotary = self._rotary.tables(start, stop, tokens_BS.device)
+            rotation = self._rotary.between(start, stop, tokens_BS.device)
         elif self._rotary is not None:
-            rotary = self._rotary.tables_at(positions_BS.t(), stop)
+            rotation = self._rotary.at(positions_BS.t(), stop)
         axis = TensorAxis(self._axis.mesh)
         logits_SBV = self._logits(
-            tokens_BS, ForwardPass(axis, None, rotary, mask, cache), start, positions_BS, last_only=last_only
+            tokens_BS, ForwardPass(axis, None, rotation, mask, cache), start, positions_BS, last_only=last_only
         )
         if cache is not None:
             cache.advance(tokens_BS.shape[1])
@@ -165,8 +166,8 @@ class GPT(nn.Module):
         # A mode of memory, not of meaning: lengths that the ranks do not divide go without it.
         divides = length % self._axis.size == 0
         axis = self._axis if divides else TensorAxis(self._axis.mesh)
-        rotary = self._rotary.tables(0, length, tokens_BS.device) if self._rotary else None
-        return ForwardPass(axis, dropout_seed, rotary)
+        rotation = self._rotary.between(0, length, tokens_BS.device) if self._rotary else None
+        return ForwardPass(axis, dropout_seed, rotation)
 
     def _logits(
         self,

@@ -53,13 +53,16 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torc
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Four passes forward and seven backward, where torch's own on a CPU takes some twice the time."""
+    """With r = 1 / sqrt(mean(x^2) + epsilon) and m = mean(dy w x): dx = r dy w - r^3 m x, dw = sum of r dy x.
+
+    Torch's own takes some twice the time on a CPU.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, epsilon):
         values = hidden.float()
-        norms = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-        inverse = norms.square_().div_(values.shape[-1]).add_(epsilon).rsqrt_()
+        inverse = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
+        inverse.square_().div_(values.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(hidden, weight, inverse)
         return (values * inverse).mul_(weight).to(hidden.dtype)
 
@@ -67,9 +70,9 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         hidden, weight, inverse = ctx.saved_tensors
-        normal = hidden.float() * inverse
-        product = gradient * normal
-        weight_gradient = product.flatten(0, -2).sum(0)
-        mean = torch.mv(product.flatten(0, -2), weight.float()).div_(weight.numel()).view(inverse.shape)
-        hidden_gradient = (gradient * weight).float().addcmul_(normal, mean, value=-1).mul_(inverse)
+        values, scale = hidden.float(), weight.float()
+        product = (gradient.float() * values).reshape(-1, weight.numel())
+        weight_gradient = torch.mv(product.t(), inverse.flatten())
+        mean = torch.mv(product, scale).div_(weight.numel()).view(inverse.shape)
+        hidden_gradient = (gradient * scale).mul_(inverse).addcmul_(values, inverse**3 * mean, value=-1)
         return hidden_gradient.to(hidden.dtype), weight_gradient.to(weight.dtype), None
