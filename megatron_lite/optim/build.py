@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from megatron_lite.config.optimizer import OptimizerConfig
@@ -34,16 +36,18 @@ def slots(config: OptimizerConfig) -> tuple[str, ...]:
     return SLOTS[config.optimizer]
 
 
-def allocate_state(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> None:
-    """Make every slot now, as zeros, as the first step would: a checkpoint can then be read into it."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            for name in names:
-                if name not in state:
-                    state[name] = torch.zeros_like(parameter)
-            if isinstance(optimizer, torch.optim.AdamW) and "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+def allocate_state(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], names: tuple[str, ...]
+) -> None:
+    """Make every slot of `parameters` now, as zeros, as the first step would: a checkpoint can then be
+    read into it."""
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(parameter, requires_grad=False)
+        if isinstance(optimizer, torch.optim.AdamW) and "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
 
 
 def step_count(optimizer: torch.optim.Optimizer) -> int:

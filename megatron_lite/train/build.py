@@ -70,9 +70,7 @@ def resolve_vocabulary(config: RunConfig) -> tuple[Tokenizer | None, int]:
     return tokenizer, given or tokenizer.vocab_size
 
 
-def build_model(
-    config: RunConfig, mesh: ProcessMesh, vocab_size: int, *, dtype: torch.dtype = torch.float32
-) -> GPT:
+def build_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int, *, dtype: torch.dtype = torch.float32) -> GPT:
     """The model of this rank on the mesh's device, its weights drawn from the seed."""
     return GPT(
         config.model,
@@ -93,9 +91,7 @@ def build_model(
 
 def build_engine(config: RunConfig, model: GPT, mesh: ProcessMesh) -> Engine:
     """The engine of the configured ZeRO stage, its optimizer over this rank's parameters."""
-    problems = check.precision_problems(
-        config.precision.dtype, mesh.device.type, has_fp16=mesh.device.type != "cpu"
-    )
+    problems = check.precision_problems(config.precision.dtype, mesh.device.type, has_fp16=mesh.device.type != "cpu")
     if problems:
         raise ConfigError(problems)
     groups = parameter_groups(model.named_parameters(), default_rules(config.optimizer))
@@ -141,5 +137,3 @@ def close_ranks() -> None:
     """End the process group, once all ranks are here."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-

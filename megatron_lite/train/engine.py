@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,7 +133,7 @@ class ReplicaEngine(Engine):
     def __init__(self, module, mesh: ProcessMesh, optimizer: torch.optim.Optimizer, slots, clip_grad: float):
         super().__init__(module, mesh, optimizer, slots)
         self._clip_grad = clip_grad
-        allocate_state(optimizer, self.slots)
+        allocate_state(optimizer, module.parameters(), self.slots)
 
     @contextlib.contextmanager
     def gradients(self, count: int) -> Iterator[Backward]:
@@ -205,7 +206,10 @@ class ZeroEngine(Engine):
                 parameter.data = parameter.data.to(torch.bfloat16)
                 parameter.grad_dtype = torch.float32
         self._deepspeed, wrapped, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, mpu=_MeshForDeepSpeed(mesh), config=deepspeed_config,
+            model=module,
+            optimizer=optimizer,
+            mpu=_MeshForDeepSpeed(mesh),
+            config=deepspeed_config,
             dist_init_required=False,
         )
         super().__init__(module, mesh, wrapped.optimizer, slots)
@@ -213,7 +217,7 @@ class ZeroEngine(Engine):
         self._zero = wrapped
         self.stage = int(self._deepspeed.zero_optimization_stage())
         self._names = names
-        allocate_state(self._optimizer, self.slots)
+        allocate_state(self._optimizer, self._masters(), self.slots)
 
     @contextlib.contextmanager
     def gradients(self, count: int) -> Iterator[Backward]:
@@ -257,7 +261,7 @@ class ZeroEngine(Engine):
         if self.stage < 3:
             self._zero.update_lp_params()
             return
-        for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+        for group in range(len(self._masters())):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         if self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
@@ -271,13 +275,19 @@ class ZeroEngine(Engine):
         with _import_deepspeed().zero.GatheredParameters(parameters):
             yield
 
+    def _masters(self) -> list[torch.Tensor]:
+        """The flat fp32 masters, of which each optimizer slot is a copy in shape."""
+        return (
+            self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
+        )
+
     def _fragments(self) -> Iterator[_Fragment]:
         if self.stage == 3:
             yield from self._stage_3_fragments()
             return
         # DeepSpeed's own link from a parameter to its part of the flat fp32 master. Not a public
         # interface: tests/train/test_deepspeed_contract.py holds it.
-        masters = self._zero.single_partition_of_fp32_groups
+        masters = self._masters()
         for name, parameter, layout in self._names:
             link = parameter._hp_mapping
             if link is not None:
@@ -298,9 +308,7 @@ class ZeroEngine(Engine):
             start = self.mesh.rank("data") * length
             held = max(0, min(length, parameter.ds_numel - start))
             if held:
-                yield _Fragment(
-                    parameter, name, layout, start, held, self._zero.fp32_partitioned_groups_flat[group], offset
-                )
+                yield _Fragment(parameter, name, layout, start, held, self._masters()[group], offset)
 
 
 #: What the dynamic loss scaler remembers between steps.
@@ -378,6 +386,8 @@ def _import_deepspeed():
             f"ZeRO needs deepspeed, which cannot be imported ({error}); `pip install deepspeed`, or --zero-stage 0 in fp32"
         ) from None
     deepspeed.utils.logging.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by the names they had before torch 2.13, which warn every time.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     communication = sys.modules["deepspeed.comm.torch"]
     communication.build_shm_op = lambda: None
     if not deepspeed.comm.is_initialized():

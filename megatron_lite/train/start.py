@@ -50,22 +50,28 @@ def run_training(config: RunConfig, me: Launch, command: str) -> None:
     `command` is how this run was started, for the line that says how to go on. Raises
     MegatronLiteError; a stop by request is no error.
     """
+    stop = StopRequest()
+    stop.listen()
+    mesh = build.start_ranks(
+        me,
+        tensor=config.parallel.tensor_model_parallel_size,
+        timeout_minutes=config.parallel.distributed_timeout_minutes,
+    )
+    train_on(mesh, config, stop, command)
+    stop.close()
+    build.close_ranks()
+
+
+def train_on(mesh: ProcessMesh, config: RunConfig, stop: StopRequest, command: str) -> Run:
+    """A run from its beginning, or from where it was left, to its end, on a live mesh."""
     with contextlib.ExitStack() as held:
-        stop = StopRequest()
-        stop.listen()
-        held.callback(stop.close)
-        mesh = build.start_ranks(
-            me,
-            tensor=config.parallel.tensor_model_parallel_size,
-            timeout_minutes=config.parallel.distributed_timeout_minutes,
-        )
         _claim_folders(config, mesh, held)
         run = _assemble(config, mesh, stop, MemoryMeter(mesh.device))
         for resource in (run.sinks, run.train_loader, run.valid_loader):
             if resource is not None:
                 held.callback(resource.close)
         _train_and_tell(run, command)
-    build.close_ranks()
+    return run
 
 
 def _train_and_tell(run: Run, command: str) -> None:
@@ -254,8 +260,7 @@ def _what_to_load(config: RunConfig, mesh: ProcessMesh) -> _Found | None:
         return _Found(own, manifest, is_own=True)
     if options.resume == "must":
         raise CheckpointError(
-            f"--resume must, but {options.save} holds no complete checkpoint; "
-            f"take --resume auto to start from step 0"
+            f"--resume must, but {options.save} holds no complete checkpoint; take --resume auto to start from step 0"
         )
     if options.load is not None:
         folder = find(options.load, mesh, options.ckpt_step)

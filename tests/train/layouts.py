@@ -1,0 +1,144 @@
+"""Short training runs at many layouts, for tests that compare them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from megatron_lite.config import sources
+from megatron_lite.config.run import RunConfig
+from megatron_lite.parallel.mesh_shape import MeshShape
+from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.train import build
+from megatron_lite.train.step import train_step
+
+VOCABULARY, LENGTH, BATCH = 101, 16, 4
+GPT2: dict[str, Any] = {}
+LLAMA: dict[str, Any] = {
+    "num_query_groups": 2,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "untie_embeddings_and_output_weights": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layout and what else differs from the serial run."""
+
+    tensor: int = 1
+    data: int = 1
+    zero: int = 0
+    sequence_parallel: bool = False
+    micro_batches: int = 1
+    dtype: str = "fp32"
+    llama: bool = False
+    optimizer: str = "adamw"
+    recompute: str = "none"
+    steps: int = 5
+
+    def __str__(self) -> str:
+        changed = (f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
+        return ",".join(
+            text
+            for text, f in zip(changed, dataclasses.fields(self), strict=True)
+            if getattr(self, f.name) != f.default
+        )
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a rank saw: (loss, gradient norm) a step, and its pieces of the weights after."""
+
+    curve: list[tuple[float, float]]
+    pieces: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]
+    gradients: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]
+
+
+def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
+    """A two-layer model with more vocabulary rows than ids, trained on mock data."""
+    fields: sources.Overrides = {
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "vocab_size": VOCABULARY,
+            "make_vocab_size_divisible_by": 8,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            **(LLAMA if case.llama else GPT2),
+        },
+        "parallel": {
+            "tensor_model_parallel_size": case.tensor,
+            "sequence_parallel": case.sequence_parallel,
+            "zero_stage": case.zero,
+        },
+        "precision": {"bf16": case.dtype == "bf16"},
+        # A tiny epsilon would turn the rounding noise of zero gradients into steps.
+        "optimizer": {"lr": 1e-2, "adam_eps": 1e-5, "optimizer": case.optimizer},
+        "data": {"mock_data": True, "seq_length": LENGTH},
+        "training": {
+            "train_iters": case.steps,
+            "micro_batch_size": BATCH // case.data // case.micro_batches,
+            "global_batch_size": BATCH,
+            "recompute_granularity": case.recompute,
+        },
+    }
+    for section, values in sections.items():
+        fields.setdefault(section, {}).update(values)
+    return sources.override(RunConfig(), fields)
+
+
+def run_cases(cases: list[Case]) -> list[Outcome]:
+    """Each case in turn on the ranks that call; all of them fit the number of ranks."""
+    return [_run(case) for case in cases]
+
+
+def _run(case: Case) -> Outcome:
+    mesh = ProcessMesh.create(MeshShape(data=case.data, tensor=case.tensor))
+    config = config_of(case)
+    engine = build.build_engine(config, build.build_model(config, mesh, VOCABULARY), mesh)
+    loader = build.open_loader(config, build.open_stream(config, "train", VOCABULARY), mesh, VOCABULARY)
+    curve, gradients = [], []
+    for step in range(case.steps):
+        result = train_step(
+            engine,
+            mesh,
+            loader.step(step * BATCH, BATCH),
+            target_tokens=BATCH * LENGTH,
+            step=step + 1,
+            seed=None,
+            learning_rate=1e-2,
+        )
+        curve.append((result.loss, result.outcome.grad_norm))
+        if step == 0:
+            # After one step from zero, Adam's first moment is (1 - beta1) x the clipped gradient.
+            first_moment = {"adamw": "exp_avg/", "sgd": "momentum_buffer/"}[case.optimizer]
+            gradients = [
+                (p.name.removeprefix(first_moment), p.global_shape, p.global_start, p.tensor.clone())
+                for p in engine.pieces()
+                if p.owned and p.name.startswith(first_moment)
+            ]
+    pieces = [
+        (p.name.removeprefix("weight/"), p.global_shape, p.global_start, p.tensor.clone())
+        for p in engine.pieces(optimizer=False)
+        if p.owned
+    ]
+    return Outcome(curve, pieces, gradients)
+
+
+def assemble(pieces: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Global tensors by name out of all ranks' owned pieces; fails where they do not tile."""
+    whole: dict[str, torch.Tensor] = {}
+    for name, shape, start, part in pieces:
+        into = whole.setdefault(name, torch.full(shape, float("nan")))
+        window = into[tuple(slice(a, a + n) for a, n in zip(start, part.shape, strict=True))]
+        assert window.isnan().all(), f"{name} is owned twice"
+        window.copy_(part)
+    for name, tensor in whole.items():
+        assert not tensor.isnan().any(), f"a part of {name} is owned by nobody"
+    return whole

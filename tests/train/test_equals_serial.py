@@ -1,0 +1,126 @@
+"""Every layout trains as one process does: losses, gradient norms, gradients, weights after some steps."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from train.layouts import Case, Outcome, assemble, run_cases
+
+TIGHT = 1e-5
+
+
+def cases_of(ranks: int) -> list[Case]:
+    """Tensor x data x ZeRO x sequence parallel on that many ranks, both model shapes in turn."""
+    found = []
+    shapes = sorted({(t, ranks // t) for t in (1, 2, 4) if ranks % t == 0})
+    for (tensor, data), zero in itertools.product(shapes, (0, 1, 2, 3)):
+        for sequence_parallel in (False, True) if tensor > 1 else (False,):
+            found.append(
+                Case(
+                    tensor,
+                    data,
+                    zero,
+                    sequence_parallel,
+                    micro_batches=1 if data == 4 else 2,
+                    llama=len(found) % 2 == 1,
+                )
+            )
+    if ranks == 2:
+        found += [
+            Case(2, 1, 1, micro_batches=4, llama=True, recompute="full"),
+            Case(2, 1, 3, micro_batches=4, recompute="full"),
+            Case(2, 1, 2, micro_batches=1, recompute="selective"),
+            Case(1, 2, 2, optimizer="sgd"),
+        ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def serial() -> dict[tuple[bool, str], tuple[Outcome, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """One process, one micro-batch, no ZeRO, for each model shape and optimizer."""
+    kinds = [(llama, optimizer) for llama in (False, True) for optimizer in ("adamw", "sgd")]
+    (outcomes,) = run_on_ranks(run_cases, 1, [Case(llama=llama, optimizer=name) for llama, name in kinds])
+    return {
+        kind: (outcome, assemble(outcome.pieces), assemble(outcome.gradients))
+        for kind, outcome in zip(kinds, outcomes, strict=True)
+    }
+
+
+def difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """Norm of the difference over the reference's; absolute where the reference is zero (a key bias)."""
+    size = reference.norm().item()
+    return (ours - reference).norm().item() / (size if size > 1e-5 else 1.0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_layout_equals_serial(ranks, serial):
+    cases = cases_of(ranks)
+    by_rank = run_on_ranks(run_cases, ranks, cases, timeout=400)
+    faults = []
+    for i, case in enumerate(cases):
+        reference, weights, gradients = serial[case.llama, case.optimizer]
+        outcomes = [outcomes[i] for outcomes in by_rank]
+        for step, (ours, theirs) in enumerate(zip(outcomes[0].curve, reference.curve, strict=True)):
+            for what, a, b in zip(("loss", "gradient norm"), ours, theirs, strict=True):
+                if abs(a - b) > TIGHT * abs(b):
+                    faults.append(f"{case}: step {step + 1} {what} {a} against {b}")
+        assert all(outcome.curve == outcomes[0].curve for outcome in outcomes), f"{case}: ranks disagree"
+        for what, ours, theirs in (
+            ("gradient", assemble([p for o in outcomes for p in o.gradients]), gradients),
+            ("weight", assemble([p for o in outcomes for p in o.pieces]), weights),
+        ):
+            assert ours.keys() == theirs.keys()
+            for name in theirs:
+                if (apart := difference(ours[name], theirs[name])) > TIGHT:
+                    faults.append(f"{case}: {what} {name} differs by {apart:.1e}")
+    assert not faults, "\n".join(faults)
+
+
+def test_bf16_follows_fp32(serial):
+    """16-bit weights round, so this holds the curve, not the digits; ranks and stages must agree closer."""
+    cases = [Case(2, 1, 1, dtype="bf16"), Case(1, 2, 2, dtype="bf16", micro_batches=2), Case(1, 2, 3, dtype="bf16")]
+    outcomes, _ = run_on_ranks(run_cases, 2, cases, timeout=200)
+    reference = serial[False, "adamw"][0].curve
+    for case, outcome in zip(cases, outcomes, strict=True):
+        for ours, theirs in zip(outcome.curve, reference, strict=True):
+            assert ours[0] == pytest.approx(theirs[0], rel=5e-3), case
+            assert ours[1] == pytest.approx(theirs[1], rel=5e-2), case
+
+
+def _accumulate_ones(zero: int) -> float:
+    """512 gradients of 1 on one bf16 weight, as the engine adds them up."""
+    from megatron_lite.config.optimizer import OptimizerConfig
+    from megatron_lite.optim.build import build_optimizer
+    from megatron_lite.parallel.layout import replicated
+    from megatron_lite.parallel.mesh_shape import MeshShape
+    from megatron_lite.parallel.process_mesh import ProcessMesh
+    from megatron_lite.train import deepspeed_config
+    from megatron_lite.train.engine import ZeroEngine
+
+    module = torch.nn.Linear(1, 1, bias=False)
+    module.weight.mesh_layout = replicated((1, 1), 0)
+    options = OptimizerConfig(clip_grad=0.0)
+    optimizer = build_optimizer(options, [{"params": [module.weight]}])
+    config = config_of_precision(zero)
+    engine = ZeroEngine(
+        module, ProcessMesh.create(MeshShape()), optimizer, ("exp_avg", "exp_avg_sq"), deepspeed_config.derive(config)
+    )
+    with engine.gradients(512) as backward:
+        for _ in range(512):
+            backward(engine.forward(torch.ones(1, 1, dtype=torch.bfloat16)).sum())
+    return engine.step(0.0).grad_norm
+
+
+def config_of_precision(zero: int):
+    from train.layouts import config_of
+
+    return config_of(Case(zero=zero, dtype="bf16"))
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_bf16_gradients_accumulate_in_fp32(zero):
+    # In bf16 the sum would stop at 256, where 1 is half a unit in the last place.
+    assert run_on_ranks(_accumulate_ones, 1, zero) == [512.0]
