@@ -41,6 +41,12 @@ CHUNK_BYTES = 4 * 2**20
 #: Bytes of one value, by the names the safetensors format gives the dtypes.
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
+_HEAD_KEYS = ("format", "format_version", "step", "layout", "config", "config_sha256", "versions", "state")
+_KEYS = frozenset((*_HEAD_KEYS, "chunk_bytes", "files", "tensors", "sha256"))
+_FILE_KEYS = frozenset(("size", "header_size", "header_crc32"))
+_TENSOR_KEYS = frozenset(("dtype", "shape", "boxes"))
+_BOX_KEYS = frozenset(("start", "shape", "file", "bytes", "crc32"))
+
 _MAX_BYTES = 512 * 2**20
 _MAX_DIMS = 5
 _MAX_NUMBER = 2**53
@@ -256,8 +262,7 @@ def _manifest(content: Any) -> Manifest:
         "format_version",
         f"is {version}, and this code reads up to {FORMAT_VERSION}: use the newer code that wrote it",
     )
-    keys = "format format_version step layout config config_sha256 versions state chunk_bytes files tensors sha256"
-    _keys(content, keys, "the file")
+    _keys(content, _KEYS, "the file")
     config = _object(content["config"], "config")
     _expect(content["config_sha256"] == config_sha256(config), "config_sha256", "does not match config")
     versions = _object(content["versions"], "versions")
@@ -286,53 +291,46 @@ def _manifest(content: Any) -> Manifest:
 def _file(name: str, entry: Any) -> StoredFile:
     field = f"files.{_shown(name)}"
     _expect(_SHARD_NAME.fullmatch(name) is not None, field, "is not a name of the form rank-00003.safetensors")
-    _keys(_object(entry, field), "size header_size header_crc32", field)
+    _keys(_object(entry, field), _FILE_KEYS, field)
     size = _integer(entry["size"], f"{field}.size", low=8)
     header_size = _integer(entry["header_size"], f"{field}.header_size", low=8, high=min(size, 100 * 10**6))
     return StoredFile(size, header_size, _integer(entry["header_crc32"], f"{field}.header_crc32", high=2**32 - 1))
 
 
 def _tensor(field: str, entry: Any, chunk_bytes: int) -> StoredTensor:
-    _keys(_object(entry, field), "dtype shape boxes", field)
+    _keys(_object(entry, field), _TENSOR_KEYS, field)
     dtype = entry["dtype"]
-    _expect(
-        isinstance(dtype, str) and dtype in ITEM_BYTES,
-        f"{field}.dtype",
-        f"is {_shown(dtype)}, not of {list(ITEM_BYTES)}",
-    )
+    if not (isinstance(dtype, str) and dtype in ITEM_BYTES):
+        raise _Fault(f"{field}.dtype is {_shown(dtype)}, not of {list(ITEM_BYTES)}")
     shape = _integers(entry["shape"], f"{field}.shape", low=1)
     _expect(math.prod(shape) <= _MAX_NUMBER, f"{field}.shape", f"has {math.prod(shape)} elements")
     boxes = []
     for index, box in enumerate(_list(entry["boxes"], f"{field}.boxes")):
-        boxes.append(_box(f"{field}.boxes[{index}]", box, shape, ITEM_BYTES[dtype], chunk_bytes))
+        try:
+            boxes.append(_box(box, shape, ITEM_BYTES[dtype], chunk_bytes))
+        except _Fault as fault:
+            raise _Fault(f"{field}.boxes[{index}].{fault}") from None
     fault = tiling_fault(shape, (box.rectangle for box in boxes))
     _expect(fault is None, f"{field}.boxes", f"do not cover {list(shape)} exactly once: {fault}")
     return StoredTensor(dtype, shape, tuple(boxes))
 
 
-def _box(field: str, entry: Any, whole: tuple[int, ...], item_bytes: int, chunk_bytes: int) -> StoredBox:
-    _keys(_object(entry, field), "start shape file bytes crc32", field)
-    start, shape = _integers(entry["start"], f"{field}.start"), _integers(entry["shape"], f"{field}.shape", low=1)
-    inside = len(start) == len(shape) == len(whole) and all(map(_fits, start, shape, whole))
-    _expect(
-        inside, field, f"starts at {list(start)} with shape {list(shape)}: not inside a tensor of shape {list(whole)}"
-    )
+def _box(entry: Any, whole: tuple[int, ...], item_bytes: int, chunk_bytes: int) -> StoredBox:
+    # There may be a million of these: no message is put together before it is needed.
+    _keys(_object(entry, "value"), _BOX_KEYS, "value")
+    start, shape = _integers(entry["start"], "start"), _integers(entry["shape"], "shape", low=1)
+    if not (len(start) == len(shape) == len(whole) and all(map(_fits, start, shape, whole))):
+        raise _Fault(f"start is {list(start)} with shape {list(shape)}: not inside a tensor of shape {list(whole)}")
     rectangle = Rectangle(start, shape)
-    file = _text(entry["file"], f"{field}.file")
-    byte_range = _integers(entry["bytes"], f"{field}.bytes")
     size = rectangle.size * item_bytes
-    _expect(
-        len(byte_range) == 2 and byte_range[1] - byte_range[0] == size,
-        f"{field}.bytes",
-        f"is {list(byte_range)}, not a range of {size} bytes",
-    )
-    checksums = _list(entry["crc32"], f"{field}.crc32")
-    _expect(
-        len(checksums) == -(-size // chunk_bytes), f"{field}.crc32", f"has {len(checksums)} entries for {size} bytes"
-    )
-    return StoredBox(
-        rectangle, file, byte_range[0], tuple(_integer(c, f"{field}.crc32", high=2**32 - 1) for c in checksums)
-    )
+    byte_range = _integers(entry["bytes"], "bytes")
+    if len(byte_range) != 2 or byte_range[1] - byte_range[0] != size:
+        raise _Fault(f"bytes is {list(byte_range)}, not a range of {size} bytes")
+    checksums = _list(entry["crc32"], "crc32")
+    if len(checksums) != -(-size // chunk_bytes):
+        raise _Fault(f"crc32 has {len(checksums)} entries for {size} bytes")
+    crc32 = tuple(_integer(checksum, "crc32", high=2**32 - 1) for checksum in checksums)
+    return StoredBox(rectangle, _text(entry["file"], "file"), byte_range[0], crc32)
 
 
 def _fits(first: int, length: int, limit: int) -> bool:
@@ -343,17 +341,15 @@ def _check_files_are_tiled(files: dict[str, StoredFile], tensors: dict[str, Stor
     ranges: dict[str, list[tuple[int, int, str]]] = {name: [] for name in files}
     for name, tensor in tensors.items():
         for box in tensor.boxes:
-            _expect(box.file in files, f"tensors.{name}.boxes", f"are in {_shown(box.file)}, which files does not list")
+            if box.file not in ranges:
+                raise _Fault(f"tensors.{name}.boxes are in {_shown(box.file)}, which files does not list")
             last = box.first_byte + box.rectangle.size * tensor.item_bytes
             ranges[box.file].append((box.first_byte, last, name))
     for file, entry in files.items():
         position = entry.header_size
         for first, last, name in sorted(ranges[file]):
-            _expect(
-                first == position,
-                f"tensors.{name}.boxes",
-                f"begin at byte {first} of {file}, where byte {position} is the next",
-            )
+            if first != position:
+                raise _Fault(f"tensors.{name}.boxes begin at byte {first} of {file}, where byte {position} is the next")
             position = last
         _expect(position == entry.size, f"files.{file}.size", f"is {entry.size}, but its boxes end at byte {position}")
 
@@ -368,10 +364,9 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _keys(entry: dict[str, Any], keys: str, field: str) -> None:
-    expected = set(keys.split())
-    if entry.keys() != expected:
-        missing, unknown = sorted(expected - entry.keys()), sorted(entry.keys() - expected)
+def _keys(entry: dict[str, Any], keys: frozenset[str], field: str) -> None:
+    if entry.keys() != keys:
+        missing, unknown = sorted(keys - entry.keys()), sorted(entry.keys() - keys)
         raise _Fault(f"{field} lacks the fields {missing} and has the unknown ones {_shown(unknown)}")
 
 
@@ -402,5 +397,6 @@ def _integer(value: Any, field: str, low: int = 0, high: int = _MAX_NUMBER) -> i
 
 def _integers(value: Any, field: str, low: int = 0) -> tuple[int, ...]:
     numbers = _list(value, field)
-    _expect(len(numbers) <= _MAX_DIMS, field, f"has {len(numbers)} entries; at most {_MAX_DIMS} are allowed")
-    return tuple(_integer(number, field, low) for number in numbers)
+    if len(numbers) > _MAX_DIMS:
+        raise _Fault(f"{field} has {len(numbers)} entries; at most {_MAX_DIMS} are allowed")
+    return tuple([_integer(number, field, low) for number in numbers])

@@ -29,7 +29,8 @@ from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
 from megatron_lite.errors import CheckpointError
 
 _STEP = re.compile(r"step-([0-9]{8,})")
-_ASIDE = re.compile(r"\.(.+)\.(tmp|old)-[0-9a-f]{8}")
+_TEMPORARY = re.compile(r"\.(step-[0-9]{8,}|latest|best)\.tmp-[0-9a-f]{8}")
+_REPLACED = re.compile(r"\.(step-([0-9]{8,}))\.old-[0-9a-f]{8}")
 
 
 def step_name(step: int) -> str:
@@ -58,8 +59,8 @@ def steps(root: Path) -> dict[int, Path]:
     for path in root.iterdir():
         if match := _STEP.fullmatch(path.name):
             found[int(match[1])] = path
-        elif (match := _ASIDE.fullmatch(path.name)) and match[2] == "old" and (step := _STEP.fullmatch(match[1])):
-            replaced[int(step[1])] = path
+        elif match := _REPLACED.fullmatch(path.name):
+            replaced[int(match[2])] = path
     return dict(sorted({**replaced, **found}.items()))
 
 
@@ -122,12 +123,11 @@ def _lock(root: Path, held: contextlib.ExitStack) -> None:
 def sweep(root: Path) -> None:
     """Remove what a save or a deletion that was cut off left behind; put back what it had moved aside."""
     for path in list(root.iterdir()):
-        if not (match := _ASIDE.fullmatch(path.name)):
-            continue
-        if match[2] == "old" and not (root / match[1]).exists():
-            os.rename(path, root / match[1])
-            log.note(f"{root / match[1]} is back: its replacement was never finished")
-        else:
+        replaced = _REPLACED.fullmatch(path.name)
+        if replaced and not (root / replaced[1]).exists():
+            os.rename(path, root / replaced[1])
+            log.note(f"{root / replaced[1]} is back: its replacement was never finished")
+        elif replaced or _TEMPORARY.fullmatch(path.name):
             log.note(f"removing {path}, left behind by a save that was cut off")
             discard(path)
 

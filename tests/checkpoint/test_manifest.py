@@ -83,7 +83,7 @@ REFUSED = [
     ((*BOX, "start"), [-1, 0], "start is -1"),
     ((*BOX, "start"), [1, 0], "element [0, 0] lies in no box"),
     ((*BOX, "start"), [2, 0], "element [0, 0] lies in no box"),
-    ((*BOX, "start"), [3, 0], "starts at [3, 0] with shape [2, 2]: not inside a tensor of shape [4, 2]"),
+    ((*BOX, "start"), [3, 0], "boxes[0].start is [3, 0] with shape [2, 2]: not inside a tensor of shape [4, 2]"),
     ((*BOX, "start"), [0], "not inside a tensor"),
     ((*BOX, "shape"), [2, 2.0], "is 2.0, not a whole number"),
     ((*BOX, "file"), "rank-00002.safetensors", "which files does not list"),

@@ -124,7 +124,14 @@ def test_failing_to_prune_costs_no_checkpoint(one_rank, tmp_path, monkeypatch, c
 
 def test_leftovers_are_swept_and_nothing_else(one_rank, tmp_path):
     save_value(tmp_path, 1, one_rank)
-    kept = ["mine.txt", ".hidden", ".step-00000002.tmp-mine", "abandoned-step-00000009", "step-2"]
+    kept = [
+        "mine.txt",
+        ".hidden",
+        ".step-00000002.tmp-mine",
+        ".notes.tmp-0a1b2c3d",
+        "abandoned-step-00000009",
+        "step-2",
+    ]
     for name in kept:
         (tmp_path / name).mkdir()
     for name in (".step-00000002.tmp-0a1b2c3d", ".step-00000001.old-0a1b2c3d"):
