@@ -5,10 +5,10 @@ import math
 import os
 
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from megatron_lite.checkpoint.find import find
 from megatron_lite.checkpoint.load import load, read_tensor
@@ -164,7 +164,7 @@ def test_safetensors_reads_what_is_written(as_ranks, tmp_path, no_fsync):
 
     folder = as_ranks(save_half, 2)[0]
     for rank in (0, 1):
-        stored = safetensors.torch.load_file(folder / f"rank-{rank:05d}.safetensors")
+        stored = load_file(folder / f"rank-{rank:05d}.safetensors")
         for name, tensor in tensors.items():
             half = stored[f"{name}[{3 * rank}:{3 * rank + 3},0:4]"]
             assert half.dtype == tensor.dtype
