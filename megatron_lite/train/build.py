@@ -14,8 +14,6 @@ from megatron_lite.config import check
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.loader import BatchLoader
 from megatron_lite.data.stream import SampleStream, build_stream
-from megatron_lite.data.tokenizer import build_tokenizer
-from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import ConfigError, MegatronLiteError, UserError
 from megatron_lite.model.gpt import GPT
 from megatron_lite.optim.build import build_optimizer, slots
@@ -49,25 +47,6 @@ def together(mesh: ProcessMesh, action: Callable[[], T]) -> T:
         everywhere = len(texts) == 1 and len(failures.failures) == mesh.world_size
         raise UserError(texts.pop() if everywhere else str(failures)) from None
     return done[0]
-
-
-def resolve_vocabulary(config: RunConfig) -> tuple[Tokenizer | None, int]:
-    """The tokenizer, if one is named, and the true vocabulary size: the flag's, or the tokenizer's.
-
-    Raises ConfigError when the tokenizer has more ids than --vocab-size.
-    """
-    tokenizer = build_tokenizer(config.data) if config.data.tokenizer_type else None
-    given = config.model.vocab_size
-    if tokenizer is None:
-        if given is None:
-            raise ConfigError("the vocabulary size is not known: give --tokenizer-type and its file, or --vocab-size")
-        return None, given
-    if given is not None and given < tokenizer.vocab_size:
-        raise ConfigError(
-            f"vocab_size={given} is smaller than the tokenizer's {tokenizer.vocab_size}; "
-            f"leave --vocab-size out, or give at least {tokenizer.vocab_size}"
-        )
-    return tokenizer, given or tokenizer.vocab_size
 
 
 def build_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int, *, dtype: torch.dtype = torch.float32) -> GPT:

@@ -20,6 +20,9 @@ PASSED_THROUGH = frozenset({
 })  # fmt: skip
 """Top-level keys whose values are DeepSpeed's own business."""
 
+BUCKET_ELEMENTS = 50_000_000
+"""Elements DeepSpeed reduces or gathers at once; its own default, ten times as many, is 2 GB of buffer."""
+
 REFUSED = {
     "optimizer": "set --optimizer, --lr, --weight-decay, --adam-beta1, ... instead",
     "scheduler": "set --lr-decay-style, --lr-warmup-iters, --min-lr, ... instead",
@@ -64,7 +67,11 @@ def derive(config: RunConfig) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.clip_grad,
-        "zero_optimization": {"stage": effective_zero_stage(config)},
+        "zero_optimization": {
+            "stage": effective_zero_stage(config),
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": precision.dtype == "bf16"},

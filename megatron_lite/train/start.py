@@ -19,6 +19,7 @@ from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.stream import SampleStream
+from megatron_lite.data.vocabulary import resolve_vocabulary
 from megatron_lite.errors import EXIT_LOST_RANK, CheckpointError, LostRankError, MegatronLiteError
 from megatron_lite.monitor.exit_file import remove_exit, write_exit
 from megatron_lite.monitor.memory import MemoryMeter
@@ -30,8 +31,10 @@ from megatron_lite.parallel.launch import Launch, StopRequest
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.devices import dense_peak_flops
 from megatron_lite.plan.flops import flops_per_token
+from megatron_lite.plan.report import memory_comparison
 from megatron_lite.train import build
 from megatron_lite.train.batch_plan import BatchPlan
+from megatron_lite.train.dry_run import planned_peak
 from megatron_lite.train.engine import Engine
 from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.loop import Run, train
@@ -87,6 +90,8 @@ def _train_and_tell(run: Run, command: str) -> None:
         lost = LostRankError(f"another rank is gone, seen by rank {run.mesh.global_rank}: {str(error).splitlines()[0]}")
         _leave_exit_file(run, lost.cause, lost.exit_code, _how_to_go_on(run, command), str(lost))
         raise lost from None
+    predicted = planned_peak(run.config, run.mesh.size("data"), run.mesh.device.type)
+    log.note(memory_comparison(predicted, run.memory.peak_growth()))
     how = _how_to_go_on(run, command)
     log.note(f"stopped at step {run.progress.step} of {run.plan.total_iterations}: {reason}; {how}")
     _leave_exit_file(run, reason.replace(" ", "_"), 0, how, "")
@@ -207,7 +212,7 @@ class _Data:
 
 
 def _open_data(config: RunConfig, mesh: ProcessMesh) -> _Data:
-    tokenizer, vocab_size = build.resolve_vocabulary(config)
+    tokenizer, vocab_size = resolve_vocabulary(config)
     train_stream = build.open_stream(config, "train", vocab_size)
     plan = BatchPlan.of(config.training, mesh.size("data"), config.data.seq_length, train_stream.samples_per_epoch)
     valid_stream, eval_batches = None, config.training.eval_iters

@@ -1,0 +1,58 @@
+"""What a configuration comes to, before anything is started. No torch: it answers at once."""
+
+from __future__ import annotations
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.data.stream import build_stream
+from megatron_lite.data.vocabulary import resolve_vocabulary
+from megatron_lite.plan.memory import Moment, peak
+from megatron_lite.plan.report import dry_run_report
+from megatron_lite.train import deepspeed_config
+from megatron_lite.train.batch_plan import BatchPlan
+
+
+def dry_run(config: RunConfig, world_size: int) -> list[str]:
+    """The lines of `--dry-run`: settings, batch, parameters, compute, memory of a rank.
+
+    Raises what a run would for data or a tokenizer that cannot be opened.
+    """
+    _, vocab_size = resolve_vocabulary(config)
+    data_size = world_size // config.parallel.tensor_model_parallel_size
+    samples_per_epoch = None
+    if config.data.mock_data or config.data.data_path or config.data.train_data_path:
+        stream = build_stream(
+            config.data,
+            seed=config.training.seed,
+            split="train",
+            vocab_size=vocab_size,
+            skip_samples=config.training.skip_samples,
+        )
+        samples_per_epoch = stream.samples_per_epoch
+    plan = BatchPlan.of(config.training, data_size, config.data.seq_length, samples_per_epoch)
+    return dry_run_report(
+        config,
+        world_size,
+        vocab_size,
+        batch_lines=plan.lines(),
+        total_samples=plan.total_samples,
+        samples_per_epoch=samples_per_epoch,
+        reduce_bucket_size=_bucket_elements(config, data_size),
+    )
+
+
+def planned_peak(config: RunConfig, data_size: int, device_type: str) -> Moment:
+    """The predicted memory peak of a rank of a resolved configuration."""
+    assert config.model.vocab_size is not None, "a resolved configuration states its vocabulary"
+    return peak(
+        config,
+        data_size=data_size,
+        vocab_size=config.model.vocab_size,
+        device_type=device_type,
+        reduce_bucket_size=_bucket_elements(config, data_size),
+    )
+
+
+def _bucket_elements(config: RunConfig, data_size: int) -> int:
+    """DeepSpeed's reduction bucket, which a user's file may set."""
+    zero = deepspeed_config.build(config, data_size)["zero_optimization"]
+    return int(zero["reduce_bucket_size"])
