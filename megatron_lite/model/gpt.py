@@ -18,7 +18,7 @@ from megatron_lite.model.cache import KeyValueCache
 from megatron_lite.model.forward_pass import ForwardPass, Site
 from megatron_lite.model.init import initialize
 from megatron_lite.model.norm import Norm
-from megatron_lite.model.rotary import Rotary
+from megatron_lite.model.rotary import Rotary, Rotation
 from megatron_lite.parallel.layout import replicated
 from megatron_lite.parallel.linear import TensorAxis, empty_parameter
 from megatron_lite.parallel.process_mesh import ProcessMesh
@@ -95,10 +95,10 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """The sum of this batch's token losses where the mask is 1: an fp32 scalar, equal on all tensor ranks.
 
-        In training mode label smoothing and z-loss are part of it. `dropout_seed` is `micro_batch_seed`'s;
+        Label smoothing, z-loss and dropout belong to training mode. `dropout_seed` is `micro_batch_seed`'s;
         None is no dropout. The caller divides by the step's number of target tokens.
         """
-        logits_SBV = self._logits(tokens_BS, self._plain_pass(tokens_BS, dropout_seed))
+        logits_SBV = self._logits(tokens_BS, self._plain_pass(tokens_BS, dropout_seed if self.training else None))
         loss_SB = vocab_parallel_cross_entropy(
             logits_SBV,
             labels_BS.t(),
@@ -144,15 +144,9 @@ class GPT(nn.Module):
             mask = _causal_mask(start, stop, left_padding_B)
         elif start and tokens_BS.shape[1] > 1:
             mask = _causal_mask(start, stop, torch.zeros_like(tokens_BS[:1, 0]))
-        rotation = None
-        if self._rotary is not None and positions_BS is None:
-            rotation = self._rotary.between(start, stop, tokens_BS.device)
-        elif self._rotary is not None:
-            rotation = self._rotary.at(positions_BS.t(), stop)
-        axis = TensorAxis(self._axis.mesh)
-        logits_SBV = self._logits(
-            tokens_BS, ForwardPass(axis, None, rotation, mask, cache), start, positions_BS, last_only=last_only
-        )
+        rotation = self._rotation(start, stop, tokens_BS.device, positions_BS)
+        run = ForwardPass(TensorAxis(self._axis.mesh), rotation=rotation, mask=mask, cache=cache)
+        logits_SBV = self._logits(tokens_BS, run, start, positions_BS, last_only=last_only)
         if cache is not None:
             cache.advance(tokens_BS.shape[1])
         return logits_SBV.transpose(0, 1)
@@ -166,8 +160,16 @@ class GPT(nn.Module):
         # A mode of memory, not of meaning: lengths that the ranks do not divide go without it.
         divides = length % self._axis.size == 0
         axis = self._axis if divides else TensorAxis(self._axis.mesh)
-        rotation = self._rotary.between(0, length, tokens_BS.device) if self._rotary else None
-        return ForwardPass(axis, dropout_seed, rotation)
+        return ForwardPass(axis, dropout_seed, self._rotation(0, length, tokens_BS.device))
+
+    def _rotation(
+        self, start: int, stop: int, device: torch.device, positions_BS: torch.Tensor | None = None
+    ) -> Rotation | None:
+        if self._rotary is None:
+            return None
+        if positions_BS is None:
+            return self._rotary.between(start, stop, device)
+        return self._rotary.at(positions_BS.t(), stop)
 
     def _logits(
         self,

@@ -60,6 +60,7 @@ def test_loss_is_a_function_of_the_seed():
     model = _model(ProcessMesh.create(MeshShape()))
     assert _loss(model, 1) == _loss(model, 1) != _loss(model, 2)
     assert _loss(model, None) != _loss(model, 1)
+    assert _loss(model.eval(), 1) == _loss(model, None)
     for field in ("hidden_dropout", "attention_dropout"):
         alone = _model(ProcessMesh.create(MeshShape()), dataclasses.replace(CONFIG, **{field: 0.0}))
         assert len({_loss(alone, seed) for seed in (None, 1, 2)}) == 3
