@@ -161,7 +161,9 @@ class _Counted:
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[_Counted]:
     try:
-        stream = sys.stdin.buffer if path == STANDARD_INPUT else open(path, "rb")  # noqa: SIM115
+        # Unbuffered: a buffered read waits for all it was asked for, and a signal that comes between two
+        # of its system calls is not looked at before the pipe has more.
+        stream = sys.stdin.buffer.raw if path == STANDARD_INPUT else open(path, "rb", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     try:

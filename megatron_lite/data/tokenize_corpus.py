@@ -186,7 +186,7 @@ class _TokenSet:
 
     def unigram_entropy(self) -> float:
         share = self._counts[self._counts > 0] / self._counts.sum()
-        return float(-(share * np.log(share)).sum())
+        return float((share * -np.log(share)).sum()) + 0.0
 
 
 class _Skipped:

@@ -1,0 +1,186 @@
+"""Tokenizers learned from text: byte-level BPE (Sennrich et al. 2016) and SentencePiece."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from megatron_lite.data.text_input import BadDocument, Source, parse_block, read_blocks
+from megatron_lite.data.text_progress import TextProgress
+from megatron_lite.data.tokenizer import Tokenizer
+from megatron_lite.errors import DataError, TokenizerError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+_PIECE_CHARACTERS = 8192
+_HELD_OUT_EVERY = 20
+_HELD_OUT_BYTES = 8 << 20
+_SENTENCEPIECE_OWN = ("<unk>", "<s>", "</s>")
+_SENTENCEPIECE_THREADS = 8  # fixed: sums in another order would be another model
+
+
+class TrainingText:
+    """The text of some sources in pieces of some lines, every twentieth kept apart to measure on.
+
+    A piece has about 8,192 characters, so that one large file has many. Iterating reads the sources
+    once and raises DataError for a document that cannot be used, unless `skip_bad`; then `skipped`
+    counts them.
+    """
+
+    def __init__(self, sources: Sequence[Source], keys: Sequence[str], progress: TextProgress, skip_bad: bool):
+        self._sources, self._keys, self._progress, self._skip_bad = sources, keys, progress, skip_bad
+        self.held_out: list[str] = []
+        self.skipped = 0
+        self.trained_bytes = 0
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        held_out_bytes = 0
+        try:
+            for index, piece in enumerate(self._pieces()):
+                size = len(piece.encode())
+                if index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 and held_out_bytes < _HELD_OUT_BYTES:
+                    held_out_bytes += size
+                    self.held_out.append(piece)
+                else:
+                    self.trained_bytes += size
+                    yield piece
+        except Exception as error:
+            # What a library makes of an error of its input's differs; `faithful` raises this one.
+            self.error = error
+            raise
+
+    @contextlib.contextmanager
+    def faithful(self) -> Iterator[None]:
+        """Raises an error of reading as itself when it comes back out of a library as another."""
+        try:
+            yield
+        except Exception:
+            if self.error is not None:
+                raise self.error from None
+            raise
+
+    def _pieces(self) -> Iterator[str]:
+        for source in self._sources:
+            for block in read_blocks(source):
+                documents = text_bytes = 0
+                for document in parse_block(block, self._keys):
+                    if isinstance(document, BadDocument):
+                        self._refuse(source, document)
+                        continue
+                    documents += 1
+                    for text in document:
+                        text_bytes += len(text.encode())
+                        yield from _cut(text)
+                self._progress.add(block.read, documents, text_bytes)
+
+    def _refuse(self, source: Source, bad: BadDocument) -> None:
+        if not self._skip_bad:
+            raise DataError(
+                f"{source.name}, line {bad.line}: {bad.reason}: {bad.detail}. Mend it, or leave such documents out "
+                "by --on-error skip"
+            )
+        self.skipped += 1
+
+
+def _cut(text: str) -> Iterator[str]:
+    lines: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        size += len(line)
+        if size >= _PIECE_CHARACTERS:
+            yield "".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield "".join(lines)
+
+
+def _check_size(vocab_size: int, specials: Sequence[str]) -> None:
+    least = 256 + len(specials)
+    if vocab_size < least:
+        raise TokenizerError(
+            f"--vocab-size {vocab_size} is below {least} = 256 bytes + {len(specials)} special tokens; give more"
+        )
+
+
+def train_bpe(text: TrainingText, vocab_size: int, special_tokens: Sequence[str], show_progress: bool = False) -> str:
+    """A byte-level BPE with GPT-2's cut of words, as the content of a tokenizer.json.
+
+    <|endoftext|> (id 0) and `special_tokens` come first, then the 256 bytes, then merges. Text that
+    repeats too little gives a smaller vocabulary. The same text gives the same bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    specials = list(dict.fromkeys([END_OF_DOCUMENT, *special_tokens]))
+    _check_size(vocab_size, specials)
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=show_progress,
+    )
+    with text.faithful():
+        library.train_from_iterator(iter(text), trainer)
+    return library.to_str(pretty=True)
+
+
+def train_sentencepiece(
+    text: TrainingText,
+    vocab_size: int,
+    special_tokens: Sequence[str],
+    model_type: Literal["unigram", "bpe"] = "unigram",
+) -> bytes:
+    """A SentencePiece .model that gives back every text unchanged: no normalisation, bytes for rare characters.
+
+    <unk>, <s> and </s> are 0 to 2, then `special_tokens`. All text is held in memory. The same text
+    gives the same bytes.
+    """
+    import sentencepiece
+
+    specials = [token for token in dict.fromkeys(special_tokens) if token not in _SENTENCEPIECE_OWN]
+    _check_size(vocab_size, [*_SENTENCEPIECE_OWN, *specials])
+    model = io.BytesIO()
+    try:
+        with text.faithful():
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(text),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type=model_type,
+                control_symbols=specials,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                split_digits=True,
+                byte_fallback=True,
+                max_sentence_length=1 << 30,
+                num_threads=_SENTENCEPIECE_THREADS,
+                minloglevel=2,
+            )
+    except RuntimeError as error:
+        raise _explained(error, vocab_size) from None
+    return model.getvalue()
+
+
+def _explained(error: RuntimeError, vocab_size: int) -> TokenizerError:
+    if most := re.search(r"value <= (\d+)", str(error)):
+        return TokenizerError(
+            f"--vocab-size {vocab_size} is more than this text gives; choose {most[1]} or less, or train on more text"
+        )
+    if least := re.search(r"required_chars. \d+ vs (\d+)", str(error)):
+        return TokenizerError(
+            f"--vocab-size {vocab_size} is too small for this text's characters; choose {least[1]} or more"
+        )
+    return TokenizerError(f"SentencePiece cannot be trained on this text: {error}")
+
+
+def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+    """UTF-8 bytes that a token stands for on average."""
+    flat, _ = tokenizer.encode_block(texts)
+    return sum(len(text.encode()) for text in texts) / max(len(flat), 1)

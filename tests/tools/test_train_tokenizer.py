@@ -1,0 +1,99 @@
+"""tools/train_tokenizer.py: what it learns is loadable, lossless, repeatable and of the size asked for."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_lite.config.data import DataConfig
+from megatron_lite.data.tokenizer import build_tokenizer
+
+REPOSITORY = Path(__file__).parents[2]
+COMMAND = [sys.executable, str(REPOSITORY / "tools" / "train_tokenizer.py")]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+TEXTS = list(pydoc_data.topics.topics.values())
+TYPES = {
+    "bpe": ("HuggingFaceTokenizer", "tokenizer.json"),
+    "sentencepiece": ("SentencePieceTokenizer", "tokenizer.model"),
+}
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, timeout=120, env=ENVIRONMENT | environment, check=False
+    )
+    assert b"Traceback" not in done.stderr, done.stderr.decode()
+    return done
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS)))
+    return path
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_learns_a_tokenizer(corpus, tmp_path, type):
+    kind, name = TYPES[type]
+    options = ("--input", corpus, "--type", type, "--vocab_size", "1500", "--special-tokens", "<pad>", "<user>")
+    for folder, seed in (("one", "1"), ("two", "2")):
+        done = run(*options, "--output", tmp_path / folder, PYTHONHASHSEED=seed)
+        assert done.returncode == 0, done.stderr.decode()
+        assert b"bytes a token on" in done.stdout and b"1,500 ids; use it by --tokenizer-type" in done.stdout
+    assert [path.name for path in (tmp_path / "one").iterdir()] == [name]
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    tokenizer = build_tokenizer(DataConfig(tokenizer_type=kind, tokenizer_model=str(tmp_path / "one" / name)))
+    assert tokenizer.vocab_size == 1500
+    assert tokenizer.eod is not None and tokenizer.pad == tokenizer.token_to_id("<pad>")
+    special = set(tokenizer.special_tokens.values())
+    for text in [*TEXTS[:5], " two  spaces\t\r\n\n 12345 日本 😀 <|endoftext|></s><user>\x00", "", " "]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert special.isdisjoint(ids)
+    packed = sum(len(text.encode()) for text in TEXTS) / sum(len(tokenizer.encode(text)) for text in TEXTS)
+    assert packed > 3
+
+
+def test_bpe_learns_from_plain_text_at_a_path(corpus, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXTS[0] * 3)
+    done = run("--input", tmp_path / "a.txt", "--vocab-size", "300", "--output", tmp_path / "deep" / "my.json")
+    assert done.returncode == 0, done.stderr.decode()
+    config = DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "deep" / "my.json"))
+    tokenizer = build_tokenizer(config)
+    assert (tokenizer.vocab_size, tokenizer.eod) == (300, 0)
+
+
+def test_too_little_text_is_said(tmp_path):
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    done = run("--input", tmp_path / "a.txt", "--vocab-size", "5000", "--output", tmp_path / "t.json")
+    assert done.returncode == 0
+    assert b"repeats too little for 5,000 ids" in done.stderr and b"too little text to hold some out" in done.stderr
+    done = run(
+        *("--input", tmp_path / "a.txt", "--vocab-size", "5000", "--output", tmp_path / "t.model"),
+        *("--type", "sentencepiece"),
+    )
+    assert done.returncode == 2 and b"--vocab-size 5000 is more than this text gives; choose " in done.stderr
+    assert not (tmp_path / "t.model").exists()
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_refusals(tmp_path, type):
+    def refused(message: str, text: bytes, *options) -> None:
+        (tmp_path / "a.jsonl").write_bytes(text)
+        done = run("--input", tmp_path / "a.jsonl", "--type", type, "--output", tmp_path / "t", *options)
+        assert done.returncode == 2 and message in done.stderr.decode(), done.stderr.decode()
+        assert not (tmp_path / "t").exists()
+
+    good = b'{"text": "abc"}\n'
+    refused("--vocab-size 100 is below", good, "--vocab-size", "100")
+    refused("a.jsonl, line 2: invalid JSON", good + b"{\n", "--vocab-size", "300")
+    if type == "bpe":
+        refused("there is no text in", b"\n", "--vocab-size", "300")

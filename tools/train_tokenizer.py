@@ -1,0 +1,122 @@
+"""Learn a tokenizer from text: byte-level BPE (tokenizer.json) or SentencePiece (tokenizer.model).
+
+python tools/train_tokenizer.py --input corpus/*.jsonl.zst --type bpe --vocab-size 32000 --output tokenizer/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from megatron_lite import log
+from megatron_lite.config.data import DataConfig
+from megatron_lite.data.text_input import InputFormat, find_sources
+from megatron_lite.data.text_progress import TextProgress
+from megatron_lite.data.tokenizer import build_tokenizer
+from megatron_lite.data.tokenizer_training import TrainingText, bytes_per_token, train_bpe, train_sentencepiece
+from megatron_lite.errors import DataError, MegatronLiteError
+
+TOKENIZER_TYPES = {"bpe": "HuggingFaceTokenizer", "sentencepiece": "SentencePieceTokenizer"}
+SUFFIXES = {"bpe": ".json", "sentencepiece": ".model"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTokenizerOptions:
+    """Learn a tokenizer from text. Dashes and underscores in flags are alike."""
+
+    input: tuple[str, ...]
+    """Files or patterns ("corpus/**/*.jsonl"), or - for standard input; .gz, .zst, .bz2 and .xz are unpacked."""
+    vocab_size: int
+    """Number of token ids, special tokens included."""
+    output: str
+    """File to write (.json for bpe, .model for sentencepiece), or folder for tokenizer.json / tokenizer.model."""
+    type: Literal["bpe", "sentencepiece"] = "bpe"
+    """bpe: byte-level, as GPT-2; sentencepiece: pieces of text with bytes for rare characters, as LLaMA."""
+    sentencepiece_model: Literal["unigram", "bpe"] = "unigram"
+    """How SentencePiece chooses pieces; it holds all text in memory."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens besides <|endoftext|> (bpe) or <s> and </s> (sentencepiece)."""
+    json_keys: tuple[str, ...] = ("text",)
+    """Keys of a JSON line to take text from."""
+    input_format: InputFormat = "auto"
+    """JSON lines or plain text; auto: .txt, .text and .md are plain text, all else JSON lines."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """At a bad line (invalid JSON or UTF-8, no such key, not a string): stop, or leave it out and count it."""
+    log_interval: int = 100_000
+    """Documents between progress lines where there is no terminal."""
+
+    @property
+    def path(self) -> Path:
+        """The file that is written."""
+        suffix = SUFFIXES[self.type]
+        return Path(self.output) if self.output.endswith(suffix) else Path(self.output, f"tokenizer{suffix}")
+
+
+def _publish(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def train(options: TrainTokenizerOptions) -> None:
+    """Read, learn, write, and say how well held-out text is packed."""
+    sources = find_sources(options.input, options.input_format)
+    with contextlib.closing(TextProgress(sources, options.log_interval)) as progress:
+        text = TrainingText(sources, options.json_keys, progress, skip_bad=options.on_error == "skip")
+        if options.type == "bpe":
+            terminal = sys.stderr.isatty()
+            content = train_bpe(text, options.vocab_size, options.special_tokens, terminal).encode()
+        else:
+            content = train_sentencepiece(text, options.vocab_size, options.special_tokens, options.sentencepiece_model)
+    log.note(progress.summary())
+    if text.skipped:
+        log.warn(f"skipped {text.skipped:,} bad documents")
+    if not text.trained_bytes:
+        raise DataError(f"there is no text in {', '.join(options.input)}; nothing was written")
+    _publish(options.path, content)
+    kind = TOKENIZER_TYPES[options.type]
+    tokenizer = build_tokenizer(DataConfig(tokenizer_type=kind, tokenizer_model=str(options.path)))
+    if tokenizer.vocab_size < options.vocab_size:
+        log.warn(
+            f"the text repeats too little for {options.vocab_size:,} ids: the vocabulary has "
+            f"{tokenizer.vocab_size:,}; train on more text for more"
+        )
+    if text.held_out:
+        print(
+            f"{bytes_per_token(tokenizer, text.held_out):.3f} bytes a token on {len(text.held_out):,} held-out pieces"
+        )
+    else:
+        log.warn("there is too little text to hold some out and measure on")
+    print(
+        f"{options.path}: {tokenizer.vocab_size:,} ids; use it by --tokenizer-type {kind} --tokenizer-model {options.path}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns its exit code."""
+    options = tyro.cli(TrainTokenizerOptions, args=argv, prog="train_tokenizer.py")
+    # The libraries answer no interrupt while they learn, and nothing is written before they are done.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        train(options)
+    except MegatronLiteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
