@@ -6,11 +6,11 @@ d data ranks, w bytes a weight, n optimizer slots of fp32:
     stage   weights   masters   slots     gradients
     0       4 p       -         4 n p     4 p                     fp32 alone: weights are their own masters
     1       w p       4 p/d     4 n p/d   4 p                     fp32, whole until the step
-    2       w p       4 p/d     4 n p/d   w p/d (twice while micro-batches add up)
-    3       w p/d     4 p/d     4 n p/d   w p/d, and a bucket
+    2       w p       4 p/d     4 n p/d   4 p/d (twice while micro-batches add up)
+    3       w p/d     4 p/d     4 n p/d   4 p/d, and a bucket; weights are gathered in forward and backward
 
 Reduction goes through a bucket of `reduce_bucket_size` elements; the step flattens this rank's gradients
-and casts them to fp32. A peak is looked for at several moments, and the moment that has it is told.
+into another fp32 copy. A peak is looked for at several moments, and the moment that has it is told.
 Offloading is not planned: it moves masters, slots or weights to the host.
 """
 
@@ -90,7 +90,7 @@ def plan_state(config: RunConfig, elements: int, data_size: int) -> State:
     if stage == 0:
         return State(FP32 * elements, FP32 * slots * elements, FP32 * elements)
     weights = width * (part if stage == 3 else elements)
-    gradients = FP32 * elements if stage == 1 else width * part
+    gradients = FP32 * (elements if stage == 1 else part)
     return State(weights, FP32 * (1 + slots) * part, gradients)
 
 
@@ -128,29 +128,37 @@ def moments(
         if stage <= 1:
             gradients = state.gradients if accumulates else int(state.gradients * share)
         elif stage == 2:
-            # The sum so far, the part being made, and the bucket, which fills as backward goes on.
-            gradients = state.gradients * (2 if accumulates else 1) + int(bucket * share)
+            # The sum so far, this micro-batch's part, and the bucket, which fills as backward goes on.
+            if width == FP32:
+                parts = accumulates + (share > 0)
+            else:
+                parts = 1 + share
+            gradients = int(state.gradients * parts + bucket * share)
         else:
             gradients = state.gradients
         found.append(Moment(name, state.weights, state.optimizer, gradients, alive, temporary + workspace))
 
-    flat, cast = width * part, FP32 * part if width != FP32 else 0
     if stage == 0:
         sum_up = min(REPLICA_BUCKET_BYTES, state.gradients) if data_size > 1 else 0
         found.append(Moment("summing gradients", state.weights, state.optimizer, state.gradients, 0, sum_up))
-    else:
-        if stage == 1:
-            # Whole gradients move into a bucket that holds them all, and are copied into a smaller one.
-            moved = 0 if device_type == "cpu" and touched == elements else bucket
-            reducing = Moment(
-                "reducing gradients", state.weights, state.optimizer, state.gradients, 0, moved + flat + workspace
+        return found
+    flat = FP32 * part
+    if stage == 1:
+        # Whole gradients move into a bucket that holds them all, and are copied into a smaller one.
+        moved = 0 if device_type == "cpu" and touched == elements else bucket
+        reduced = width * part
+        found.append(
+            Moment(
+                "reducing gradients", state.weights, state.optimizer, state.gradients, 0, moved + reduced + workspace
             )
-            found.append(reducing)
-        kept = flat if stage < 3 else state.gradients
-        step = Moment(
-            "optimizer step", state.weights, state.optimizer, kept, 0, flat + cast + (bucket if stage == 3 else 0)
         )
-        found.append(step)
+        # Reduced in the weights' dtype, joined, and cast.
+        step = (reduced, flat if width == FP32 else reduced + flat)
+    elif stage == 2:
+        step = (state.gradients, flat if width == FP32 else 0)
+    else:
+        step = (state.gradients, flat + bucket)
+    found.append(Moment("optimizer step", state.weights, state.optimizer, step[0], 0, step[1]))
     return found
 
 

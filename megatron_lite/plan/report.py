@@ -121,7 +121,7 @@ def _memory(config: RunConfig, vocab_size: int, arguments: dict[str, Any]) -> li
     precision, stage = config.precision.dtype, effective_zero_stage(config)
     lines = [
         f"memory of a rank at its highest, by recompute ({precision}, ZeRO {stage} over {arguments['data_size']} data "
-        f"ranks, {config.training.micro_batch_size} sequences of {config.data.seq_length:,}; * is chosen)",
+        f"ranks, {config.training.micro_batch_size} x {config.data.seq_length:,} tokens; * is chosen)",
         f"    {'recompute':<10}" + "".join(f"{name:>13}" for name in (*_PARTS, "peak")) + "  at",
     ]
     for granularity in GRANULARITIES:
