@@ -45,3 +45,10 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 is no clipping."""
     override_opt_param_scheduler: bool = False
     """On resume, take the learning-rate schedule from the flags instead of the checkpoint."""
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the tensors the optimizer keeps for each parameter, of its shape."""
+        if self.optimizer == "adamw":
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum_buffer",) if self.sgd_momentum else ()

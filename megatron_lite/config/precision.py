@@ -26,5 +26,5 @@ class PrecisionConfig:
 
     @property
     def dtype(self) -> str:
-        """"fp32", "bf16" or "fp16"."""
+        """ "fp32", "bf16" or "fp16"."""
         return "fp16" if self.fp16 else "bf16" if self.bf16 else "fp32"

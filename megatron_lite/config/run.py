@@ -26,3 +26,9 @@ class RunConfig:
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+
+    @property
+    def effective_zero_stage(self) -> int:
+        """The ZeRO stage that runs: --zero-stage, but 1 for 0 in bf16 and fp16, whose weights need the
+        fp32 masters that ZeRO keeps."""
+        return max(self.parallel.zero_stage, 0 if self.precision.dtype == "fp32" else 1)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
-
-from megatron_lite.errors import NonFiniteError
 
 if TYPE_CHECKING:
     import torch
@@ -24,19 +21,6 @@ def first_non_finite(tensors: Named) -> tuple[str, int, int] | None:
             if odd:
                 return name, odd, tensor.numel()
     return None
-
-
-def check_finite(
-    loss: float | torch.Tensor, *, step: int, rank: int, weights: Named = (), gradients: Named = ()
-) -> None:
-    """Raise NonFiniteError when `loss` is NaN or infinite; reads that one number otherwise.
-
-    `weights` and `gradients` are named tensors in the order of the forward pass, looked at only
-    then; generators are welcome.
-    """
-    value = float(loss)
-    if not math.isfinite(value):
-        raise NonFiniteError(describe(value, step=step, rank=rank, weights=weights, gradients=gradients))
 
 
 def describe(

@@ -1,4 +1,4 @@
-"""The optimizers by name, and the state each keeps for a parameter."""
+"""The optimizers by name, and the state they keep."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from collections.abc import Iterable
 import torch
 
 from megatron_lite.config.optimizer import OptimizerConfig
-
-#: Tensors of the parameter's shape that an optimizer keeps, by --optimizer.
-SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
 def build_optimizer(config: OptimizerConfig, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
@@ -27,13 +24,6 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, object]]) ->
             fused=True,
         )
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.sgd_momentum, fused=True)
-
-
-def slots(config: OptimizerConfig) -> tuple[str, ...]:
-    """Names of the per-parameter tensors of this configuration's optimizer."""
-    if config.optimizer == "sgd" and config.sgd_momentum == 0:
-        return ()
-    return SLOTS[config.optimizer]
 
 
 def allocate_state(

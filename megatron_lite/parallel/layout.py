@@ -1,8 +1,9 @@
 """How a parameter lies on the mesh, stated once where the layer makes it.
 
 Initialisation, checkpoints, gradient norm, optimizer groups and the planner read it from
-`parameter.mesh_layout` (torch has a `layout` of its own). Global shapes and names never depend on the mesh: padding of the vocabulary
-lies in no box, a fused weight is several boxes, and key/value heads may be held by several ranks.
+`parameter.mesh_layout` (torch has a `layout` of its own). Global shapes and names never depend on the
+mesh: padding of the vocabulary lies in no box, a fused weight is several boxes, and key/value heads
+may be held by several ranks.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ class ParameterLayout:
         for box in self.boxes:
             local[_slices(box.local_start, box.shape)] = tensor[_slices(box.global_start, box.shape)]
         return local
+
+    def parts(self, local: torch.Tensor) -> list[torch.Tensor]:
+        """Views of the boxes of `local`: all of it but padding."""
+        return [local[_slices(box.local_start, box.shape)] for box in self.boxes]
 
     def paste(self, local: torch.Tensor, into: torch.Tensor) -> None:
         """Write this rank's boxes of `local` to their places in the global tensor `into`."""

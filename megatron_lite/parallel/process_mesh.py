@@ -106,9 +106,7 @@ class ProcessMesh:
         padded[: payload.numel()] = payload
         gathered = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
         dist.all_gather(gathered, padded, group=self._control)
-        return [
-            json.loads(bytes(part[: int(length)].numpy())) for part, length in zip(gathered, lengths, strict=True)
-        ]
+        return [json.loads(bytes(part[: int(length)].numpy())) for part, length in zip(gathered, lengths, strict=True)]
 
     def sum_numbers(self, values: Sequence[float]) -> list[float]:
         """`values` summed over all ranks, in float64: exact for counts below 2^53."""

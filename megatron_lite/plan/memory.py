@@ -59,21 +59,9 @@ class State:
     """At their largest, between backward and step."""
 
 
-def optimizer_slots(config: RunConfig) -> int:
-    """fp32 tensors the optimizer keeps a parameter: AdamW's two moments, or SGD's momentum."""
-    if config.optimizer.optimizer == "adamw":
-        return 2
-    return 1 if config.optimizer.sgd_momentum else 0
-
-
 def checkpoint_bytes(config: RunConfig, total_parameters: int) -> int:
     """A checkpoint's size: fp32 masters and slots of every parameter, once."""
-    return FP32 * (1 + (0 if config.checkpoint.no_save_optim else optimizer_slots(config))) * total_parameters
-
-
-def effective_zero_stage(config: RunConfig) -> int:
-    """The stage that runs: 16-bit weights need the fp32 masters of stage 1 at least."""
-    return max(config.parallel.zero_stage, 0 if config.precision.dtype == "fp32" else 1)
+    return FP32 * (1 + (0 if config.checkpoint.no_save_optim else len(config.optimizer.slots))) * total_parameters
 
 
 def micro_batches(config: RunConfig, data_size: int) -> int:
@@ -84,9 +72,9 @@ def micro_batches(config: RunConfig, data_size: int) -> int:
 
 def plan_state(config: RunConfig, elements: int, data_size: int) -> State:
     """State of a rank that holds `elements` parameters of its tensor group."""
-    stage, width = effective_zero_stage(config), element_bytes(config.precision)
+    stage, width = config.effective_zero_stage, element_bytes(config.precision)
     part = -(-elements // data_size)
-    slots = optimizer_slots(config)
+    slots = len(config.optimizer.slots)
     if stage == 0:
         return State(FP32 * elements, FP32 * slots * elements, FP32 * elements)
     weights = width * (part if stage == 3 else elements)
@@ -107,7 +95,7 @@ def moments(
 
     `reduce_bucket_size` is DeepSpeed's, in elements. On a CPU a page of it counts once it is written.
     """
-    stage, width = effective_zero_stage(config), element_bytes(config.precision)
+    stage, width = config.effective_zero_stage, element_bytes(config.precision)
     tensor = config.parallel.tensor_model_parallel_size
     shapes = list(
         parameter_shapes(config.model, vocab_size=vocab_size, seq_length=config.data.seq_length, tensor_size=tensor)

@@ -12,8 +12,6 @@ from megatron_lite.plan.memory import (
     GRANULARITIES,
     Moment,
     checkpoint_bytes,
-    effective_zero_stage,
-    optimizer_slots,
     peak,
 )
 from megatron_lite.plan.parameters import count_parameters, padded_vocab_size
@@ -118,7 +116,7 @@ def _compute(
 
 
 def _memory(config: RunConfig, vocab_size: int, arguments: dict[str, Any]) -> list[str]:
-    precision, stage = config.precision.dtype, effective_zero_stage(config)
+    precision, stage = config.precision.dtype, config.effective_zero_stage
     lines = [
         f"memory of a rank at its highest, by recompute ({precision}, ZeRO {stage} over {arguments['data_size']} data "
         f"ranks, {config.training.micro_batch_size} x {config.data.seq_length:,} tokens; * is chosen)",
@@ -145,7 +143,7 @@ def memory_comparison(predicted: Moment, measured: int) -> str:
 
 def _checkpoint(config: RunConfig, vocab_size: int) -> list[str]:
     total = count_parameters(config.model, vocab_size=vocab_size, seq_length=config.data.seq_length).total
-    slots = 0 if config.checkpoint.no_save_optim else optimizer_slots(config)
+    slots = 0 if config.checkpoint.no_save_optim else len(config.optimizer.slots)
     kept = f" and {slots} optimizer slots" if slots else ""
     return [
         f"a checkpoint is {size(checkpoint_bytes(config, total))} = {4 * (1 + slots)} bytes x {total:,} parameters "

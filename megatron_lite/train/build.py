@@ -16,7 +16,7 @@ from megatron_lite.data.loader import BatchLoader
 from megatron_lite.data.stream import SampleStream, build_stream
 from megatron_lite.errors import ConfigError, MegatronLiteError, UserError
 from megatron_lite.model.gpt import GPT
-from megatron_lite.optim.build import build_optimizer, slots
+from megatron_lite.optim.build import build_optimizer
 from megatron_lite.optim.groups import default_rules, parameter_groups
 from megatron_lite.parallel import launch
 from megatron_lite.parallel.mesh_shape import MeshShape
@@ -75,8 +75,8 @@ def build_engine(config: RunConfig, model: GPT, mesh: ProcessMesh) -> Engine:
         raise ConfigError(problems)
     groups = parameter_groups(model.named_parameters(), default_rules(config.optimizer))
     optimizer = build_optimizer(config.optimizer, groups)
-    names = slots(config.optimizer)
-    stage = deepspeed_config.effective_zero_stage(config)
+    names = config.optimizer.slots
+    stage = config.effective_zero_stage
     if stage == 0:
         return ReplicaEngine(model, mesh, optimizer, names, config.optimizer.clip_grad)
     if stage != config.parallel.zero_stage:

@@ -46,16 +46,6 @@ REFUSED = {
 """Sections that would act behind the flags' back, and what to do instead."""
 
 
-def effective_zero_stage(config: RunConfig) -> int:
-    """The ZeRO stage that runs: --zero-stage, but 1 for 0 in bf16 and fp16.
-
-    Without ZeRO there are no fp32 masters for 16-bit weights.
-    """
-    if config.precision.dtype != "fp32":
-        return max(1, config.parallel.zero_stage)
-    return config.parallel.zero_stage
-
-
 def derive(config: RunConfig) -> dict[str, Any]:
     """The DeepSpeed JSON that the flags stand for.
 
@@ -68,7 +58,7 @@ def derive(config: RunConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.clip_grad,
         "zero_optimization": {
-            "stage": effective_zero_stage(config),
+            "stage": config.effective_zero_stage,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
         },
@@ -79,7 +69,7 @@ def derive(config: RunConfig) -> dict[str, Any]:
     }
     if precision.dtype != "fp32":
         derived["communication_data_type"] = "fp32"
-        if effective_zero_stage(config) > 1:
+        if config.effective_zero_stage > 1:
             # In stage 1 the parameters themselves accumulate in fp32; DeepSpeed would take another
             # optimizer wrapper there, which cannot coalesce reductions.
             derived["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -112,7 +102,7 @@ def _stated(config: RunConfig, data_size: int) -> dict[str, tuple[tuple[Any, ...
         ),
         "gradient_clipping": ((config.optimizer.clip_grad,), f"--clip-grad {config.optimizer.clip_grad:g}"),
         "zero_optimization.stage": (
-            (config.parallel.zero_stage, effective_zero_stage(config)),
+            (config.parallel.zero_stage, config.effective_zero_stage),
             f"--zero-stage {config.parallel.zero_stage}",
         ),
         "bf16.enabled": ((precision.dtype == "bf16",), "--bf16" if precision.dtype == "bf16" else "--no-bf16"),

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite.checkpoint.piece import Piece
+from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.optim.build import allocate_state, set_step_count, step_count
 from megatron_lite.parallel.layout import ParameterLayout
@@ -72,6 +73,8 @@ class Engine:
         #: The model as it is called: DeepSpeed counts forward passes, so it stands in between.
         self.forward: Callable[..., Any] = module
         self.slots = tuple(slots)
+        #: A step may be skipped because an fp16 gradient overflowed.
+        self.scales_loss = False
         self._optimizer = optimizer
 
     def gradients(self, count: int) -> contextlib.AbstractContextManager[Backward]:
@@ -110,10 +113,15 @@ class Engine:
         """Bring the model's weights in line with masters that were written by a load."""
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Gradients still on the parameters, inside `gradients()`; for naming a non-finite one."""
-        for name, parameter in self.module.named_parameters():
-            if parameter.grad is not None:
-                yield name, parameter.grad
+        """This tensor rank's whole gradients, summed over data ranks, between `gradients` and `step`.
+
+        A collective call over the data ranks at each parameter: iterate to the end on all of them.
+        """
+        raise TypeError("use ZeroEngine or ReplicaEngine")
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This tensor rank's whole fp32 weights; collective as `named_gradients` is."""
+        raise TypeError("use ZeroEngine or ReplicaEngine")
 
     def _fragments(self) -> Iterator[_Fragment]:
         raise TypeError("use ZeroEngine or ReplicaEngine")
@@ -166,12 +174,23 @@ class ReplicaEngine(Engine):
         if (group := self.mesh.group("pipe", "tensor")) is not None:
             dist.all_reduce(squares, group=group)
         norm = squares.sqrt().item()
+        if not math.isfinite(norm):
+            return StepOutcome(norm, skipped=True, loss_scale=1.0)
         if self._clip_grad > 0 and norm > self._clip_grad:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, self._clip_grad / (norm + 1e-6))
         self._set_learning_rate(learning_rate)
         self._optimizer.step()
         return StepOutcome(norm, skipped=False, loss_scale=1.0)
+
+    def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                yield name, parameter.grad
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.module.named_parameters():
+            yield name, parameter.detach()
 
     def _fragments(self) -> Iterator[_Fragment]:
         for name, parameter in self.module.named_parameters():
@@ -214,15 +233,18 @@ class ZeroEngine(Engine):
         )
         super().__init__(module, mesh, wrapped.optimizer, slots)
         self.forward = self._deepspeed
+        self.scales_loss = bool(deepspeed_config.get("fp16", {}).get("enabled"))
         self._zero = wrapped
         self.stage = int(self._deepspeed.zero_optimization_stage())
         self._names = names
+        self._holds_gradients = False
         allocate_state(self._optimizer, self._masters(), self.slots)
 
     @contextlib.contextmanager
     def gradients(self, count: int) -> Iterator[Backward]:
         # DeepSpeed averages over data ranks; our losses are shares of one global mean, to be summed.
         data_size = self.mesh.size("data")
+        self._holds_gradients = True
         if self.stage == 1:
             with self._deepspeed.coalesce_grad_reduction():
                 yield lambda loss: self._deepspeed.backward(loss * data_size)
@@ -242,6 +264,7 @@ class ZeroEngine(Engine):
         self._set_learning_rate(learning_rate)
         self._deepspeed.set_gradient_accumulation_boundary(True)
         self._deepspeed.step()
+        self._holds_gradients = False
         norm = self._deepspeed.get_global_grad_norm()
         norm = float("nan") if norm is None else float(norm)
         skipped = bool(self._zero.overflow)
@@ -266,14 +289,21 @@ class ZeroEngine(Engine):
         if self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
 
-    @contextlib.contextmanager
-    def whole(self, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-        """Within the block `parameters` are whole on this rank (stage 3 partitions them otherwise)."""
-        if self.stage < 3:
-            yield
+    def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from deepspeed.utils import safe_get_full_grad
+
+        if not self._holds_gradients:
             return
-        with _import_deepspeed().zero.GatheredParameters(parameters):
-            yield
+        for name, parameter, _ in self._names:
+            gradient = safe_get_full_grad(parameter)
+            if gradient is not None:
+                yield name, gradient.float() / self._zero.loss_scale
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter, _ in self._names:
+            yield name, safe_get_full_fp32_param(parameter)
 
     def _masters(self) -> list[torch.Tensor]:
         """The flat fp32 masters, of which each optimizer slot is a copy in shape."""
@@ -373,6 +403,12 @@ class _MeshForDeepSpeed:
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return self._data_ranks
+
+
+def load_libraries(config: RunConfig) -> None:
+    """Import deepspeed now if this run will use it, so that measures taken from here on leave it out."""
+    if config.effective_zero_stage > 0:
+        _import_deepspeed()
 
 
 def _import_deepspeed():

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from megatron_lite import log
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.loader import BatchLoader
+from megatron_lite.monitor.histograms import histograms
 from megatron_lite.monitor.memory import MemoryMeter
 from megatron_lite.monitor.metrics import Metrics, throughput
 from megatron_lite.monitor.sinks import Sinks
@@ -103,6 +107,7 @@ def _one_step(run: Run, started: float) -> str | None:
         step=progress.step + 1,
         seed=run.dropout_seed,
         learning_rate=rate,
+        look=_look_of(run, progress.step + 1),
     )
     progress.step += 1
     progress.consumed_samples += batch_size
@@ -110,6 +115,34 @@ def _one_step(run: Run, started: float) -> str | None:
     progress.skipped_steps += result.outcome.skipped
     _log_step(run, result, rate, batch_size, time.perf_counter() - began)
     return None
+
+
+def _look_of(run: Run, step: int) -> Callable[[Engine], None] | None:
+    """What is asked of this step's gradients: histograms, the number of zeros, or nothing."""
+    options = run.config.logging
+    wants_histograms = _is_due(step, options.log_histograms_interval)
+    if not wants_histograms and not options.log_num_zeros_in_grad:
+        return None
+
+    def look(engine: Engine) -> None:
+        gradients = list(engine.named_gradients())
+        if wants_histograms:
+            run.sinks.histograms(step, histograms(engine.named_weights(), gradients))
+        if options.log_num_zeros_in_grad:
+            run.metrics.record("num_zeros_in_grad", _count_zeros(run, gradients))
+
+    return look
+
+
+def _count_zeros(run: Run, gradients: list[tuple[str, torch.Tensor]]) -> int:
+    """Zero elements of the global gradient; padding of the vocabulary is not a part of it."""
+    zeros = 0
+    if run.mesh.rank("data") == 0:
+        layouts = {name: p.mesh_layout for name, p in run.engine.module.named_parameters()}
+        for name, gradient in gradients:
+            if layouts[name].is_owner:
+                zeros += sum(int((part == 0).sum()) for part in layouts[name].parts(gradient))
+    return int(run.mesh.sum_numbers([zeros])[0])
 
 
 def _log_step(run: Run, result: StepResult, rate: float, batch_size: int, seconds: float) -> None:

@@ -35,7 +35,7 @@ from megatron_lite.plan.report import memory_comparison
 from megatron_lite.train import build
 from megatron_lite.train.batch_plan import BatchPlan
 from megatron_lite.train.dry_run import planned_peak
-from megatron_lite.train.engine import Engine
+from megatron_lite.train.engine import Engine, load_libraries
 from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.loop import Run, train
 from megatron_lite.train.progress import Progress
@@ -69,6 +69,7 @@ def train_on(mesh: ProcessMesh, config: RunConfig, stop: StopRequest, command: s
     """A run from its beginning, or from where it was left, to its end, on a live mesh."""
     with contextlib.ExitStack() as held:
         _claim_folders(config, mesh, held)
+        load_libraries(config)
         run = _assemble(config, mesh, stop, MemoryMeter(mesh.device))
         for resource in (run.sinks, run.train_loader, run.valid_loader):
             if resource is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -35,11 +36,13 @@ def train_step(
     step: int,
     seed: int | None,
     learning_rate: float,
+    look: Callable[[Engine], None] | None = None,
 ) -> StepResult:
     """One optimizer step on this rank's micro-batches of a global batch.
 
     `target_tokens` are those of the whole global batch, counted before backward: masks, accumulation
-    and data ranks cannot bias the mean. `seed` None is no dropout. Raises NonFiniteError, on all
+    and data ranks cannot bias the mean. `seed` None is no dropout. `look` is shown the engine while it
+    holds this step's gradients. Raises NonFiniteError, on all
     ranks alike and before any weight changes, for a NaN or infinite loss.
     """
     # ------------------------------------------------------------------ single training step
@@ -52,9 +55,11 @@ def train_step(
     value = _sum_over_data_ranks(loss, mesh)
     if not math.isfinite(value):
         raise_non_finite(engine, mesh, step, value, loss.item())
+    if look is not None:
+        look(engine)
     outcome = engine.step(learning_rate)
     # ---------------------------------------------------------------------------------------
-    if not outcome.skipped and not math.isfinite(outcome.grad_norm):
+    if not math.isfinite(outcome.grad_norm) and not (outcome.skipped and engine.scales_loss):
         raise_non_finite(engine, mesh, step, outcome.grad_norm, outcome.grad_norm, what="gradient norm")
     return StepResult(value, outcome)
 
@@ -95,21 +100,25 @@ def _sum_over_data_ranks(value: torch.Tensor, mesh: ProcessMesh) -> float:
 
 def raise_non_finite(
     engine: Engine, mesh: ProcessMesh, step: int, value: float, local: float, what: str = "loss"
-) -> None:
+) -> NoReturn:
     """Say on every rank alike which rank and parameter a non-finite value comes from.
 
-    Called on all ranks together: each looks at its own weights and gradients, and the first rank
-    whose own value is not finite is the one that is named.
+    Called on all ranks together: all look through weights and gradients, which is collective, and the
+    first rank whose own value is not finite is the one that is named.
     """
+    weights = _first_hurt(engine.named_weights())
+    gradients = _first_hurt(engine.named_gradients())
     mine = None
     if not math.isfinite(local):
-        mine = describe(
-            local,
-            what=what,
-            step=step,
-            rank=mesh.global_rank,
-            weights=engine.module.named_parameters(),
-            gradients=engine.named_gradients(),
-        )
+        mine = describe(local, what=what, step=step, rank=mesh.global_rank, weights=weights, gradients=gradients)
     said = [text for text in mesh.gather_json(mine) if text]
     raise NonFiniteError(said[0] if said else f"step {step}: the {what} over all data ranks is {value}")
+
+
+def _first_hurt(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+    """The first tensor that is not finite, if there is one; goes through all of them."""
+    found: list[tuple[str, torch.Tensor]] = []
+    for name, tensor in tensors:
+        if not found and not bool(torch.isfinite(tensor).all()):
+            found.append((name, tensor.clone()))
+    return found

@@ -50,7 +50,7 @@ def measured_peaks(cases):
     import torch
 
     from megatron_lite.model.gpt import GPT
-    from megatron_lite.optim.build import build_optimizer, slots
+    from megatron_lite.optim.build import build_optimizer
     from megatron_lite.optim.groups import default_rules, parameter_groups
     from megatron_lite.parallel.mesh_shape import MeshShape
     from megatron_lite.parallel.process_mesh import ProcessMesh
@@ -69,11 +69,11 @@ def measured_peaks(cases):
             groups = parameter_groups(model.named_parameters(), default_rules(config.optimizer))
             optimizer = build_optimizer(config.optimizer, groups)
             if config.parallel.zero_stage == 0:
-                engine = ReplicaEngine(model, mesh, optimizer, slots(config.optimizer), 1.0)
+                engine = ReplicaEngine(model, mesh, optimizer, config.optimizer.slots, 1.0)
             else:
                 settings = derive(config)
                 settings["zero_optimization"]["reduce_bucket_size"] = BUCKET
-                engine = ZeroEngine(model, mesh, optimizer, slots(config.optimizer), settings)
+                engine = ZeroEngine(model, mesh, optimizer, config.optimizer.slots, settings)
             count = micro_batches(config, 1)
             allocations.mark("first step")
             for _ in range(2):

@@ -32,7 +32,7 @@ def test_flags_alone():
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.5,
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": True},
@@ -63,9 +63,9 @@ def test_the_loss_scale_of_fp16():
 
 
 def test_16_bit_weights_without_zero_run_as_zero_1():
-    assert [deepspeed_config.effective_zero_stage(config_of(zero_stage=s)) for s in range(4)] == [0, 1, 2, 3]
-    assert [deepspeed_config.effective_zero_stage(config_of(zero_stage=s, bf16=True)) for s in range(4)] == [1, 1, 2, 3]
-    assert deepspeed_config.effective_zero_stage(config_of(zero_stage=0, fp16=True)) == 1
+    assert [config_of(zero_stage=s).effective_zero_stage for s in range(4)] == [0, 1, 2, 3]
+    assert [config_of(zero_stage=s, bf16=True).effective_zero_stage for s in range(4)] == [1, 1, 2, 3]
+    assert config_of(zero_stage=0, fp16=True).effective_zero_stage == 1
 
 
 def test_an_empty_file_changes_nothing():
@@ -87,6 +87,8 @@ def test_offload_communication_and_profilers_pass_through():
         "wall_clock_breakdown": True,
     }
     result = merged(user, zero_stage=3)
+    zero = user.pop("zero_optimization")
+    assert zero.items() <= result["zero_optimization"].items()
     assert {key: result[key] for key in user} == user
 
 
