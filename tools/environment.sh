@@ -1,5 +1,5 @@
-# Makes .venv in the checkout and installs what is missing; to be sourced: `source tools/environment.sh [EXTRA]`.
-# Afterwards .venv/bin is first on PATH. A second time takes no time: a stamp in .venv says what is there.
+# `environment_ensure [EXTRA]` makes .venv in the current folder, a checkout, installs what is missing, and puts
+# .venv/bin first on PATH. A second time takes no time: a stamp in .venv says what is there. To be sourced.
 
 environment_say() { printf '[environment] %s\n' "$*" >&2; }
 
@@ -27,7 +27,9 @@ environment_make() { # folder of a new virtual environment
     "$python" -m venv --clear "$1"
 }
 
-environment_pip() { .venv/bin/python -m pip -qq "$@"; } # errors alone are heard
+environment_pip() { # errors alone are heard
+    PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore .venv/bin/python -m pip -qq "$@"
+}
 
 # Without a GPU PyTorch's CPU build is wanted: the standard one for Linux brings several GB of CUDA libraries.
 # The index in use may offer it (its version ends in "+cpu"); PyTorch's own index does.
@@ -65,7 +67,7 @@ environment_ensure() { # extra
     root=$(pwd -P)
     # The scripts of a virtual environment name its folder: a moved one is of no use.
     if [ ! -x .venv/bin/python ] ||
-        { grep -q '^command = ' .venv/pyvenv.cfg && ! grep -q "^command = .* $root/.venv\$" .venv/pyvenv.cfg; }; then
+        { grep -qs '^command = ' .venv/pyvenv.cfg && ! grep -q "^command = .* $root/.venv\$" .venv/pyvenv.cfg; }; then
         environment_make "$root/.venv" || return
     fi
     key=$(cat setup.py tests/constraints.txt tools/environment.sh | sha256sum)
@@ -82,6 +84,3 @@ environment_ensure() { # extra
     fi
     export PATH="$root/.venv/bin:$PATH"
 }
-
-export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
-environment_ensure "$@" || exit
