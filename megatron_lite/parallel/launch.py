@@ -90,7 +90,14 @@ def start(launch: Launch, timeout_minutes: float):
     if launch.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        try:
+            dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        except dist.DistNetworkError as error:
+            raise ConfigError(
+                f"the ranks cannot meet at {launch.master_addr}:{os.environ['MASTER_PORT']} "
+                f"({str(error).splitlines()[0]}); if another job on this machine has the port, start with "
+                f"--master_port and another one (both `deepspeed` and `torchrun` take it)"
+            ) from None
     return device
 
 
