@@ -5,15 +5,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import Literal
 
 import numpy as np
@@ -21,6 +15,7 @@ import numpy as np
 from megatron_lite import log
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data.indexed import IndexedWriter
+from megatron_lite.data.ordered_workers import map_in_order
 from megatron_lite.data.provenance import Provenance, meta_path, write_provenance
 from megatron_lite.data.text_input import (
     BLOCK_BYTES,
@@ -88,10 +83,10 @@ class _EncodedBlock:
 class _BlockEncoder:
     """What a worker does to a block."""
 
-    def __init__(self, job: CorpusJob, tokenizer: Tokenizer):
+    def __init__(self, job: CorpusJob):
         self._keys = job.json_keys
-        self._tokenizer = tokenizer
-        self._eod = tokenizer.eod if job.append_eod else None
+        self._tokenizer = build_tokenizer(job.tokenizer)
+        self._eod = self._tokenizer.eod if job.append_eod else None
         self._stops = job.on_error == "stop"
 
     def __call__(self, block: Block) -> _EncodedBlock:
@@ -115,51 +110,6 @@ class _BlockEncoder:
             ids = np.insert(ids, np.cumsum(lengths)[filled], self._eod)
             lengths = lengths + filled
         return _EncodedTexts(ids, lengths, sum(len(text.encode()) for text in texts))
-
-
-_encode_in_worker: _BlockEncoder
-"""The encoder of this process, if it is a worker."""
-
-
-def _start_worker(job: CorpusJob) -> None:
-    global _encode_in_worker
-    # An interrupt reaches the whole group; the parent alone answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encode_in_worker = _BlockEncoder(job, build_tokenizer(job.tokenizer))
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _work(block: Block) -> _EncodedBlock:
-    return _encode_in_worker(block)
-
-
-def _encoded_blocks(job: CorpusJob, tokenizer: Tokenizer, blocks: Iterable[Block]) -> Iterator[_EncodedBlock]:
-    """The blocks encoded, in their order, with at most two for each worker in memory."""
-    if job.workers == 1:
-        yield from map(_BlockEncoder(job, tokenizer), blocks)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(job.workers, context, _start_worker, (job,))
-    waiting: collections.deque = collections.deque()
-    try:
-        for block in blocks:
-            waiting.append(pool.submit(_work, block))
-            if len(waiting) > 2 * job.workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            f"one of {job.workers} worker processes was killed or could not start, and nothing was written; if the "
-            "machine ran out of memory, use fewer --workers, or split documents of hundreds of megabytes"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class _TokenSet:
@@ -247,7 +197,7 @@ def tokenize_corpus(job: CorpusJob) -> dict[str, Provenance]:
             )
             for key in job.json_keys
         }
-        with contextlib.closing(_encoded_blocks(job, tokenizer, blocks)) as encoded:
+        with contextlib.closing(map_in_order(functools.partial(_BlockEncoder, job), blocks, job.workers)) as encoded:
             for block in encoded:
                 for bad in block.bad:
                     if job.on_error == "stop":

@@ -1,0 +1,122 @@
+"""Worker processes that apply a function to a stream of items and give the results back in order."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from megatron_lite.errors import DataError, MegatronLiteError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_IN_FLIGHT = 2
+"""Items a worker may have: one at work and one waiting, so that it does not idle while the parent writes."""
+
+
+def map_in_order(make: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`map(make(), items)` by that many processes, each of which calls `make` once; by none if it is one.
+
+    Item k goes to worker k mod `workers`, and at most two items a worker are in memory. Call it on the
+    main thread. An error of ours is raised here as itself. Raises DataError when a worker is lost:
+    each has a pipe of its own, so even a result that was cut off in the middle ends in an end of file.
+    """
+    if workers == 1:
+        yield from map(make(), items)
+        return
+    with contextlib.ExitStack() as running:
+        with _interrupts_ignored():
+            pool = [running.enter_context(_Worker(make)) for _ in range(workers)]
+        waiting: collections.deque[_Worker] = collections.deque()
+        for number, item in enumerate(items):
+            if len(waiting) == _IN_FLIGHT * workers:
+                yield waiting.popleft().receive()
+            pool[number % workers].send(item)
+            waiting.append(pool[number % workers])
+        while waiting:
+            yield waiting.popleft().receive()
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """What processes started in here inherit: an interrupt reaches all, and the parent alone answers it."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class _Worker:
+    """A process and this end of its pipe. It holds nothing of value and is killed when done with."""
+
+    def __init__(self, make: Callable[[], Callable]):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(make, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def send(self, item: Any) -> None:
+        try:
+            self._connection.send(item)
+        except OSError:
+            raise self._lost() from None
+
+    def receive(self) -> Any:
+        try:
+            result = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._lost() from None
+        if isinstance(result, MegatronLiteError):
+            raise result
+        return result
+
+    def _lost(self) -> DataError:
+        self._process.join(timeout=5)
+        code = self._process.exitcode
+        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        return DataError(
+            f"a worker process {how}; if the machine ran out of memory, use fewer --workers, or split documents of "
+            "hundreds of megabytes"
+        )
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+def _serve(make: Callable[[], Callable], connection: Connection) -> None:
+    """The life of a worker: it ends when the parent's end of the pipe does, in whatever it is doing."""
+    inbox: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    function = make()
+    while True:
+        try:
+            result = function(inbox.get())
+        except MegatronLiteError as error:
+            result = error
+        try:
+            connection.send(result)
+        except OSError:
+            os._exit(0)
+
+
+def _receive(connection: Connection, inbox: queue.SimpleQueue) -> None:
+    # Read at once what is sent: the parent must never wait to send while this worker waits to answer.
+    try:
+        while True:
+            inbox.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)
