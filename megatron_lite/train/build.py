@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
 from megatron_lite import log
@@ -16,6 +15,7 @@ from megatron_lite.data.loader import BatchLoader
 from megatron_lite.data.stream import SampleStream, build_stream
 from megatron_lite.errors import ConfigError, MegatronLiteError, UserError
 from megatron_lite.model.gpt import GPT
+from megatron_lite.model.init import initial_value, initialize
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.optim.groups import default_rules, parameter_groups
 from megatron_lite.parallel import launch
@@ -23,7 +23,7 @@ from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.recompute import Recompute
 from megatron_lite.train import deepspeed_config
-from megatron_lite.train.engine import Engine, ReplicaEngine, ZeroEngine
+from megatron_lite.train.engine import Engine, ReplicaEngine, ZeroEngine, build_partitioned
 
 T = TypeVar("T")
 
@@ -49,22 +49,38 @@ def together(mesh: ProcessMesh, action: Callable[[], T]) -> T:
     return done[0]
 
 
-def build_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int, *, dtype: torch.dtype = torch.float32) -> GPT:
-    """The model of this rank on the mesh's device, its weights drawn from the seed."""
+def build_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int) -> GPT:
+    """The model of this rank, whole, in fp32 on the mesh's device, its weights drawn from the seed."""
+    model = _empty_model(config, mesh, vocab_size)
+    initialize(model, config.model, config.training.seed)
+    return model
+
+
+def build_model_to_train(config: RunConfig, mesh: ProcessMesh, vocab_size: int) -> GPT:
+    """The same model for an engine: under ZeRO 3 over several data ranks no rank ever holds all of it."""
+    if config.effective_zero_stage < 3 or mesh.size("data") == 1:
+        return build_model(config, mesh, vocab_size)
+    return build_partitioned(
+        lambda: _empty_model(config, mesh, vocab_size),
+        lambda name, layout: initial_value(name, layout, config.model, config.training.seed),
+        mesh,
+        deepspeed_config.build(config, mesh.size("data")),
+    )
+
+
+def _empty_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int) -> GPT:
     return GPT(
         config.model,
         mesh,
         vocab_size=vocab_size,
         seq_length=config.data.seq_length,
-        sequence_parallel=config.parallel.sequence_parallel and mesh.size("tensor") > 1,
+        sequence_parallel=config.parallel.sequence_parallel,
         recompute=Recompute(
             config.training.recompute_granularity,
             config.training.recompute_method,
             config.training.recompute_num_layers,
         ),
-        seed=config.training.seed,
         device=mesh.device,
-        dtype=dtype,
     )
 
 

@@ -216,13 +216,12 @@ class ZeroEngine(Engine):
         deepspeed_config: dict[str, Any],
     ):
         deepspeed = _import_deepspeed()
-        # DeepSpeed insists on the variable, also where no launcher set it; the device is set already.
-        os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
         names = [(name, parameter, parameter.mesh_layout) for name, parameter in module.named_parameters()]
         if deepspeed_config.get("bf16", {}).get("enabled"):
             # Autograd then adds micro-batches up in fp32; a bf16 gradient of ones stops at 256.
             for _, parameter, _ in names:
-                parameter.data = parameter.data.to(torch.bfloat16)
+                if parameter.dtype != torch.bfloat16:
+                    parameter.data = parameter.data.to(torch.bfloat16)
                 parameter.grad_dtype = torch.float32
         self._deepspeed, wrapped, _, _ = deepspeed.initialize(
             model=module,
@@ -341,6 +340,29 @@ class ZeroEngine(Engine):
                 yield _Fragment(parameter, name, layout, start, held, self._masters()[group], offset)
 
 
+def build_partitioned(
+    build: Callable[[], torch.nn.Module],
+    value_of: Callable[[str, ParameterLayout], torch.Tensor],
+    mesh: ProcessMesh,
+    deepspeed_config: dict[str, Any],
+) -> torch.nn.Module:
+    """A module that never was whole on a rank: stage 3 takes each submodule apart as soon as it is built.
+
+    `build` gives the module with empty parameters that carry `mesh_layout`; `value_of(name, layout)` is a
+    parameter's initial value on this tensor rank, asked for on the first data rank alone, one at a time.
+    """
+    deepspeed = _import_deepspeed()
+    with deepspeed.zero.Init(
+        data_parallel_group=mesh.group("data"), config_dict_or_path=deepspeed_config, mem_efficient_linear=False
+    ):
+        module = build()
+    for name, parameter in module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            if mesh.rank("data") == 0:
+                parameter.copy_(value_of(name, parameter.mesh_layout))
+    return module
+
+
 #: What the dynamic loss scaler remembers between steps.
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -422,6 +444,8 @@ def _import_deepspeed():
             f"ZeRO needs deepspeed, which cannot be imported ({error}); `pip install deepspeed`, or --zero-stage 0 in fp32"
         ) from None
     deepspeed.utils.logging.logger.setLevel(logging.WARNING)
+    # DeepSpeed insists on the variable, also where no launcher set it; this rank's device is set already.
+    os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0))
     # DeepSpeed calls collectives by the names they had before torch 2.13, which warn every time.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     communication = sys.modules["deepspeed.comm.torch"]

@@ -101,7 +101,7 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
 def _run(case: Case) -> Outcome:
     mesh = ProcessMesh.create(MeshShape(data=case.data, tensor=case.tensor))
     config = config_of(case)
-    engine = build.build_engine(config, build.build_model(config, mesh, VOCABULARY), mesh)
+    engine = build.build_engine(config, build.build_model_to_train(config, mesh, VOCABULARY), mesh)
     loader = build.open_loader(config, build.open_stream(config, "train", VOCABULARY), mesh, VOCABULARY)
     curve, gradients = [], []
     for step in range(case.steps):
