@@ -102,10 +102,23 @@ def step_line(window: list[Record], total_steps: int) -> str:
     if seconds:
         parts.append(f"{count(tokens / seconds)} tokens/s")
         if "model_tflops" in last:
-            parts.append(f"{last['model_tflops']:.3g} TFLOP/s" + (f" ({last['mfu']:.1%} MFU)" if "mfu" in last else ""))
+            parts.append(_compute(window))
         parts.append(f"{seconds / len(window):.3g} s/step")
         parts.append(f"{duration((total_steps - last['step']) * seconds / len(window))} left")
     return " | ".join(parts)
+
+
+def _mean(window: list[Record], name: str) -> float:
+    """The mean of a rate over the time of the steps of `window` that have it."""
+    timed = [(record[name], record["iteration_time"]) for record in window if name in record]
+    return sum(rate * seconds for rate, seconds in timed) / sum(seconds for _, seconds in timed)
+
+
+def _compute(window: list[Record]) -> str:
+    """Model FLOPs a second of one rank, and their share of the device's peak where that is known."""
+    number = count(_mean(window, "model_tflops") * 1e12)
+    share = f" ({_mean(window, 'mfu'):.1%} MFU)" if "mfu" in window[-1] else ""
+    return f"{number[:-1]} {number[-1]}FLOP/s{share}" if number[-1].isalpha() else f"{number} FLOP/s{share}"
 
 
 def evaluation_line(record: Record) -> str:

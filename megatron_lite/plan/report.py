@@ -133,8 +133,17 @@ def _memory(config: RunConfig, vocab_size: int, arguments: dict[str, Any]) -> li
 _PARTS = ("weights", "gradients", "optimizer", "activations", "temporary")
 
 
-def memory_comparison(predicted: Moment, measured: int) -> str:
-    """One line at the end of a run: the peak that was planned beside the peak that was."""
+def memory_comparison(predicted: Moment, measured: int, device_type: str) -> str:
+    """One line at the end of a run: the peak that was planned beside the peak that was.
+
+    On a CPU what is measured is the process's growth: it has libraries loaded on the way and what the
+    allocator keeps in it too, so no share is given.
+    """
+    if device_type == "cpu":
+        return (
+            f"peak memory of a rank: predicted {size(predicted.total)} of tensors ({predicted.name}); the process grew "
+            f"by {size(measured)}, libraries and the allocator's reserve included"
+        )
     return (
         f"peak memory of a rank: predicted {size(predicted.total)} ({predicted.name}), measured {size(measured)} "
         f"above what the process held before the model, {predicted.total / max(1, measured):.0%}"

@@ -178,7 +178,7 @@ def test_a_line_sums_up_the_steps_since_the_last_one():
     ]
     assert step_line(window, 100) == (
         "step 10/100 | loss 3.5000 | lr 0.0003 | grad norm 1.25 | skipped 2 | 1.75k tokens/s | "
-        "0.5 TFLOP/s (25.0% MFU) | 2 s/step | 3m00s left"
+        "500 GFLOP/s (25.0% MFU) | 2 s/step | 3m00s left"
     )
 
 

@@ -43,7 +43,7 @@ def test_every_recompute_setting_is_shown_and_the_chosen_one_marked():
 
 def test_predicted_beside_measured():
     predicted = Moment("optimizer step", 2**30, 2**30, 0, 0, 0)
-    line = memory_comparison(predicted, 2**31 + 2**30)
+    line = memory_comparison(predicted, 2**31 + 2**30, "cuda")
     assert "predicted 2.00 GiB (optimizer step), measured 3.00 GiB" in line and "67%" in line
 
 
