@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOORS = sorted([ROOT / "pretrain_gpt.py", *ROOT.glob("tools/**/*.py")])
+DOORS = sorted([ROOT / "pretrain_gpt.py", *ROOT.glob("tools/**/*.py"), *ROOT.glob("examples/*.py")])
 MODULES = sorted(ROOT.glob("megatron_lite/**/*.py"))
 SOURCES = DOORS + MODULES
 
