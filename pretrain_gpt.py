@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 
@@ -29,7 +30,8 @@ def main(argv: list[str]) -> int:
             from megatron_lite.train.dry_run import dry_run
 
             if me.rank == 0:
-                print("\n".join(dry_run(config, world_size)))
+                with contextlib.suppress(BrokenPipeError):
+                    print("\n".join(dry_run(config, world_size)), flush=True)
             return 0
         from megatron_lite.train.start import run_training
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sources import override
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.errors import ConfigError
 
@@ -97,6 +99,19 @@ class BatchPlan:
         """Samples consumed by the first `iteration` steps."""
         stage = self.stages[bisect.bisect_right(self.stages, iteration, key=lambda s: s.first_iteration) - 1]
         return stage.first_sample + (iteration - stage.first_iteration) * stage.batch_size
+
+    def resolve(self, config: RunConfig, vocab_size: int) -> RunConfig:
+        """`config` with what was derived filled in: a run can be started again from it alone."""
+        return override(
+            config,
+            {
+                "model": {
+                    "vocab_size": vocab_size,
+                    "max_position_embeddings": config.model.max_position_embeddings or config.data.seq_length,
+                },
+                "training": {"global_batch_size": self.stages[-1].batch_size},
+            },
+        )
 
     def lines(self) -> list[str]:
         """The batch and the length of the run as sums, for the log."""

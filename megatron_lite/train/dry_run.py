@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.stream import build_stream
 from megatron_lite.data.vocabulary import resolve_vocabulary
@@ -12,7 +13,7 @@ from megatron_lite.train.batch_plan import BatchPlan
 
 
 def dry_run(config: RunConfig, world_size: int) -> list[str]:
-    """The lines of `--dry-run`: settings, batch, parameters, compute, memory of a rank.
+    """The lines of `--dry-run`: the resolved config, then batch, parameters, compute, memory of a rank.
 
     Raises what a run would for data or a tokenizer that cannot be opened.
     """
@@ -29,7 +30,8 @@ def dry_run(config: RunConfig, world_size: int) -> list[str]:
         )
         samples_per_epoch = stream.samples_per_epoch
     plan = BatchPlan.of(config.training, data_size, config.data.seq_length, samples_per_epoch)
-    return dry_run_report(
+    config = plan.resolve(config, vocab_size)
+    report = dry_run_report(
         config,
         world_size,
         vocab_size,
@@ -38,6 +40,7 @@ def dry_run(config: RunConfig, world_size: int) -> list[str]:
         samples_per_epoch=samples_per_epoch,
         reduce_bucket_size=_bucket_elements(config, data_size),
     )
+    return ["# the resolved config", *sources.dump(config).splitlines(), "", *report]
 
 
 def planned_peak(config: RunConfig, data_size: int, device_type: str) -> Moment:
