@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -58,6 +59,7 @@ def write_token_set(prefix: Path, texts: list[str] = TEXTS) -> Path:
     return prefix
 
 
+@functools.cache
 def load_tool(name: str) -> ModuleType:
     """A file of tools/ as a module, to call its `main` in this process."""
     spec = importlib.util.spec_from_file_location(f"tools_{name}", TOOLS / f"{name}.py")

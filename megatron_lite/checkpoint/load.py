@@ -24,11 +24,14 @@ from megatron_lite.errors import CheckpointError
 _SHOWN = 4
 
 
-def load(folder: str | os.PathLike[str], pieces: Sequence[Piece], ranks: Ranks, *, only: str = "") -> dict[str, Any]:
+def load(
+    folder: str | os.PathLike[str], pieces: Sequence[Piece], ranks: Ranks, *, only: str = "", cast: bool = False
+) -> dict[str, Any]:
     """The state of the checkpoint in `folder`, its tensors written into `pieces` in place. All ranks call.
 
     With `only`, pieces and stored tensors whose names do not begin with it are left alone
-    (`only="weight/"` takes no optimizer state). Every byte that is used has been checked.
+    (`only="weight/"` takes no optimizer state). With `cast`, values are rounded to the dtype of the
+    piece they go to. Every byte that is used has been checked.
 
     Raises CheckpointError on all ranks alike when a tensor is missing, superfluous, of another shape
     or dtype, or damaged. `pieces` may then have been written in part.
@@ -36,7 +39,7 @@ def load(folder: str | os.PathLike[str], pieces: Sequence[Piece], ranks: Ranks, 
     folder = Path(folder)
     wanted = [piece for piece in pieces if piece.name.startswith(only)]
     try:
-        manifest = _read_and_match(folder, wanted, ranks, only)
+        manifest = _read_and_match(folder, wanted, ranks, only, cast)
         together(ranks, lambda: _fill(folder, manifest, wanted))
     except RankFailures as failures:
         raise CheckpointError(f"{folder} cannot be loaded: {failures}") from failures
@@ -54,7 +57,7 @@ def read_tensor(folder: str | os.PathLike[str], name: str) -> torch.Tensor:
     return whole
 
 
-def _read_and_match(folder: Path, wanted: list[Piece], ranks: Ranks, only: str) -> Manifest:
+def _read_and_match(folder: Path, wanted: list[Piece], ranks: Ranks, only: str, cast: bool) -> Manifest:
     """The manifest, if what all ranks want together is what it holds.
 
     Each rank tells which stored tensors it takes as the bits of one number, not by thousands of names.
@@ -68,7 +71,7 @@ def _read_and_match(folder: Path, wanted: list[Piece], ranks: Ranks, only: str) 
         return {
             "taken": hex(sum(1 << bit for bit, name in enumerate(manifest.tensors) if name in names)),
             "missing": sorted(names - manifest.tensors.keys()),
-            "differing": _differing(wanted, manifest),
+            "differing": _differing(wanted, manifest, cast),
         }
 
     answers = together(ranks, compare)
@@ -84,11 +87,11 @@ def _read_and_match(folder: Path, wanted: list[Piece], ranks: Ranks, only: str) 
     return manifest
 
 
-def _differing(wanted: list[Piece], manifest: Manifest) -> list[str]:
+def _differing(wanted: list[Piece], manifest: Manifest, cast: bool) -> list[str]:
     found = {}
     for piece in wanted:
         stored = manifest.tensors.get(piece.name)
-        if stored and (stored.shape, stored.dtype) != (piece.global_shape, piece.dtype_name):
+        if stored and (stored.shape != piece.global_shape or (stored.dtype != piece.dtype_name and not cast)):
             there = f"{stored.dtype} {list(stored.shape)} there"
             found[piece.name] = f"{piece.name} is {there} and {piece.dtype_name} {list(piece.global_shape)} here"
     return list(found.values())

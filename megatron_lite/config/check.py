@@ -17,7 +17,7 @@ def problems(config: RunConfig, world_size: int) -> list[str]:
     found = list(out_of_range.values())
     checks = {
         _heads: ("hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "rotary_percent"),
-        _tensor_size: ("tensor_model_parallel_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
+        tensor_problems: ("tensor_model_parallel_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
         _lengths: ("seq_length", "max_position_embeddings", "tensor_model_parallel_size"),
         _recompute: ("recompute_num_layers", "num_layers"),
         _batch: ("tensor_model_parallel_size", "micro_batch_size", "global_batch_size", "rampup_batch_size"),
@@ -144,7 +144,8 @@ def _heads(config: RunConfig, world_size: int) -> Iterator[str]:
             )
 
 
-def _tensor_size(config: RunConfig, world_size: int) -> Iterator[str]:
+def tensor_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    """What keeps a model of this shape from being shared by that many tensor ranks, one sentence each."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
     if model.num_attention_heads % tensor:
         yield _does_not_divide("tensor_model_parallel_size", tensor, "num_attention_heads", model.num_attention_heads)

@@ -26,7 +26,7 @@ class LaunchOptions:
     model: str | None = None
     """Model preset: a name of examples/models/ (gpt2-124m, llama-8b, ...) or the path of a YAML file."""
     config: str | None = None
-    """YAML file with fields by section; flags win over it."""
+    """YAML file with fields by section; flags win over it. Relative paths in it begin at the working folder."""
     dry_run: bool = False
     """Print the resolved configuration, parameter counts and memory of a rank, and stop."""
     world_size: int | None = None

@@ -19,11 +19,11 @@ class OpeningConfig:
     tensor_model_parallel_size: int | None = None
     """Ranks that share the model, whatever it was trained on; default: all that were started."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Number format of weights and activations; default: that of training."""
+    """Number format of weights and activations; default: that of training, but fp32 on a CPU."""
     tokenizer_type: TokenizerType | None = None
     """Kind of tokenizer, for a checkpoint that names none. It must be the tokenizer of training."""
     tokenizer_model: str | None = None
-    """SentencePiece .model, tokenizer.json or tiktoken rank file, where it is not where it was in training."""
+    """SentencePiece .model, tokenizer.json or tiktoken rank file; default: the copy beside the checkpoint."""
     vocab_file: str | None = None
     """GPT2BPETokenizer: encoder.json (token to id)."""
     merge_file: str | None = None

@@ -9,6 +9,7 @@ from typing import Any
 
 import tokenizers
 
+from megatron_lite.data.tokenizer_files import ROLE_FILES
 from megatron_lite.data.tokenizer_interface import ROLE_NAMES, Tokenizer
 from megatron_lite.errors import TokenizerError
 
@@ -75,7 +76,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if not isinstance(description, dict) or not isinstance(description.get("model"), dict):
             raise TokenizerError(f'{file} has no section "model"; it is JSON, but not a tokenizer.json')
         settings: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        for name in ROLE_FILES:
             if (file.parent / name).is_file():
                 settings |= _read_json(file.parent / name)
         roles = {}

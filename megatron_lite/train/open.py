@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection, Set
 from pathlib import Path
 
+import torch
+
+from megatron_lite import log
 from megatron_lite.checkpoint.find import find
 from megatron_lite.checkpoint.load import load
 from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.checkpoint.piece import Piece
-from megatron_lite.config import sources
+from megatron_lite.config import check, sources
+from megatron_lite.config.data import DataConfig
 from megatron_lite.config.run import RunConfig
+from megatron_lite.data import tokenizer_files
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, ConfigError, TokenizerError
 from megatron_lite.model.gpt import GPT
+from megatron_lite.model.init import initial_value
 from megatron_lite.parallel import launch
 from megatron_lite.parallel.process_mesh import ProcessMesh
-from megatron_lite.train import build
+from megatron_lite.train import build, checkpoint_fit
 from megatron_lite.train.engine import DTYPES
 
 
@@ -42,34 +49,55 @@ def open_model(
     dtype: str | None = None,
     overrides: sources.Overrides | None = None,
 ) -> OpenedModel:
-    """The model of a checkpoint of any layout, at `tensor_size` (default: all ranks launched).
+    """Start the ranks that were launched and open a model on them, as `open_on` does.
 
-    `dtype` is "fp32", "bf16" or "fp16"; default: the precision it was trained in. `overrides` replaces
-    fields of the checkpoint's configuration, such as the tokenizer's path. Raises CheckpointError.
+    `tensor_size` ranks share the model (default: all). Raises what `open_on` does.
     """
     me = launch.Launch.from_environment()
     mesh = build.start_ranks(me, tensor=tensor_size or me.world_size, timeout_minutes=10)
+    return open_on(mesh, load_dir, ckpt_step=ckpt_step, dtype=dtype, overrides=overrides)
+
+
+def open_on(
+    mesh: ProcessMesh,
+    load_dir: str | Path,
+    *,
+    ckpt_step: int | None = None,
+    dtype: str | None = None,
+    overrides: sources.Overrides | None = None,
+) -> OpenedModel:
+    """The model of a checkpoint of any layout, on a live mesh. All ranks call.
+
+    `dtype` is "fp32", "bf16" or "fp16"; default: the precision of training, but fp32 on a CPU, where
+    16-bit arithmetic is slow. `overrides` replaces fields of the checkpoint's configuration; the model
+    grows by the ids of special tokens they add. The tokenizer is the copy beside the checkpoint, else
+    the files that training read, unless `overrides` names another.
+
+    Weights are rounded to `dtype` as they are read, chunk by chunk, so a rank needs memory for its part of
+    the model alone. Raises CheckpointError, and UserError for a configuration or tokenizer that does not
+    fit, on all ranks alike.
+    """
     folder = find(load_dir, mesh, ckpt_step, only="weight/")
     if folder is None:
         raise CheckpointError(f"{load_dir} holds no complete checkpoint; give the --save folder of a run")
-    manifest = read_manifest(folder)
-    config = sources.from_plain(manifest.config, str(folder))
-    if overrides:
-        config = sources.override(config, overrides)
-    tokenizer = None
-    if config.data.tokenizer_type:
-        tokenizer = build_tokenizer(config.data)
-    vocab_size = config.model.vocab_size
-    target = DTYPES[dtype or config.precision.dtype]
-    model = build.build_model(config, mesh, vocab_size)
-    load(folder, weight_pieces(model), mesh, only="weight/")
-    model.to(target)
-    model.eval()
-    return OpenedModel(model, config, mesh, tokenizer, manifest, manifest.step)
+    manifest, config, tokenizer = build.together(mesh, lambda: _read(folder, mesh, overrides or {}))
+    model = GPT(
+        config.model,
+        mesh,
+        vocab_size=config.model.vocab_size,
+        seq_length=config.data.seq_length,
+        sequence_parallel=config.parallel.sequence_parallel,
+        device=mesh.device,
+        dtype=_dtype(dtype, config.precision.dtype, mesh.device),
+    )
+    rows = checkpoint_fit.stored_rows(folder, manifest, model, positions_may_grow=False)
+    _fill_unstored(model, config, rows)
+    load(folder, checkpoint_fit.within_stored_rows(weight_pieces(model), rows), mesh, only="weight/", cast=True)
+    return OpenedModel(model.eval(), config, mesh, tokenizer, manifest, manifest.step)
 
 
 def weight_pieces(model: GPT) -> list[Piece]:
-    """The fp32 weights of a model without an engine, for loading weights alone."""
+    """The weights of a model without an engine, in its own dtype, for loading weights alone."""
     return [
         Piece(
             f"weight/{name}",
@@ -81,3 +109,79 @@ def weight_pieces(model: GPT) -> list[Piece]:
         for name, parameter in model.named_parameters()
         for part in parameter.mesh_layout.fragments()
     ]
+
+
+def _read(
+    folder: Path, mesh: ProcessMesh, overrides: sources.Overrides
+) -> tuple[Manifest, RunConfig, Tokenizer | None]:
+    """Manifest, configuration for this opening, and tokenizer."""
+    manifest = read_manifest(folder)
+    stored = sources.from_plain(manifest.config, str(folder))
+    config = sources.override(stored, overrides)
+    config = sources.override(config, {"parallel": {"tensor_model_parallel_size": mesh.size("tensor")}})
+    if problems := list(check.tensor_problems(config, mesh.world_size)):
+        raise ConfigError(problems)
+    tokenizer = _open_tokenizer(
+        folder, manifest, stored.data.special_tokens, config.data, overrides.get("data", {}).keys()
+    )
+    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+        config = sources.override(config, {"model": {"vocab_size": tokenizer.vocab_size}})
+    return manifest, config, tokenizer
+
+
+def _open_tokenizer(
+    folder: Path, manifest: Manifest, special_tokens: tuple[str, ...], data: DataConfig, overridden: Set[str]
+) -> Tokenizer | None:
+    """The tokenizer of training, by the fingerprint in the checkpoint, with the special tokens of `data` added."""
+    if data.tokenizer_type is None:
+        return None
+    data, added = dataclasses.replace(data, special_tokens=special_tokens), data.special_tokens
+    fingerprint = manifest.state.get("facts", {}).get("tokenizer")
+    if not overridden.isdisjoint(tokenizer_files.FILE_FIELDS):
+        tokenizer = build_tokenizer(data)
+        if fingerprint not in (None, tokenizer.fingerprint):
+            log.warn(f"the {tokenizer.kind} asked for is not the tokenizer of training: its ids may mean other text")
+    else:
+        tokenizer = _tokenizer_of_training(folder, data, fingerprint)
+    tokenizer.add_special_tokens(added)
+    return tokenizer
+
+
+def _tokenizer_of_training(folder: Path, data: DataConfig, fingerprint: str | None) -> Tokenizer:
+    copy = tokenizer_files.copied(data, folder.parent / tokenizer_files.FOLDER)
+    candidates = {"the copy beside the checkpoint": copy, "the one training read": data}
+    reasons = []
+    for name, candidate in candidates.items():
+        if candidate is None:
+            continue
+        try:
+            tokenizer = build_tokenizer(candidate)
+        except TokenizerError as error:
+            reasons.append(str(error))
+            continue
+        if fingerprint in (None, tokenizer.fingerprint):
+            return tokenizer
+        reasons.append(f"{name} is another one now (fingerprint {tokenizer.fingerprint[:12]}, not {fingerprint[:12]})")
+    raise TokenizerError(
+        f"the tokenizer of {folder} is not to be had: {'; '.join(reasons)}. Name its files by --tokenizer-model, or by "
+        f"--vocab-file and --merge-file"
+    )
+
+
+def _dtype(asked: str | None, trained: str, device: torch.device) -> torch.dtype:
+    chosen = asked or ("fp32" if device.type == "cpu" else trained)
+    if asked is None and chosen != trained:
+        log.note(
+            f"opened in {chosen}, not in {trained} as trained: 16-bit arithmetic is slow on a CPU (--dtype {trained})"
+        )
+    return DTYPES[chosen]
+
+
+@torch.no_grad()
+def _fill_unstored(model: GPT, config: RunConfig, stored_rows: Collection[str]) -> None:
+    """Give rows that no checkpoint holds their values: the initial draw, and zero in padding."""
+    for name, parameter in model.named_parameters():
+        if name in stored_rows:
+            parameter.copy_(initial_value(name, parameter.mesh_layout, config.model, config.training.seed))
+        elif name in checkpoint_fit.VOCABULARY:
+            parameter.zero_()

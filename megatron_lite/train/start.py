@@ -19,6 +19,8 @@ from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.stream import SampleStream
+from megatron_lite.data.tokenizer_files import FOLDER as TOKENIZER_FOLDER
+from megatron_lite.data.tokenizer_files import copy_tokenizer
 from megatron_lite.data.vocabulary import resolve_vocabulary
 from megatron_lite.errors import EXIT_LOST_RANK, CheckpointError, LostRankError, MegatronLiteError
 from megatron_lite.monitor.exit_file import remove_exit, write_exit
@@ -32,7 +34,7 @@ from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.devices import dense_peak_flops
 from megatron_lite.plan.flops import flops_per_token
 from megatron_lite.plan.report import memory_comparison
-from megatron_lite.train import build
+from megatron_lite.train import build, checkpoint_fit
 from megatron_lite.train.batch_plan import BatchPlan
 from megatron_lite.train.dry_run import planned_peak
 from megatron_lite.train.engine import Engine, load_libraries
@@ -92,7 +94,7 @@ def _train_and_tell(run: Run, command: str) -> None:
         _leave_exit_file(run, lost.cause, lost.exit_code, _how_to_go_on(run, command), str(lost))
         raise lost from None
     predicted = planned_peak(run.config, run.mesh.size("data"), run.mesh.device.type)
-    log.note(memory_comparison(predicted, run.memory.peak_growth()))
+    log.note(memory_comparison(predicted, run.memory.peak_growth(), run.mesh.device.type))
     how = _how_to_go_on(run, command)
     log.note(f"stopped at step {run.progress.step} of {run.plan.total_iterations}: {reason}; {how}")
     _leave_exit_file(run, reason.replace(" ", "_"), 0, how, "")
@@ -131,11 +133,14 @@ def _claim_folders(config: RunConfig, mesh: ProcessMesh, held: contextlib.ExitSt
         build.together(mesh, lambda: _insist_on_empty(Path(options.save), options.overwrite))
     if options.save is not None:
         held.enter_context(store.claim(options.save, mesh))
-    if options.save is not None and options.overwrite and mesh.global_rank == 0:
+    build.together(mesh, lambda: _make_ready(config) if mesh.global_rank == 0 else None)
+
+
+def _make_ready(config: RunConfig) -> None:
+    options, run_dir = config.checkpoint, run_folder(config)
+    if options.save is not None and options.overwrite:
         _empty(Path(options.save))
-    mesh.barrier()
-    run_dir = run_folder(config)
-    if run_dir is not None and mesh.global_rank == 0:
+    if run_dir is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_exit(run_dir)
 
@@ -154,8 +159,7 @@ def _assemble(config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: M
     device_name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
     made_with = versions([device_name])
     run_dir = run_folder(config)
-    if run_dir is not None and mesh.global_rank == 0:
-        _write_run_folder(run_dir, config, made_with)
+    build.together(mesh, lambda: _write_run_folders(config, made_with) if mesh.global_rank == 0 else None)
     for line in [*data.train_stream.describe(), *plan.lines()]:
         log.note(line)
     peak = dense_peak_flops(device_name, config.precision.dtype)
@@ -261,7 +265,7 @@ def _what_to_load(config: RunConfig, mesh: ProcessMesh) -> _Found | None:
     if options.save is not None and options.resume != "never":
         own = find(options.save, mesh, options.ckpt_step if options.load is None else None)
     if own is not None:
-        manifest = read_manifest(own)
+        manifest = build.together(mesh, lambda: read_manifest(own))
         log.note(f"going on with this run from step {manifest.step} in {own} (--resume {options.resume})")
         return _Found(own, manifest, is_own=True)
     if options.resume == "must":
@@ -274,7 +278,7 @@ def _what_to_load(config: RunConfig, mesh: ProcessMesh) -> _Found | None:
             wanted = "complete checkpoint" if options.ckpt_step is None else f"complete step {options.ckpt_step}"
             raise CheckpointError(f"--load {options.load} holds no {wanted}")
         log.note(f"starting from {folder}")
-        return _Found(folder, read_manifest(folder), is_own=False)
+        return _Found(folder, build.together(mesh, lambda: read_manifest(folder)), is_own=False)
     if options.save is not None and options.resume == "auto":
         log.note(f"{options.save} holds no checkpoint: starting from step 0 (--resume auto)")
     return None
@@ -313,20 +317,20 @@ def _load(
     options = config.checkpoint
     weights_only = options.finetune and not found.is_own
     optimizer = not weights_only and not options.no_load_optim
-    only = "" if optimizer else "weight/"
-    state = load(found.folder, engine.pieces(optimizer=optimizer), mesh, only=only)
+    folder, manifest = found.folder, found.manifest
+    checkpoint_fit.check_settings(folder, manifest, config.model, finetune=weights_only)
+    build.together(
+        mesh, lambda: checkpoint_fit.tell_changes(folder, manifest, config.data, facts, finetune=weights_only)
+    )
+    rows = checkpoint_fit.stored_rows(folder, manifest, engine.module, positions_may_grow=weights_only)
+    pieces = checkpoint_fit.within_stored_rows(engine.pieces(optimizer=optimizer), rows)
+    state = load(folder, pieces, mesh, only="" if optimizer else "weight/")
     engine.refresh()
     if weights_only:
         log.note("took the weights alone (--finetune): step, data position and optimizer start anew")
         return fresh
     if optimizer:
         engine.load_state(state["engine"])
-    for name, value in facts.items():
-        if state["facts"].get(name) != value:
-            log.warn(
-                f"{name.replace('_', ' ')} differs from the checkpoint's: from here on the samples are those of the "
-                f"new configuration"
-            )
     curve = _choose_schedule(config, Schedule(**state["schedule"]), fresh.schedule, optimizer)
     seed = state["random"]["dropout_seed"]
     if options.no_load_rng:
