@@ -149,8 +149,8 @@ def _assemble(config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: M
     found = _what_to_load(config, mesh)
     data = build.together(mesh, lambda: _open_data(config, mesh))
     plan = data.plan
-    config = _resolved(config, plan, data.vocab_size)
-    model = build.build_model(config, mesh, data.vocab_size)
+    config = plan.resolve(config, data.vocab_size)
+    model = build.build_model_to_train(config, mesh, data.vocab_size)
     engine = build.build_engine(config, model, mesh)
     curve = schedule(config.optimizer, plan.total_iterations, plan.total_samples, config.model.hidden_size)
     start = _Start(Progress(), curve, config.training.seed)
@@ -357,22 +357,21 @@ def _choose_schedule(config: RunConfig, saved: Schedule, asked: Schedule, take_s
     return saved
 
 
-def _resolved(config: RunConfig, plan: BatchPlan, vocab_size: int) -> RunConfig:
-    """The configuration with what was derived filled in: a run can be started from it alone."""
-    return sources.override(
-        config,
-        {
-            "model": {
-                "vocab_size": vocab_size,
-                "max_position_embeddings": config.model.max_position_embeddings or config.data.seq_length,
-            },
-            "training": {"global_batch_size": plan.stages[-1].batch_size},
-        },
+def _write_run_folders(config: RunConfig, made_with: dict[str, Any]) -> None:
+    """Leave in the run's folders what starts it again, and what reads its checkpoints after a move."""
+    if config.checkpoint.save is not None:
+        copy_tokenizer(config.data, Path(config.checkpoint.save) / TOKENIZER_FOLDER)
+    run_dir = run_folder(config)
+    if run_dir is None:
+        return
+    head = (
+        f"# This run, started in {Path.cwd()}, where relative paths begin. The same again:\n"
+        f"# python pretrain_gpt.py --config {run_dir / 'config.yaml'} --save ANOTHER_FOLDER\n"
     )
-
-
-def _write_run_folder(run_dir: Path, config: RunConfig, made_with: dict[str, Any]) -> None:
-    for name, text in (("config.yaml", sources.dump(config)), ("versions.json", json.dumps(made_with, indent=2))):
+    for name, text in (
+        ("config.yaml", head + sources.dump(config)),
+        ("versions.json", json.dumps(made_with, indent=2)),
+    ):
         written = run_dir / f"{name}.tmp"
         written.write_text(text + "\n", encoding="utf-8")
         written.replace(run_dir / name)
