@@ -28,9 +28,11 @@ VOCABULARY = ("embedding.word.weight", "head.weight")
 POSITIONS = ("embedding.position.weight",)
 """Parameters with a row for each position."""
 
-_TRAINING_ALONE = frozenset(("hidden_dropout", "attention_dropout", "init_method", "init_method_std"))
-_LOSS = frozenset(("label_smoothing", "z_loss"))
-_LENGTHS = frozenset(("vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings"))
+_FREE = frozenset(
+    "hidden_dropout attention_dropout init_method init_method_std label_smoothing z_loss "
+    "vocab_size make_vocab_size_divisible_by max_position_embeddings".split()
+)
+"""Settings of a model that may change under its weights: of training alone, and lengths, which `stored_rows` checks."""
 
 
 def check_settings(folder: Path, manifest: Manifest, model: ModelConfig, *, finetune: bool) -> None:
@@ -39,10 +41,14 @@ def check_settings(folder: Path, manifest: Manifest, model: ModelConfig, *, fine
     Raises CheckpointError naming each field with both values; with `finetune` it warns instead.
     """
     stored = sources.from_plain(manifest.config, str(folder)).model
-    differences = config_differences(_computation(stored), _computation(model))
-    if not differences:
+    before, now = _computation(stored), _computation(model)
+    named = ", ".join(
+        f"{name} is {there} there and {here} here"
+        for name, (there, here) in config_differences(before, now).items()
+        if name in before and name in now
+    )
+    if not named:
         return
-    named = ", ".join(f"{name} is {there} there and {here} here" for name, (there, here) in differences.items())
     if finetune:
         log.warn(f"the weights of {folder} are those of another model: {named}")
         return
@@ -53,7 +59,7 @@ def check_settings(folder: Path, manifest: Manifest, model: ModelConfig, *, fine
 
 
 def _computation(model: ModelConfig) -> dict[str, Any]:
-    """The settings that decide what a model computes from its weights, defaults filled in."""
+    """The settings that decide what a model computes from its weights; defaults filled in, those without effect left out."""
     chosen = {
         **dataclasses.asdict(model),
         "num_query_groups": model.kv_heads,
@@ -61,7 +67,7 @@ def _computation(model: ModelConfig) -> dict[str, Any]:
         "ffn_hidden_size": model.ffn_size,
         "add_qkv_bias": model.has_qkv_bias,
     }
-    without_effect = _TRAINING_ALONE | _LOSS | _LENGTHS
+    without_effect = set(_FREE)
     if model.position_embedding_type != "rope":
         without_effect |= {"rotary_base", "rotary_percent", "rotary_interleaved"}
     if model.swiglu:

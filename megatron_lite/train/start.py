@@ -364,9 +364,11 @@ def _write_run_folders(config: RunConfig, made_with: dict[str, Any]) -> None:
     run_dir = run_folder(config)
     if run_dir is None:
         return
+    own = {"--save": config.checkpoint.save, "--run-dir": config.logging.run_dir}
     head = (
-        f"# This run, started in {Path.cwd()}, where relative paths begin. The same again:\n"
-        f"# python pretrain_gpt.py --config {run_dir / 'config.yaml'} --save ANOTHER_FOLDER\n"
+        f"# This run, started in {Path.cwd()}, where relative paths begin. The same again, elsewhere:\n"
+        f"# python pretrain_gpt.py --config {run_dir / 'config.yaml'}"
+        f"{''.join(f' {flag} OTHER' for flag, folder in own.items() if folder is not None)}\n"
     )
     for name, text in (
         ("config.yaml", head + sources.dump(config)),

@@ -34,7 +34,7 @@ from megatron_lite.train.open import open_on, weight_pieces
 from megatron_lite.train.start import train_on
 
 GROWN = VOCABULARY + 6
-TARGETS = [Case(2, 1, 0), Case(2, 1, 1), Case(1, 2, 2), Case(1, 2, 3), Case(2, 1, 3), Case(1, 2, 1, dtype="bf16")]
+TARGETS = [Case(2, 1, 0), Case(1, 2, 2), Case(1, 2, 3), Case(2, 1, 3), Case(1, 2, 1, dtype="bf16")]
 STEP = "step-00000002"
 
 
@@ -259,6 +259,7 @@ def test_a_runs_own_config_starts_it_again(tmp_path):
     first, again = tmp_path / "first", tmp_path / "again"
     ramp = {"rampup_batch_size": (2, 2, 8), "micro_batch_size": 2, "train_iters": None, "train_samples": 14}
     _train(_config(Case(), first, **ramp, hidden_dropout=0.1))
+    assert "config.yaml --save OTHER\n" in (first / "config.yaml").read_text()
     config, _ = cli.load(["--config", str(first / "config.yaml"), "--save", str(again)])
     _train(config)
     assert _losses(again) == _losses(first) and len(_losses(first)) > 3
