@@ -58,6 +58,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, damaged or of another model."""
 
 
+class KernelError(UserError):
+    """Native kernels that are wanted and cannot be found, compiled or loaded."""
+
+
 class CheckpointNotSaved(MegatronLiteError):
     """A checkpoint lost to a full disk, an I/O error or a deadline. The run may go on without it."""
 

@@ -1,0 +1,32 @@
+// Gives torch's dispatcher the CPU implementations of operations that megatron_lite/kernels/ declares.
+
+#include "base/binding.h"
+#include "layer_norm/layer_norm_bind.h"
+
+namespace megatron_lite {
+namespace {
+
+void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* state) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, state); });
+}
+
+struct Cpu {
+  cpu::Context context{parallel_for};
+
+  explicit Cpu(const Tensor&) {}
+
+  // Enough for 128 threads; from 64 rows on, so that the lines of sums cost little beside the rows.
+  static int64_t row_parts(const Tensor&, int64_t rows, int64_t) {
+    return std::clamp<int64_t>(rows / 64, 1, 128);
+  }
+
+  static std::string explain(Status status) { return "status " + std::to_string(status); }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(megatron_lite, CPU, library) {
+  register_layer_norm<Cpu>(library);
+}
+
+}  // namespace megatron_lite

@@ -1,0 +1,133 @@
+"""Compiles a `Library` with ninja into build/kernels/ of the checkout; ranks that start together build once.
+
+A folder holds the objects of one set of commands and one torch, so an edit recompiles what it touches. The
+finished library's name carries a hash of sources and commands: a library that is there is up to date, one that
+another process has loaded is never written to, and no lock is taken to find it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_lite import log
+from megatron_lite.errors import KernelError
+from megatron_lite.kernels.sources import CSRC, ROOT, Library
+
+CACHE = ROOT / "build" / "kernels"
+
+
+def _digest(*texts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode() if isinstance(text, str) else text
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:16]
+
+
+def _place(library: Library, versions: str, cache: Path) -> tuple[Path, Path]:
+    """The folder of a library's objects, and the path it will have when it is built from today's sources."""
+    commands = repr((library, versions, platform.machine(), sys.implementation.cache_tag))
+    sources = {unit.source for unit in library.units} | set(CSRC.rglob("*.h")) | set(CSRC.rglob("*.cuh"))
+    contents = _digest(commands, *(part for path in sorted(sources) for part in (path.name, path.read_bytes())))
+    folder = cache / f"{library.name}-{_digest(commands)}"
+    return folder, folder / f"{library.name}-{contents}.so"
+
+
+def find_ninja() -> str:
+    """The ninja of the Python package (a requirement of DeepSpeed), else of the PATH."""
+    spec = importlib.util.find_spec("ninja")
+    if spec and spec.origin:
+        candidates = [Path(spec.origin).parent / "data" / "bin" / "ninja", Path(sys.executable).parent / "ninja"]
+        for candidate in candidates:
+            if candidate.exists():
+                return str(candidate)
+    found = shutil.which("ninja")
+    if not found:
+        raise KernelError("ninja, which compiles the kernels, is not installed: pip install ninja")
+    return found
+
+
+def find_compiler(named: str | None = None) -> str:
+    """The C++ compiler: the one named (CXX), else c++, g++ or clang++."""
+    for name in [named] if named else ["c++", "g++", "clang++"]:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise KernelError(
+        f"no C++ compiler ({named or 'c++, g++ or clang++'}) is on the PATH, so the kernels cannot be compiled; on "
+        "Debian and Ubuntu: apt install g++; or name one: CXX=/path/to/g++"
+    )
+
+
+def _ninja_file(library: Library, target: Path) -> str:
+    def quoted(text: object) -> str:
+        return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def command(parts: tuple[str, ...]) -> str:
+        return " ".join("'" + part.replace("'", "'\\''").replace("$", "$$") + "'" for part in parts)
+
+    lines = ["ninja_required_version = 1.5"]
+    for index, unit in enumerate(library.units):
+        lines += [
+            f"rule compile{index}",
+            f"  command = {command(unit.command)} -MD -MF $out.d -c $in -o $out",
+            "  deps = gcc",
+            "  depfile = $out.d",
+            f"build {quoted(unit.object)}: compile{index} {quoted(unit.source)}",
+        ]
+    lines += [
+        "rule link",
+        f"  command = {command(library.link)} $in {command(library.link_libraries)} -o $out.new && mv $out.new $out",
+        f"build {quoted(target.name)}: link {' '.join(quoted(unit.object) for unit in library.units)}",
+        f"default {quoted(target.name)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def built(library: Library, versions: str, cache: Path = CACHE) -> Path:
+    """The path of `library`, compiled now if it is not there yet.
+
+    `versions` says what else it depends on (torch's version). Raises KernelError, with the compiler's own words,
+    when it cannot be compiled.
+    """
+    folder, target = _place(library, versions, cache)
+    if target.exists():
+        return target
+    ninja = find_ninja()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+    except OSError as error:
+        raise KernelError(f"the kernels cannot be compiled into {folder}: {error.strerror}") from error
+    with lock:
+        # Released by the system when this process ends, however it ends.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
+        log.note(f"compiling {library.name} ({len(library.units)} files) into {folder}")
+        began = time.monotonic()
+        written = folder / "build.ninja.new"
+        written.write_text(_ninja_file(library, target), encoding="utf-8")
+        written.rename(folder / "build.ninja")
+        done = subprocess.run([ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        (folder / "build.log").write_text(done.stdout, encoding="utf-8")
+        if done.returncode:
+            raise KernelError(f"{library.name} does not compile; {folder / 'build.log'} says:\n{done.stdout[-4000:]}")
+        log.note(f"compiled {library.name} in {time.monotonic() - began:.1f} s")
+    return target
+
+
+def copied(path: Path, to: Path) -> None:
+    """Put a built library where a wheel is packed from."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, to)
+    os.chmod(to, 0o755)

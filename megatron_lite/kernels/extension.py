@@ -1,0 +1,99 @@
+"""Finds, builds and loads the native code; says once what is native and what is reference.
+
+In a source tree (csrc/ beside the package) the library in build/kernels/ is used, compiled first if it is not
+there. A wheel carries its libraries beside this file. Nothing happens at import: the first call of a kernel,
+or `load`, or `require_native`, starts it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import torch
+
+from megatron_lite import log
+from megatron_lite.errors import KernelError
+from megatron_lite.kernels import sources
+from megatron_lite.kernels.build import built, find_compiler
+
+TORCH = Path(torch.__file__).parent
+_lock = threading.Lock()
+_libraries: dict[str, Path] = {}
+_reasons: dict[str, str] = {}
+
+
+def load(device: str) -> bool:
+    """Whether the native kernels for a device type are loaded; the first call finds or builds them.
+
+    Where they cannot be had, the reference in plain torch runs and the log says why, once.
+    """
+    with _lock:
+        if device not in _libraries and device not in _reasons:
+            try:
+                path = _find(device)
+                torch.ops.load_library(path)
+                _libraries[device] = path
+            except (KernelError, OSError) as error:
+                _reasons[device] = str(error)
+                log.once(f"kernels on {device}: plain torch is used, since {error}")
+        return device in _libraries
+
+
+def library(device: str) -> Path | None:
+    """The file the native kernels of a device type were loaded from."""
+    return _libraries.get(device)
+
+
+def reason(device: str) -> str:
+    """Why a device type has no native kernels; empty if it has, or if nobody asked yet."""
+    return _reasons.get(device, "")
+
+
+def _find(device: str) -> Path:
+    packed = Path(__file__).parent / f"libmegatron_lite_{device}.so"
+    if device == "cpu":
+        if not sources.CSRC.is_dir():
+            return _packed(packed)
+        return built(sources.cpu_kernels(find_compiler(os.environ.get("CXX")), TORCH), torch.__version__)
+    if device == "cuda":
+        if not torch.version.cuda:
+            raise KernelError(f"torch {torch.__version__} is built without CUDA")
+        if not sources.CSRC.is_dir():
+            return _packed(packed)
+        nvcc = find_nvcc()
+        kernels = sources.cuda_kernels(find_compiler(os.environ.get("CXX")), nvcc, TORCH, cuda_architectures())
+        return built(kernels, torch.__version__)
+    raise KernelError(f"there are native kernels for cpu and cuda, none for {device}")
+
+
+def _packed(path: Path) -> Path:
+    if not path.exists():
+        raise KernelError(f"this installation carries no {path.name}; install from a source tree: pip install -e .")
+    return path
+
+
+def find_nvcc() -> str:
+    """CUDA's compiler: of CUDA_HOME if that is set, else of the PATH, else of /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    found = found or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not found:
+        raise KernelError("no nvcc is on the PATH or in CUDA_HOME, so the CUDA kernels cannot be compiled")
+    return found
+
+
+def cuda_architectures() -> tuple[str, ...]:
+    """The machine's own card alone, where there is one: four targets take four times as long."""
+    if not torch.cuda.is_available():
+        return sources.CUDA_ARCHITECTURES
+    major, minor = torch.cuda.get_device_capability()
+    return (f"sm_{major}{minor}",)
+
+
+def require_native(device: str) -> None:
+    """Raise KernelError unless the native kernels for a device type are loaded (--require-native-kernels)."""
+    if not load(device):
+        raise KernelError(f"--require-native-kernels: the kernels for {device} are not native, since {reason(device)}")

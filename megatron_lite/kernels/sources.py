@@ -1,0 +1,107 @@
+"""What is compiled: the one list of sources and flags, for building ahead of time and just in time.
+
+Needs no torch, only to be told where its headers are. To add an operation: its name in `OPERATIONS`, and one
+line in each of csrc/bind_cpu.cpp and csrc/bind_cuda.cpp.
+"""
+
+from __future__ import annotations
+
+import platform
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+
+OPERATIONS = ("layer_norm",)
+
+# No -ffast-math: linked by g++ 12 it flushes denormals for the whole process, and a NaN must stay one. What
+# vector code does need is that nobody watches errno or traps; `omp simd reduction` names the sums that may be
+# reordered. -fopenmp-simd brings no OpenMP runtime: threads are torch's.
+KERNEL_FLAGS = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+INSTRUCTION_SETS = {
+    "baseline": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
+}
+CPP_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{CSRC}")
+# The oldest torch whose stable ABI the bindings use: a library runs on it and on every later one.
+TORCH_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+# Machine code for A100, H100/H200, B200, and PTX that a newer card's driver compiles at start.
+CUDA_ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "compute_100")
+CUDA_FLAGS = ("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-Werror=all-warnings")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One compilation: a source, the object it becomes and the whole command but for in- and output."""
+
+    source: Path
+    object: str
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A shared library: its file name, its units, and the command that links them (objects come in between)."""
+
+    name: str
+    units: tuple[Unit, ...]
+    link: tuple[str, ...]
+    link_libraries: tuple[str, ...] = ()
+
+
+def _torch_include(torch: Path) -> tuple[str, ...]:
+    return (f"-isystem{torch / 'include'}",)
+
+
+def _shared(compiler: str) -> tuple[str, ...]:
+    # macOS looks symbols up in what is already loaded only when told to.
+    return (compiler, "-shared", *(("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()))
+
+
+def cpu_kernels(compiler: str, torch: Path) -> Library:
+    """The CPU launchers, once per instruction set of this kind of processor, and their binding to `torch`'s folder."""
+    sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ()}
+    units = [
+        Unit(
+            CSRC / operation / f"{operation}_cpu.cpp",
+            f"{operation}_{name}.o",
+            (compiler, *CPP_FLAGS, *KERNEL_FLAGS, *flags, f"-DMEGATRON_LITE_INSTRUCTION_SET={name}"),
+        )
+        for operation in OPERATIONS
+        for name, flags in sets.items()
+    ]
+    plain = (compiler, *CPP_FLAGS, "-O2")
+    units.append(Unit(CSRC / "base/instruction_set.cpp", "instruction_set.o", plain))
+    units.append(Unit(CSRC / "bind_cpu.cpp", "bind_cpu.o", (*plain, *_torch_include(torch), TORCH_ABI)))
+    return Library("libmegatron_lite_cpu", tuple(units), _shared(compiler), (f"-L{torch / 'lib'}", "-ltorch_cpu"))
+
+
+def cuda_kernels(
+    compiler: str, nvcc: str, torch: Path, architectures: tuple[str, ...] = CUDA_ARCHITECTURES, torch_lib: Path | None = None
+) -> Library:
+    """The CUDA launchers and their binding; `torch_lib` holds libtorch_cuda.so or a stub of that name."""
+    codes = [f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in architectures]
+    units = [
+        Unit(CSRC / operation / f"{operation}_cuda.cu", f"{operation}_cuda.o", (nvcc, *CUDA_FLAGS, f"-I{CSRC}", *codes))
+        for operation in OPERATIONS
+    ]
+    cuda = Path(nvcc).resolve().parents[1]
+    binding = (compiler, *CPP_FLAGS, "-O2", *_torch_include(torch), f"-isystem{cuda / 'include'}", TORCH_ABI, "-DUSE_CUDA")
+    units.append(Unit(CSRC / "bind_cuda.cpp", "bind_cuda.o", binding))
+    libraries = (f"-L{torch_lib or torch / 'lib'}", f"-L{torch / 'lib'}", "-ltorch_cuda", "-ltorch_cpu")
+    runtime = (f"-L{cuda / 'lib64'}", "-lcudart_static", "-lpthread", "-ldl", "-lrt")
+    return Library("libmegatron_lite_cuda", tuple(units), _shared(compiler), (*libraries, *runtime))
+
+
+def host_module(compiler: str, pybind11: Path) -> Library:
+    """The Python module `megatron_lite._host`: what is no tensor operation. Needs pybind11's headers, not torch."""
+    include = (f"-isystem{pybind11}", f"-isystem{sysconfig.get_paths()['include']}")
+    units = tuple(
+        Unit(source, f"{source.stem}.o", (compiler, *CPP_FLAGS, "-O3", *include))
+        for source in sorted((CSRC / "host").glob("*.cpp"))
+    )
+    return Library("_host", units, _shared(compiler))
