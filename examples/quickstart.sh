@@ -49,7 +49,9 @@ for part in heldout train; do
 done
 
 say "4. Training, on $ranks tensor-parallel ranks"
-deepspeed --quiet --num_accelerators $ranks pretrain_gpt.py --config examples/quickstart.yaml \
+# A port of its own: the launcher's usual one may be another job's.
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+deepspeed --quiet --num_accelerators $ranks --master_port "$port" pretrain_gpt.py --config examples/quickstart.yaml \
     --tensor-model-parallel-size $ranks --save "$run" --resume never --overwrite "$@"
 
 say "5. Held-out text"

@@ -104,7 +104,7 @@ def start(launch: Launch, timeout_minutes: float):
 class StopRequest:
     """Whether this rank was asked to stop: by SIGTERM or SIGINT, or by the death of its launcher.
 
-    The first signal asks; a second one of the same kind ends the process at once.
+    A signal asks; a second SIGINT, seconds later, ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -142,8 +142,13 @@ class StopRequest:
         self._pressing |= pressing
 
     def _on_signal(self, number: int, frame) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        # Launchers pass a signal on that the group has had already, so a repeat alone means nothing;
+        # but a second Ctrl-C from somebody who waits is to be obeyed.
+        impatient = number == signal.SIGINT and self.asked_at and time.monotonic() - self.asked_at > 2.0
         self.ask(f"signal {signal.Signals(number).name}", pressing=True)
+        if impatient:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def _watch(self, chain: list[tuple[int, int]]) -> None:
         while not self._watch_over.wait(0.5):
