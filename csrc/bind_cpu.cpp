@@ -1,7 +1,11 @@
 // Gives torch's dispatcher the CPU implementations of operations that megatron_lite/kernels/ declares.
 
+#include <algorithm>
+
 #include "base/binding.h"
+#include "l2_norm/l2_norm_bind.h"
 #include "layer_norm/layer_norm_bind.h"
+#include "rms_norm/rms_norm_bind.h"
 
 namespace megatron_lite {
 namespace {
@@ -26,7 +30,9 @@ struct Cpu {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_lite, CPU, library) {
+  register_l2_norm<Cpu>(library);
   register_layer_norm<Cpu>(library);
+  register_rms_norm<Cpu>(library);
 }
 
 }  // namespace megatron_lite

@@ -1,51 +1,59 @@
-// What CPU kernels share: 16-bit elements as arithmetic on bits, which compilers turn into vector code for
-// any instruction set, and rows dealt out to threads.
+// What CPU kernels share: rows as fp32, sums along a row, rows dealt out to threads.
 //
-// A file that includes this is compiled once per instruction set with MEGATRON_LITE_INSTRUCTION_SET naming
-// the namespace of its launchers. All else in it must be static or in an unnamed namespace (see launch.h);
-// templates of the standard library would be merged across sets by the linker, so there are none.
+// A file that includes this is compiled once per instruction set, with MEGATRON_LITE_INSTRUCTION_SET naming
+// the namespace of its launchers. Everything else must be in an unnamed namespace (see launch.h); templates of
+// the standard library would be merged across sets by the linker, so there are none.
+//
+// Kernels compute on fp32 alone: a 16-bit row is widened into a buffer that stays in cache, and narrowed from
+// one. Loops over it are then plain code that the compiler turns into vectors of whatever width there is.
 
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #include "base/launch.h"
 
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace megatron_lite::cpu {
+namespace {
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
-MEGATRON_LITE_INLINE uint32_t bits_of(float value) {
+inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-MEGATRON_LITE_INLINE float float_of(uint32_t bits) {
+inline float float_of(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-MEGATRON_LITE_INLINE float load(float element) { return element; }
+inline float load(float element) { return element; }
 
-MEGATRON_LITE_INLINE float load(BFloat16 element) { return float_of(static_cast<uint32_t>(element.bits) << 16); }
+inline float load(BFloat16 element) { return float_of(static_cast<uint32_t>(element.bits) << 16); }
 
 // Exponent and fraction move to their fp32 places; the product mends the bias and makes denormals normal.
-MEGATRON_LITE_INLINE float load(Float16 element) {
+inline float load(Float16 element) {
   const uint32_t magnitude = static_cast<uint32_t>(element.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(element.bits & 0x8000) << 16;
   const uint32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);
   return float_of(sign | (magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : scaled));
 }
 
-MEGATRON_LITE_INLINE void store(float& element, float value) { element = value; }
+inline void store(float& element, float value) { element = value; }
 
-// To nearest, ties to even; a NaN stays one.
-MEGATRON_LITE_INLINE void store(BFloat16& element, float value) {
+// To nearest, ties to even; a NaN stays one. Not the processor's own instruction: that flushes denormals.
+inline void store(BFloat16& element, float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   element.bits = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
@@ -53,7 +61,7 @@ MEGATRON_LITE_INLINE void store(BFloat16& element, float value) {
 
 // To nearest, ties to even. A normal result rounds as bits; for a denormal one, adding 1/2 leaves its 10 bits at
 // the bottom of the sum, rounded by the addition. From 65,520 on it is infinite.
-MEGATRON_LITE_INLINE void store(Float16& element, float value) {
+inline void store(Float16& element, float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t magnitude = bits & 0x7fffffff;
   const uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
@@ -64,48 +72,233 @@ MEGATRON_LITE_INLINE void store(Float16& element, float value) {
   element.bits = static_cast<uint16_t>(result | ((bits >> 16) & 0x8000));
 }
 
-// The value as an element would hold it.
+inline void narrow(const float* from, float* to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
+
 template <class Element>
-MEGATRON_LITE_INLINE float rounded(float value) {
-  Element element;
-  store(element, value);
-  return load(element);
+void widen(const Element* from, float* to, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
 }
 
-// Calls body(index) for every index below count, on the context's threads, at least `grain` on each.
+template <class Element>
+void narrow(const float* from, Element* to, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) store(to[i], from[i]);
+}
+
+// Compilers make vector code of the arithmetic above, ten instructions where the processor has one.
+#if defined(__AVX512F__)
+inline void widen(const BFloat16* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+    _mm512_storeu_si512(to + i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  for (; i < count; ++i) to[i] = load(from[i]);
+}
+
+inline void narrow(const float* from, BFloat16* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m512 value = _mm512_loadu_ps(from + i);
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
+  for (; i < count; ++i) store(to[i], from[i]);
+}
+
+inline void widen(const Float16* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+  for (; i < count; ++i) to[i] = load(from[i]);
+}
+
+inline void narrow(const float* from, Float16* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
+                        _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  for (; i < count; ++i) store(to[i], from[i]);
+}
+#elif defined(__F16C__)
+inline void widen(const Float16* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  for (; i < count; ++i) to[i] = load(from[i]);
+}
+
+inline void narrow(const float* from, Float16* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i < count; ++i) store(to[i], from[i]);
+}
+#endif
+
+// Room for fp32 values, aligned to a cache line.
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+// Elements as fp32: themselves if they are, else widened into a buffer.
+inline const float* widened(const float* from, float*, int64_t) { return from; }
+
+template <class Element>
+const float* widened(const Element* from, float* buffer, int64_t count) {
+  widen(from, buffer, count);
+  return buffer;
+}
+
+// Reads lines of one length as fp32; what it gives holds until the next is read.
+template <class Element>
+class Reader {
+ public:
+  explicit Reader(int64_t length) : buffer_(sizeof(Element) == sizeof(float) ? 0 : length), length_(length) {}
+
+  const float* operator()(const void* lines, int64_t line = 0) const {
+    return widened(static_cast<const Element*>(lines) + line * length_, buffer_.data(), length_);
+  }
+
+ private:
+  Buffer buffer_;
+  int64_t length_;
+};
+
+// Writes lines of one length as fp32: fill what `line` gives, then call `done`.
+template <class Element>
+class Writer {
+ public:
+  explicit Writer(int64_t length) : buffer_(length), length_(length) {}
+
+  float* line(void*, int64_t) const { return buffer_.data(); }
+  void done(void* lines, int64_t line) const {
+    narrow(buffer_.data(), static_cast<Element*>(lines) + line * length_, length_);
+  }
+
+ private:
+  Buffer buffer_;
+  int64_t length_;
+};
+
+template <>
+class Writer<float> {
+ public:
+  explicit Writer(int64_t length) : length_(length) {}
+
+  float* line(void* lines, int64_t line) const { return static_cast<float*>(lines) + line * length_; }
+  void done(void*, int64_t) const {}
+
+ private:
+  int64_t length_;
+};
+
+// A sum along a row, kept in 64 lanes: as many as fill the adders of the widest set, and the same number in
+// every set, so that all add in one order.
+constexpr int kLanes = 64;
+
+struct LaneSum {
+  float lanes[kLanes] = {};
+
+  float total() {
+    for (int width = kLanes / 2; width; width /= 2)
+      for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    return lanes[0];
+  }
+};
+
+// Calls body(index, lane) along a row; a body adds what it sums to lanes[lane].
 template <class Body>
-static inline void for_each(const Context& context, int64_t count, int64_t grain, const Body& body) {
+inline __attribute__((always_inline)) void along(int64_t length, const Body& body) {
+  const int64_t whole = length - length % kLanes;
+  for (int64_t begin = 0; begin < whole; begin += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) body(begin + lane, lane);
+  }
+  for (int64_t index = whole; index < length; ++index) body(index, static_cast<int>(index - whole));
+}
+
+// Calls body(begin, end) on ranges that cover [0, count), on the context's threads, at least `grain` on each.
+template <class Body>
+void for_ranges(const Context& context, int64_t count, int64_t grain, const Body& body) {
   if (count == 0) return;
   context.parallel_for(
-      count, grain,
-      [](int64_t begin, int64_t end, void* state) {
-        for (int64_t index = begin; index < end; ++index) (*static_cast<const Body*>(state))(index);
-      },
+      count, grain, [](int64_t begin, int64_t end, void* state) { (*static_cast<const Body*>(state))(begin, end); },
       const_cast<Body*>(&body));
 }
 
 // As many rows as are worth a thread: some 16,384 elements.
-MEGATRON_LITE_INLINE int64_t row_grain(int64_t length) { return 1 + 16384 / (length + 1); }
+inline int64_t row_grain(int64_t length) { return 1 + 16384 / (length + 1); }
 
-// Adds the lines of a [parts, length] buffer in order (the first line is overwritten) and rounds once.
-template <class Element>
-static inline void sum_parts(const Context& context, float* partials, int64_t parts, int64_t length, Element* result) {
-  constexpr int64_t kColumns = 512;
-  for_each(context, (length + kColumns - 1) / kColumns, 1 + 32768 / (parts * kColumns), [&](int64_t block) {
-    float* sums = partials + block * kColumns;
-    const int64_t columns = block * kColumns + kColumns <= length ? kColumns : length - block * kColumns;
-    for (int64_t part = 1; part < parts; ++part) {
+// Sums rows into a line of a [parts, length] buffer: 16 rows by themselves, then that sum into the line, so that
+// the error grows with neither number alone.
+class ColumnSum {
+ public:
+  ColumnSum(float* line, int64_t length) : line_(line), group_(length), length_(length) {
+    for (int64_t i = 0; i < length_; ++i) line_[i] = group_.data()[i] = 0;
+  }
+  ~ColumnSum() { flush(); }
+
+  // What a row's values are added to.
+  float* values() const { return group_.data(); }
+  void row_done() {
+    if (++rows_ % 16 == 0) flush();
+  }
+
+ private:
+  void flush() {
+    float* group = group_.data();
 #pragma omp simd
-      for (int64_t i = 0; i < columns; ++i) sums[i] += sums[part * length + i];
+    for (int64_t i = 0; i < length_; ++i) {
+      line_[i] += group[i];
+      group[i] = 0;
     }
+  }
+
+  float* line_;
+  Buffer group_;
+  int64_t length_, rows_ = 0;
+};
+
+// Adds the lines of a [parts, length] buffer in order, in fp64, and rounds once.
+template <class Element>
+void sum_parts(const Context& context, const float* partials, int64_t parts, int64_t length, void* result) {
+  constexpr int64_t kColumns = 256;
+  for_ranges(context, (length + kColumns - 1) / kColumns, 1 + 32768 / (parts * kColumns), [=](int64_t from, int64_t to) {
+    for (int64_t begin = from * kColumns; begin < to * kColumns; begin += kColumns) {
+      const int64_t count = length - begin < kColumns ? length - begin : kColumns;
+      double sums[kColumns] = {};
+      float rounded[kColumns];
+      for (int64_t part = 0; part < parts; ++part) {
 #pragma omp simd
-    for (int64_t i = 0; i < columns; ++i) store(result[block * kColumns + i], sums[i]);
+        for (int64_t i = 0; i < count; ++i) sums[i] += partials[part * length + begin + i];
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) rounded[i] = static_cast<float>(sums[i]);
+      narrow(rounded, static_cast<Element*>(result) + begin, count);
+    }
   });
 }
 
 // Calls run(Element()) with the type that a dtype code stands for.
 template <class Run>
-static inline Status with_element(Dtype dtype, const Run& run) {
+Status with_element(Dtype dtype, const Run& run) {
   switch (dtype) {
     case Dtype::float32: run(float()); return kSuccess;
     case Dtype::bfloat16: run(BFloat16()); return kSuccess;
@@ -114,4 +307,5 @@ static inline Status with_element(Dtype dtype, const Run& run) {
   return kUnknownDtype;
 }
 
+}  // namespace
 }  // namespace megatron_lite::cpu

@@ -26,13 +26,15 @@ InstructionSet instruction_set() { return chosen.load(std::memory_order_relaxed)
 
 }  // namespace megatron_lite::cpu
 
+#define MEGATRON_LITE_EXPORT extern "C" __attribute__((visibility("default")))
+
 // The name of the set in use.
-extern "C" const char* megatron_lite_instruction_set() {
+MEGATRON_LITE_EXPORT const char* megatron_lite_instruction_set() {
   return megatron_lite::cpu::kNames[static_cast<int>(megatron_lite::cpu::instruction_set())];
 }
 
 // Uses a named set from now on; 0, or -1 if the name is unknown or the processor lacks it.
-extern "C" int megatron_lite_choose_instruction_set(const char* name) {
+MEGATRON_LITE_EXPORT int megatron_lite_choose_instruction_set(const char* name) {
   using namespace megatron_lite::cpu;
   for (int set = 0; set <= static_cast<int>(widest()); ++set)
     if (std::strcmp(name, kNames[set]) == 0) {

@@ -5,81 +5,68 @@
 namespace megatron_lite::cpu::MEGATRON_LITE_INSTRUCTION_SET {
 namespace {
 
-// The sum in its rounded form, written where the gradient will look for it; returns its total over the row.
 template <class Element>
-float add_residual(const Element* input, const Element* residual, Element* sum, int64_t length) {
-  float total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < length; ++i) {
-    store(sum[i], load(input[i]) + load(residual[i]));
-    total += load(sum[i]);
+void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end) {
+  const Reader<Element> read_input(a.length), read_residual(a.length), read_weight(a.length), read_bias(a.length);
+  const Writer<Element> sum(a.length), output(a.length);
+  const float *weight = read_weight(a.weight), *bias = read_bias(a.bias);
+  for (int64_t row = begin; row < end; ++row) {
+    const float* x = read_input(a.input, row);
+    if (a.residual) {
+      const float* residual = read_residual(a.residual, row);
+      float* total = sum.line(a.sum, row);
+#pragma omp simd
+      for (int64_t i = 0; i < a.length; ++i) total[i] = x[i] + residual[i];
+      sum.done(a.sum, row);
+      x = read_input(a.sum, row);
+    }
+    LaneSum total, squares;
+    along(a.length, [&](int64_t i, int lane) { total.lanes[lane] += x[i]; });
+    const float mean = total.total() / a.length;
+    along(a.length, [&](int64_t i, int lane) { squares.lanes[lane] += (x[i] - mean) * (x[i] - mean); });
+    const float inverse = 1 / std::sqrt(squares.total() / a.length + a.epsilon);
+    float* y = output.line(a.output, row);
+#pragma omp simd
+    for (int64_t i = 0; i < a.length; ++i) y[i] = layer_norm_output(x[i], mean, inverse, weight[i], bias[i]);
+    output.done(a.output, row);
+    a.mean[row] = mean;
+    a.inverse[row] = inverse;
   }
-  return total;
 }
 
 template <class Element>
-float total(const Element* input, int64_t length) {
-  float total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < length; ++i) total += load(input[i]);
-  return total;
-}
-
-template <class Element>
-void forward_row(const LayerNormForward& a, int64_t row) {
-  const auto* x = static_cast<const Element*>(a.input) + row * a.length;
-  const auto* weight = static_cast<const Element*>(a.weight);
-  const auto* bias = static_cast<const Element*>(a.bias);
-  auto* output = static_cast<Element*>(a.output) + row * a.length;
-
-  float mean;
-  if (a.residual) {
-    auto* sum = static_cast<Element*>(a.sum) + row * a.length;
-    mean = add_residual(x, static_cast<const Element*>(a.residual) + row * a.length, sum, a.length) / a.length;
-    x = sum;
-  } else {
-    mean = total(x, a.length) / a.length;
-  }
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < a.length; ++i) squares += (load(x[i]) - mean) * (load(x[i]) - mean);
-  const float inverse = 1 / std::sqrt(squares / a.length + a.epsilon);
+void backward_part(const LayerNormBackward& a, int64_t part) {
+  const Reader<Element> read_gradient(a.length), read_input(a.length), read_weight(a.length), read_added(a.length);
+  const Writer<Element> result(a.length);
+  const float* weight = read_weight(a.weight);
+  ColumnSum weight_sum(a.weight_partials + part * a.length, a.length);
+  ColumnSum bias_sum(a.bias_partials + part * a.length, a.length);
+  float *weight_sums = weight_sum.values(), *bias_sums = bias_sum.values();
+  const int64_t end = part_begin(a.rows, a.parts, part + 1);
+  for (int64_t row = part_begin(a.rows, a.parts, part); row < end; ++row) {
+    const float *dy = read_gradient(a.gradient, row), *x = read_input(a.input, row);
+    const float mean = a.mean[row], inverse = a.inverse[row];
+    LaneSum total_g, total_g_normal;
+    along(a.length, [&](int64_t i, int lane) {
+      const float normal = (x[i] - mean) * inverse, g = dy[i] * weight[i];
+      total_g.lanes[lane] += g;
+      total_g_normal.lanes[lane] += g * normal;
+      weight_sums[i] += dy[i] * normal;
+      bias_sums[i] += dy[i];
+    });
+    weight_sum.row_done();
+    bias_sum.row_done();
+    const float mean_g = total_g.total() / a.length, mean_g_normal = total_g_normal.total() / a.length;
+    float* dx = result.line(a.input_gradient, row);
 #pragma omp simd
-  for (int64_t i = 0; i < a.length; ++i)
-    store(output[i], layer_norm_output(load(x[i]), mean, inverse, load(weight[i]), load(bias[i])));
-  a.mean[row] = mean;
-  a.inverse[row] = inverse;
-}
-
-template <class Element>
-void backward_row(const LayerNormBackward& a, int64_t row, float* weight_sums, float* bias_sums) {
-  const auto* gradient = static_cast<const Element*>(a.gradient) + row * a.length;
-  const auto* x = static_cast<const Element*>(a.input) + row * a.length;
-  const auto* weight = static_cast<const Element*>(a.weight);
-  auto* result = static_cast<Element*>(a.input_gradient) + row * a.length;
-  const float mean = a.mean[row], inverse = a.inverse[row];
-
-  float total_g = 0, total_g_normal = 0;
-#pragma omp simd reduction(+ : total_g, total_g_normal)
-  for (int64_t i = 0; i < a.length; ++i) {
-    const float dy = load(gradient[i]), normal = (load(x[i]) - mean) * inverse, g = dy * load(weight[i]);
-    total_g += g;
-    total_g_normal += g * normal;
-    weight_sums[i] += dy * normal;
-    bias_sums[i] += dy;
-  }
-  const float mean_g = total_g / a.length, mean_g_normal = total_g_normal / a.length;
-  const auto value = [&](int64_t i) __attribute__((always_inline)) {
-    return layer_norm_gradient(load(gradient[i]) * load(weight[i]), (load(x[i]) - mean) * inverse, inverse, mean_g,
-                               mean_g_normal);
-  };
-  if (a.sum_gradient) {
-    const auto* added = static_cast<const Element*>(a.sum_gradient) + row * a.length;
+    for (int64_t i = 0; i < a.length; ++i)
+      dx[i] = layer_norm_gradient(dy[i] * weight[i], (x[i] - mean) * inverse, inverse, mean_g, mean_g_normal);
+    if (a.sum_gradient) {
+      const float* added = read_added(a.sum_gradient, row);
 #pragma omp simd
-    for (int64_t i = 0; i < a.length; ++i) store(result[i], value(i) + load(added[i]));
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < a.length; ++i) store(result[i], value(i));
+      for (int64_t i = 0; i < a.length; ++i) dx[i] += added[i];
+    }
+    result.done(a.input_gradient, row);
   }
 }
 
@@ -87,23 +74,19 @@ void backward_row(const LayerNormBackward& a, int64_t row, float* weight_sums, f
 
 Status launch(const Context& context, const LayerNormForward& a) {
   return with_element(a.dtype, [&](auto element) {
-    for_each(context, a.rows, row_grain(a.length), [&](int64_t row) { forward_row<decltype(element)>(a, row); });
+    for_ranges(context, a.rows, row_grain(a.length),
+               [&](int64_t begin, int64_t end) { forward_rows<decltype(element)>(a, begin, end); });
   });
 }
 
 Status launch(const Context& context, const LayerNormBackward& a) {
   return with_element(a.dtype, [&](auto element) {
     using Element = decltype(element);
-    for_each(context, a.parts, 1, [&](int64_t part) {
-      float* weight_sums = a.weight_partials + part * a.length;
-      float* bias_sums = a.bias_partials + part * a.length;
-      for (int64_t i = 0; i < a.length; ++i) weight_sums[i] = bias_sums[i] = 0;
-      const int64_t end = part_begin(a.rows, a.parts, part + 1);
-      for (int64_t row = part_begin(a.rows, a.parts, part); row < end; ++row)
-        backward_row<Element>(a, row, weight_sums, bias_sums);
+    for_ranges(context, a.parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) backward_part<Element>(a, part);
     });
-    sum_parts(context, a.weight_partials, a.parts, a.length, static_cast<Element*>(a.weight_gradient));
-    sum_parts(context, a.bias_partials, a.parts, a.length, static_cast<Element*>(a.bias_gradient));
+    sum_parts<Element>(context, a.weight_partials, a.parts, a.length, a.weight_gradient);
+    sum_parts<Element>(context, a.bias_partials, a.parts, a.length, a.bias_gradient);
   });
 }
 

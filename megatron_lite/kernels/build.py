@@ -105,10 +105,10 @@ def built(library: Library, versions: str, cache: Path = CACHE) -> Path:
     ninja = find_ninja()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
+        (folder / "lock").touch()
     except OSError as error:
         raise KernelError(f"the kernels cannot be compiled into {folder}: {error.strerror}") from error
-    with lock:
+    with open(folder / "lock", "r+") as lock:
         # Released by the system when this process ends, however it ends.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():

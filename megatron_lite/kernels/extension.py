@@ -7,6 +7,7 @@ or `load`, or `require_native`, starts it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import threading
@@ -19,6 +20,7 @@ from megatron_lite.errors import KernelError
 from megatron_lite.kernels import sources
 from megatron_lite.kernels.build import built, find_compiler
 
+DEVICES = ("cpu", "cuda")
 TORCH = Path(torch.__file__).parent
 _lock = threading.Lock()
 _libraries: dict[str, Path] = {}
@@ -38,38 +40,57 @@ def load(device: str) -> bool:
                 _libraries[device] = path
             except (KernelError, OSError) as error:
                 _reasons[device] = str(error)
-                log.once(f"kernels on {device}: plain torch is used, since {error}")
+                if available(device):
+                    log.once(f"kernels on {device}: plain torch is used, since {error}")
         return device in _libraries
 
 
-def library(device: str) -> Path | None:
-    """The file the native kernels of a device type were loaded from."""
-    return _libraries.get(device)
+def available(device: str) -> bool:
+    """Whether torch itself can use a device type here."""
+    return device == "cpu" or torch.cuda.is_available()
 
 
-def reason(device: str) -> str:
-    """Why a device type has no native kernels; empty if it has, or if nobody asked yet."""
-    return _reasons.get(device, "")
+def library(device: str) -> Path:
+    """The file that the native kernels of a device type were loaded from."""
+    return _libraries[device]
+
+
+def description(device: str) -> str:
+    """A line on a device type that `load` was asked for: what its kernels are and where from, or why they are not."""
+    if device not in _libraries:
+        return _reasons[device]
+    if device == "cpu":
+        return f"{instruction_set()} instructions, {torch.get_num_threads()} threads, {_libraries[device]}"
+    return f"CUDA {torch.version.cuda}, {_libraries[device]}"
+
+
+def instruction_set() -> str:
+    """The instruction set the native CPU kernels use: baseline, avx2 or avx512."""
+    kernels = ctypes.CDLL(str(_libraries["cpu"]))
+    kernels.megatron_lite_instruction_set.restype = ctypes.c_char_p
+    return kernels.megatron_lite_instruction_set().decode()
+
+
+def choose_instruction_set(name: str) -> bool:
+    """Use a narrower instruction set from now on, for tests; False if the processor lacks it."""
+    return ctypes.CDLL(str(_libraries["cpu"])).megatron_lite_choose_instruction_set(name.encode()) == 0
 
 
 def _find(device: str) -> Path:
-    packed = Path(__file__).parent / f"libmegatron_lite_{device}.so"
+    if device not in DEVICES:
+        raise KernelError(f"there are native kernels for cpu and cuda, none for {device}")
+    if device == "cuda" and not torch.version.cuda:
+        raise KernelError(f"torch {torch.__version__} is built without CUDA")
+    if not sources.CSRC.is_dir():
+        return _packed(device)
+    compiler = find_compiler(os.environ.get("CXX"))
     if device == "cpu":
-        if not sources.CSRC.is_dir():
-            return _packed(packed)
-        return built(sources.cpu_kernels(find_compiler(os.environ.get("CXX")), TORCH), torch.__version__)
-    if device == "cuda":
-        if not torch.version.cuda:
-            raise KernelError(f"torch {torch.__version__} is built without CUDA")
-        if not sources.CSRC.is_dir():
-            return _packed(packed)
-        nvcc = find_nvcc()
-        kernels = sources.cuda_kernels(find_compiler(os.environ.get("CXX")), nvcc, TORCH, cuda_architectures())
-        return built(kernels, torch.__version__)
-    raise KernelError(f"there are native kernels for cpu and cuda, none for {device}")
+        return built(sources.cpu_kernels(compiler, TORCH), torch.__version__)
+    return built(sources.cuda_kernels(compiler, find_nvcc(), TORCH, cuda_architectures()), torch.__version__)
 
 
-def _packed(path: Path) -> Path:
+def _packed(device: str) -> Path:
+    path = Path(__file__).parent / f"libmegatron_lite_{device}.so"
     if not path.exists():
         raise KernelError(f"this installation carries no {path.name}; install from a source tree: pip install -e .")
     return path
@@ -96,4 +117,6 @@ def cuda_architectures() -> tuple[str, ...]:
 def require_native(device: str) -> None:
     """Raise KernelError unless the native kernels for a device type are loaded (--require-native-kernels)."""
     if not load(device):
-        raise KernelError(f"--require-native-kernels: the kernels for {device} are not native, since {reason(device)}")
+        raise KernelError(
+            f"--require-native-kernels: the kernels for {device} are not native, since {_reasons[device]}"
+        )

@@ -38,9 +38,10 @@ def residual_layer_norm(
 
 def _forward_reference(input, weight, bias, epsilon):
     values = input.float().contiguous()
-    variance, mean = torch.var_mean(values, -1, correction=0, keepdim=True)
-    inverse = torch.rsqrt(variance + epsilon)
-    output = ((values - mean) * inverse * weight.float() + bias.float()).to(input.dtype)
+    mean = values.mean(-1, keepdim=True)
+    centred = values - mean
+    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + epsilon)
+    output = (centred * inverse * weight.float() + bias.float()).to(input.dtype)
     return output, mean.flatten(), inverse.flatten()
 
 

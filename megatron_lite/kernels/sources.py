@@ -14,12 +14,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 
-OPERATIONS = ("layer_norm",)
+OPERATIONS = ("l2_norm", "layer_norm", "rms_norm")
 
 # No -ffast-math: linked by g++ 12 it flushes denormals for the whole process, and a NaN must stay one. What
 # vector code does need is that nobody watches errno or traps; `omp simd reduction` names the sums that may be
 # reordered. -fopenmp-simd brings no OpenMP runtime: threads are torch's.
-KERNEL_FLAGS = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+KERNEL_FLAGS = (
+    *("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    "-Wno-maybe-uninitialized",  # said of g++ 12's own AVX-512 header
+)
 INSTRUCTION_SETS = {
     "baseline": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
@@ -81,7 +84,11 @@ def cpu_kernels(compiler: str, torch: Path) -> Library:
 
 
 def cuda_kernels(
-    compiler: str, nvcc: str, torch: Path, architectures: tuple[str, ...] = CUDA_ARCHITECTURES, torch_lib: Path | None = None
+    compiler: str,
+    nvcc: str,
+    torch: Path,
+    architectures: tuple[str, ...] = CUDA_ARCHITECTURES,
+    torch_lib: Path | None = None,
 ) -> Library:
     """The CUDA launchers and their binding; `torch_lib` holds libtorch_cuda.so or a stub of that name."""
     codes = [f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in architectures]
@@ -90,7 +97,15 @@ def cuda_kernels(
         for operation in OPERATIONS
     ]
     cuda = Path(nvcc).resolve().parents[1]
-    binding = (compiler, *CPP_FLAGS, "-O2", *_torch_include(torch), f"-isystem{cuda / 'include'}", TORCH_ABI, "-DUSE_CUDA")
+    binding = (
+        compiler,
+        *CPP_FLAGS,
+        "-O2",
+        *_torch_include(torch),
+        f"-isystem{cuda / 'include'}",
+        TORCH_ABI,
+        "-DUSE_CUDA",
+    )
     units.append(Unit(CSRC / "bind_cuda.cpp", "bind_cuda.o", binding))
     libraries = (f"-L{torch_lib or torch / 'lib'}", f"-L{torch / 'lib'}", "-ltorch_cuda", "-ltorch_cpu")
     runtime = (f"-L{cuda / 'lib64'}", "-lcudart_static", "-lpthread", "-ldl", "-lrt")

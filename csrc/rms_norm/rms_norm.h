@@ -1,0 +1,53 @@
+// RMS norm over the last dim (Zhang and Sennrich 2019), alone or of a sum:
+//
+//   x = input, or input + residual rounded to their dtype (what the next layer sees is what is normalised)
+//   y = x r w,    r = 1 / sqrt(mean of x^2 + epsilon)
+//
+// With x^ = x r and g = dy w:
+//
+//   dx = r (g - x^ mean(g x^)) (+ the gradient of the sum),    dw = sum of dy x^
+//
+// The r of each row is kept in fp32 for the gradient. Arithmetic is fp32, rounded once at the end.
+
+#pragma once
+
+#include "base/launch.h"
+
+namespace megatron_lite {
+
+struct RmsNormForward {
+  Dtype dtype;
+  const void* input;     // [rows, length]
+  const void* residual;  // [rows, length], or null
+  const void* weight;    // [length]
+  void* sum;             // [rows, length], or null without a residual
+  void* output;          // [rows, length]
+  float* inverse;        // [rows], r
+  int64_t rows, length;
+  float epsilon;
+};
+
+struct RmsNormBackward {
+  Dtype dtype;
+  const void* gradient;      // [rows, length], of the output
+  const void* sum_gradient;  // [rows, length], added to the input's; or null
+  const void* input;         // [rows, length]: x above
+  const void* weight;        // [length]
+  const float* inverse;      // [rows]
+  void* input_gradient;      // [rows, length]
+  void* weight_gradient;     // [length]
+  float* weight_partials;    // [parts, length]
+  int64_t rows, length, parts;
+};
+
+MEGATRON_LITE_LAUNCHERS(RmsNormForward)
+MEGATRON_LITE_LAUNCHERS(RmsNormBackward)
+
+MEGATRON_LITE_INLINE float rms_norm_output(float x, float inverse, float weight) { return x * inverse * weight; }
+
+// `mean_g_normal` is the row's mean of g x^, where g = dy w.
+MEGATRON_LITE_INLINE float rms_norm_gradient(float g, float normal, float inverse, float mean_g_normal) {
+  return inverse * (g - normal * mean_g_normal);
+}
+
+}  // namespace megatron_lite

@@ -1,0 +1,85 @@
+#include "rms_norm/rms_norm.h"
+
+#include "base/cpu.h"
+
+namespace megatron_lite::cpu::MEGATRON_LITE_INSTRUCTION_SET {
+namespace {
+
+template <class Element>
+void forward_rows(const RmsNormForward& a, int64_t begin, int64_t end) {
+  const Reader<Element> read_input(a.length), read_residual(a.length), read_weight(a.length);
+  const Writer<Element> sum(a.length), output(a.length);
+  const float* weight = read_weight(a.weight);
+  for (int64_t row = begin; row < end; ++row) {
+    const float* x = read_input(a.input, row);
+    if (a.residual) {
+      const float* residual = read_residual(a.residual, row);
+      float* total = sum.line(a.sum, row);
+#pragma omp simd
+      for (int64_t i = 0; i < a.length; ++i) total[i] = x[i] + residual[i];
+      sum.done(a.sum, row);
+      x = read_input(a.sum, row);
+    }
+    LaneSum squares;
+    along(a.length, [&](int64_t i, int lane) { squares.lanes[lane] += x[i] * x[i]; });
+    const float inverse = 1 / std::sqrt(squares.total() / a.length + a.epsilon);
+    float* y = output.line(a.output, row);
+#pragma omp simd
+    for (int64_t i = 0; i < a.length; ++i) y[i] = rms_norm_output(x[i], inverse, weight[i]);
+    output.done(a.output, row);
+    a.inverse[row] = inverse;
+  }
+}
+
+template <class Element>
+void backward_part(const RmsNormBackward& a, int64_t part) {
+  const Reader<Element> read_gradient(a.length), read_input(a.length), read_weight(a.length), read_added(a.length);
+  const Writer<Element> result(a.length);
+  const float* weight = read_weight(a.weight);
+  ColumnSum weight_sum(a.weight_partials + part * a.length, a.length);
+  float* weight_sums = weight_sum.values();
+  const int64_t end = part_begin(a.rows, a.parts, part + 1);
+  for (int64_t row = part_begin(a.rows, a.parts, part); row < end; ++row) {
+    const float *dy = read_gradient(a.gradient, row), *x = read_input(a.input, row);
+    const float inverse = a.inverse[row];
+    LaneSum g_normal;
+    along(a.length, [&](int64_t i, int lane) {
+      const float normal = x[i] * inverse;
+      g_normal.lanes[lane] += dy[i] * weight[i] * normal;
+      weight_sums[i] += dy[i] * normal;
+    });
+    weight_sum.row_done();
+    const float mean_g_normal = g_normal.total() / a.length;
+    float* dx = result.line(a.input_gradient, row);
+#pragma omp simd
+    for (int64_t i = 0; i < a.length; ++i)
+      dx[i] = rms_norm_gradient(dy[i] * weight[i], x[i] * inverse, inverse, mean_g_normal);
+    if (a.sum_gradient) {
+      const float* added = read_added(a.sum_gradient, row);
+#pragma omp simd
+      for (int64_t i = 0; i < a.length; ++i) dx[i] += added[i];
+    }
+    result.done(a.input_gradient, row);
+  }
+}
+
+}  // namespace
+
+Status launch(const Context& context, const RmsNormForward& a) {
+  return with_element(a.dtype, [&](auto element) {
+    for_ranges(context, a.rows, row_grain(a.length),
+               [&](int64_t begin, int64_t end) { forward_rows<decltype(element)>(a, begin, end); });
+  });
+}
+
+Status launch(const Context& context, const RmsNormBackward& a) {
+  return with_element(a.dtype, [&](auto element) {
+    using Element = decltype(element);
+    for_ranges(context, a.parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) backward_part<Element>(a, part);
+    });
+    sum_parts<Element>(context, a.weight_partials, a.parts, a.length, a.weight_gradient);
+  });
+}
+
+}  // namespace megatron_lite::cpu::MEGATRON_LITE_INSTRUCTION_SET

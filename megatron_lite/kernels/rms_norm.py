@@ -1,0 +1,121 @@
+"""RMS norm over the last dim, alone or of a sum with the residual. The formula is in csrc/rms_norm/rms_norm.h."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_lite.kernels.arguments import check_last_dim, check_like, check_same_shape
+from megatron_lite.kernels.operators import define
+
+
+def rms_norm(input: torch.Tensor, weight: torch.Tensor, epsilon: float = 1e-5) -> torch.Tensor:
+    """input / sqrt(mean of input^2 + epsilon) * weight over the last dim.
+
+    input: [..., H], fp32, bf16 or fp16, any strides; weight: [H] of the same dtype and device. Gives a
+    contiguous [..., H]. fp32 inside, rounded once. Differentiable once; its gradients repeat bit for bit
+    whatever the number of threads. A NaN makes its row NaN; an infinity becomes NaN and the rest of its row 0, as in
+    torch. Raises TypeError for a dtype and ValueError for a shape or device that will not do. Zhang and
+    Sennrich 2019.
+    """
+    check_like("rms_norm", input, weight=weight)
+    check_last_dim("rms_norm", input, weight=weight)
+    return _rms_norm(input, weight, epsilon)[0]
+
+
+def residual_rms_norm(
+    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float = 1e-5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The RMS norm of input + residual, and that sum, in one pass over memory.
+
+    As `rms_norm`; residual: [..., H] like input. The norm is of the sum as rounded to the dtype, so it equals
+    `rms_norm(input + residual, ...)`.
+    """
+    check_like("residual_rms_norm", input, residual=residual, weight=weight)
+    check_same_shape("residual_rms_norm", input, residual=residual)
+    check_last_dim("residual_rms_norm", input, weight=weight)
+    output, total, _ = _residual_rms_norm(input, residual, weight, epsilon)
+    return output, total
+
+
+def _forward_reference(input, weight, epsilon):
+    values = input.float().contiguous()
+    inverse = torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
+    return (values * inverse * weight.float()).to(input.dtype), inverse.flatten()
+
+
+def _residual_forward_reference(input, residual, weight, epsilon):
+    total = (input.float() + residual.float()).to(input.dtype).contiguous()
+    output, inverse = _forward_reference(total, weight, epsilon)
+    return output, total, inverse
+
+
+def _backward_reference(gradient, sum_gradient, input, weight, inverse):
+    length = input.shape[-1]
+    dy = gradient.float().reshape(-1, length)
+    normal = input.float().reshape(-1, length) * inverse[:, None]
+    g = dy * weight.float()
+    dx = inverse[:, None] * (g - normal * (g * normal).mean(-1, keepdim=True))
+    if sum_gradient is not None:
+        dx = dx + sum_gradient.float().reshape(-1, length)
+    return dx.view(input.shape).to(input.dtype), (dy * normal).sum(0).to(weight.dtype)
+
+
+def _forward_fake(input, weight, epsilon):
+    return input.new_empty(input.shape), input.new_empty(input.shape[:-1].numel(), dtype=torch.float32)
+
+
+def _residual_forward_fake(input, residual, weight, epsilon):
+    output, inverse = _forward_fake(input, weight, epsilon)
+    return output, torch.empty_like(output), inverse
+
+
+def _backward_fake(gradient, sum_gradient, input, weight, inverse):
+    return input.new_empty(input.shape), weight.new_empty(weight.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    input, weight, _ = inputs
+    _, inverse = output
+    ctx.mark_non_differentiable(inverse)
+    ctx.save_for_backward(input, weight, inverse)
+
+
+def _residual_setup_context(ctx, inputs, output):
+    _, _, weight, _ = inputs
+    _, total, inverse = output
+    ctx.mark_non_differentiable(inverse)
+    ctx.save_for_backward(total, weight, inverse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, gradient, inverse_gradient):
+    return *_rms_norm_backward(gradient, None, *ctx.saved_tensors), None
+
+
+def _residual_backward(ctx, gradient, sum_gradient, inverse_gradient):
+    if gradient is None:
+        return sum_gradient, sum_gradient, None, None
+    dx, dw = _rms_norm_backward(gradient, sum_gradient, *ctx.saved_tensors)
+    return dx, dx, dw, None
+
+
+_rms_norm_backward = define(
+    "rms_norm_backward(Tensor gradient, Tensor? sum_gradient, Tensor input, Tensor weight, Tensor inverse) "
+    "-> (Tensor, Tensor)",
+    reference=_backward_reference,
+    fake=_backward_fake,
+)
+_rms_norm = define(
+    "rms_norm(Tensor input, Tensor weight, float epsilon) -> (Tensor, Tensor)",
+    reference=_forward_reference,
+    fake=_forward_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_residual_rms_norm = define(
+    "residual_rms_norm(Tensor input, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor, Tensor)",
+    reference=_residual_forward_reference,
+    fake=_residual_forward_fake,
+    setup_context=_residual_setup_context,
+    backward=_residual_backward,
+)

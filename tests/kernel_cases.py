@@ -1,0 +1,86 @@
+"""Arguments for every kernel operator, and how near to exact a result must be."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megatron_lite.kernels.sources import OPERATIONS
+
+for operation in OPERATIONS:
+    importlib.import_module(f"megatron_lite.kernels.{operation}")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Nothing, one, odd, less and more than the 64 lanes of a sum, more than a block of 512 columns, many parts of rows.
+SHAPES = ((0, 8), (1, 1), (3, 7), (2, 3, 64), (129, 65), (5, 1031), (300, 20))
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Normal values that depend on shape and seed alone."""
+    generator = torch.Generator().manual_seed(seed + 7919 * sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def _layer_norm(shape, dtype):
+    x, dy, length = drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype, seed=1), shape[-1]
+    weight, bias = drawn(length, dtype=dtype, seed=2), drawn(length, dtype=dtype, seed=3)
+    _, mean, inverse = torch.ops.megatron_lite.layer_norm(x, weight, bias, 1e-5)
+    yield "layer_norm", (x, weight, bias, 1e-5)
+    yield "residual_layer_norm", (x, dy, weight, bias, 1e-5)
+    yield "layer_norm_backward", (dy, None, x, weight, mean, inverse)
+    yield "layer_norm_backward", (dy, bias.expand(shape), x, weight, mean, inverse)
+
+
+def _rms_norm(shape, dtype):
+    x, dy, weight = (
+        drawn(*shape, dtype=dtype),
+        drawn(*shape, dtype=dtype, seed=1),
+        drawn(shape[-1], dtype=dtype, seed=2),
+    )
+    _, inverse = torch.ops.megatron_lite.rms_norm(x, weight, 1e-5)
+    yield "rms_norm", (x, weight, 1e-5)
+    yield "residual_rms_norm", (x, dy, weight, 1e-5)
+    yield "rms_norm_backward", (dy, None, x, weight, inverse)
+    yield "rms_norm_backward", (dy, weight.expand(shape), x, weight, inverse)
+
+
+def _l2_norm(shape, dtype):
+    yield "l2_norm", ([drawn(*shape, dtype=dtype), drawn(70001, seed=1), drawn(*shape, seed=2).transpose(0, -1)],)
+
+
+CASES: tuple[Callable[..., Iterator[tuple[str, tuple[Any, ...]]]], ...] = (_layer_norm, _rms_norm, _l2_norm)
+
+
+def cases(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(operator's name, arguments) for every operator, some more than once."""
+    for group in CASES:
+        yield from group(shape, dtype)
+
+
+def gradients(function, tensors, dtype=None):
+    """The outputs of function(*tensors), then the gradients of a weighted sum of them; all in one list."""
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = [drawn(*o.shape, seed=11 + i, dtype=leaves[0].dtype) for i, o in enumerate(outputs)]
+    torch.autograd.backward(outputs, weights)
+    return [*(o.detach() for o in outputs), *(leaf.grad for leaf in leaves)]
+
+
+def assert_as_exact_as(peer: torch.Tensor, ours: torch.Tensor, exact: torch.Tensor, factor: float = 2) -> None:
+    """Raise unless our largest error is at most `factor` times the peer's in the same dtype, or half a last digit.
+
+    exact is float64. The half digit, of the largest value, is for a peer that is exact by chance.
+    """
+    assert ours.dtype == peer.dtype and ours.shape == peer.shape == exact.shape
+    if not exact.numel():
+        return
+    error = (ours.double() - exact).abs().max().item()
+    peer_error = (peer.double() - exact).abs().max().item()
+    digit = torch.finfo(ours.dtype).eps * exact.abs().max().item()
+    assert error <= factor * peer_error + digit / 2, (
+        f"error {error:.3g}, peer's {peer_error:.3g}, a digit is {digit:.3g}"
+    )
