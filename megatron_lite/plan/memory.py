@@ -5,12 +5,12 @@ d data ranks, w bytes a weight, n optimizer slots of fp32:
 
     stage   weights   masters   slots     gradients
     0       4 p       -         4 n p     4 p                     fp32 alone: weights are their own masters
-    1       w p       4 p/d     4 n p/d   4 p                     fp32, whole until the step
+    1       w p       4 p/d     4 n p/d   4 p                     fp32, kept; in fp32 no masters either
     2       w p       4 p/d     4 n p/d   4 p/d (twice while micro-batches add up)
     3       w p/d     4 p/d     4 n p/d   4 p/d, and a bucket; weights are gathered in forward and backward
 
-Reduction goes through a bucket of `reduce_bucket_size` elements; the step flattens this rank's gradients
-into another fp32 copy. A peak is looked for at several moments, and the moment that has it is told.
+In stages 2 and 3 reduction goes through a bucket of `reduce_bucket_size` elements, and the step flattens
+this rank's gradients into another fp32 copy; in stage 1 both work on the gradients where they are. A peak is looked for at several moments, and the moment that has it is told.
 Offloading is not planned: it moves masters, slots or weights to the host.
 """
 
@@ -79,7 +79,8 @@ def plan_state(config: RunConfig, elements: int, data_size: int) -> State:
         return State(FP32 * elements, FP32 * slots * elements, FP32 * elements)
     weights = width * (part if stage == 3 else elements)
     gradients = FP32 * (elements if stage == 1 else part)
-    return State(weights, FP32 * (1 + slots) * part, gradients)
+    masters = 0 if stage == 1 and width == FP32 else 1
+    return State(weights, FP32 * (masters + slots) * part, gradients)
 
 
 def moments(
@@ -113,8 +114,10 @@ def moments(
         workspace += bucket + width * min(elements, GATHERED_PARAMETERS)
     found = []
     for name, alive, temporary, share in _backward(config, activations, shapes, width, vocab_size, tensor):
-        if stage <= 1:
+        if stage == 0:
             gradients = state.gradients if accumulates else int(state.gradients * share)
+        elif stage == 1:
+            gradients = state.gradients
         elif stage == 2:
             # The sum so far, this micro-batch's part, and the bucket, which fills as backward goes on.
             if width == FP32:
@@ -132,16 +135,12 @@ def moments(
         return found
     flat = FP32 * part
     if stage == 1:
-        # Whole gradients move into a bucket that holds them all, and are copied into a smaller one.
-        moved = 0 if device_type == "cpu" and touched == elements else bucket
-        reduced = width * part
+        # nccl reduces in place; between CPUs a part of another rank's comes in beside.
+        received = flat if data_size > 1 and device_type == "cpu" else 0
         found.append(
-            Moment(
-                "reducing gradients", state.weights, state.optimizer, state.gradients, 0, moved + reduced + workspace
-            )
+            Moment("reducing gradients", state.weights, state.optimizer, state.gradients, 0, received + workspace)
         )
-        # Reduced in the weights' dtype, joined, and cast.
-        step = (reduced, flat if width == FP32 else reduced + flat)
+        step = (state.gradients, 0)
     elif stage == 2:
         step = (state.gradients, flat if width == FP32 else 0)
     else:

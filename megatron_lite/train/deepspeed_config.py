@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_lite import log
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sources import nearest
 from megatron_lite.errors import ConfigError
@@ -19,6 +20,14 @@ PASSED_THROUGH = frozenset({
     "csv_monitor", "comet", "disable_python_gc", "zero_force_ds_cpu_optimizer",
 })  # fmt: skip
 """Top-level keys whose values are DeepSpeed's own business."""
+
+REDUCTION_KEYS = frozenset({
+    "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients",
+    "zero_optimization.reduce_bucket_size", "zero_optimization.reduce_scatter", "zero_optimization.overlap_comm",
+    "zero_optimization.contiguous_gradients", "zero_optimization.round_robin_gradients",
+    "zero_optimization.use_multi_rank_bucket_allreduce", "zero_optimization.compute_grad_norm",
+})  # fmt: skip
+"""How DeepSpeed reduces gradients: without effect where that is not left to it."""
 
 BUCKET_ELEMENTS = 50_000_000
 """Elements DeepSpeed reduces or gathers at once; its own default, ten times as many, is 2 GB of buffer."""
@@ -82,6 +91,23 @@ def derive(config: RunConfig) -> dict[str, Any]:
             "min_loss_scale": int(precision.min_loss_scale),
         }
     return derived
+
+
+def for_own_gradients(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`settings` for DeepSpeed to take gradients that are summed, measured and clipped already.
+
+    None where DeepSpeed does that by itself: in stages 2 and 3, which partition gradients within
+    backward, and where the optimizer is offloaded.
+    """
+    zero = settings["zero_optimization"]
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if zero["stage"] != 1 or offload != "none":
+        return None
+    own = {"contiguous_gradients": False, "round_robin_gradients": False, "compute_grad_norm": False}
+    changed = {**settings, "gradient_clipping": 0.0, "zero_optimization": {**zero, **own}}
+    if settings["bf16"]["enabled"]:
+        changed["bf16"] = {**settings["bf16"], "check_grad_overflow": False}
+    return changed
 
 
 def _stated(config: RunConfig, data_size: int) -> dict[str, tuple[tuple[Any, ...], str]]:
@@ -206,4 +232,9 @@ def read(path: str | Path) -> dict[str, Any]:
 def build(config: RunConfig, data_size: int) -> dict[str, Any]:
     """The DeepSpeed JSON of a run: derived, with --deepspeed_config merged in if given."""
     path = config.parallel.deepspeed_config
-    return merge(config, data_size, read(path) if path else {})
+    user = read(path) if path else {}
+    merged = merge(config, data_size, user)
+    given = {*user, *(f"zero_optimization.{name}" for name in user.get("zero_optimization", {}))}
+    if for_own_gradients(merged) is not None and (unused := sorted(given & REDUCTION_KEYS)):
+        log.warn(f"ZeRO 1 sums gradients in one pass of its own: {', '.join(unused)} in {path} has no effect")
+    return merged

@@ -30,8 +30,12 @@ from megatron_lite.checkpoint.piece import Piece
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.optim.build import allocate_state, set_step_count, step_count
+from megatron_lite.optim.gradient_norm import clip_factor, sum_of_squares
+from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.layout import ParameterLayout
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.train.deepspeed_config import for_own_gradients
+from megatron_lite.train.flat_gradients import FlatGradients
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -130,6 +134,13 @@ class Engine:
         """Whether this data rank writes what it holds (False where another one holds the same)."""
         return True
 
+    def _global_norm(self, gradients: list[torch.Tensor], *axes: tuple[str, ...]) -> float:
+        """The norm of all ranks' `gradients`, no element of which is here and elsewhere along `axes`."""
+        squares = sum_of_squares(gradients, self.mesh.device)
+        for group in (self.mesh.group(*along) for along in axes):
+            all_reduce(squares, group)
+        return math.sqrt(squares.item())
+
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -167,18 +178,12 @@ class ReplicaEngine(Engine):
                 bucket, filled = [], 0
 
     def step(self, learning_rate: float) -> StepOutcome:
-        owned = [p.grad for p in self.module.parameters() if p.grad is not None and p.mesh_layout.is_owner]
-        squares = torch.zeros((), device=self.mesh.device)
-        if owned:
-            squares = torch.stack(torch._foreach_norm(owned)).square().sum()
-        if (group := self.mesh.group("pipe", "tensor")) is not None:
-            dist.all_reduce(squares, group=group)
-        norm = squares.sqrt().item()
+        held = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        norm = self._global_norm([p.grad for p in held if p.mesh_layout.is_owner], ("pipe", "tensor"))
         if not math.isfinite(norm):
             return StepOutcome(norm, skipped=True, loss_scale=1.0)
-        if self._clip_grad > 0 and norm > self._clip_grad:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, self._clip_grad / (norm + 1e-6))
+        if (factor := clip_factor(norm, self._clip_grad)) != 1.0:
+            torch._foreach_mul_([parameter.grad for parameter in held], factor)
         self._set_learning_rate(learning_rate)
         self._optimizer.step()
         return StepOutcome(norm, skipped=False, loss_scale=1.0)
@@ -203,8 +208,8 @@ class ReplicaEngine(Engine):
 class ZeroEngine(Engine):
     """DeepSpeed ZeRO 1, 2 or 3 (Rajbhandari et al. 2020).
 
-    Stage 1 keeps fp32 gradients on the parameters until the step and reduces once; stages 2 and 3
-    reduce every micro-batch into this rank's part, so that whole gradients are never held.
+    Stage 1 adds micro-batches up in whole fp32 gradients and reduces once; stages 2 and 3 reduce every
+    micro-batch into this rank's part, so that whole gradients are never held.
     """
 
     def __init__(
@@ -217,33 +222,57 @@ class ZeroEngine(Engine):
     ):
         deepspeed = _import_deepspeed()
         names = [(name, parameter, parameter.mesh_layout) for name, parameter in module.named_parameters()]
-        if deepspeed_config.get("bf16", {}).get("enabled"):
-            # Autograd then adds micro-batches up in fp32; a bf16 gradient of ones stops at 256.
+        own = for_own_gradients(deepspeed_config)
+        bf16 = deepspeed_config["bf16"]["enabled"]
+        if bf16:
             for _, parameter, _ in names:
                 if parameter.dtype != torch.bfloat16:
                     parameter.data = parameter.data.to(torch.bfloat16)
-                parameter.grad_dtype = torch.float32
+                if own is None:
+                    # Autograd then adds micro-batches up in fp32; a bf16 gradient of ones stops at 256.
+                    parameter.grad_dtype = torch.float32
         self._deepspeed, wrapped, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
             mpu=_MeshForDeepSpeed(mesh),
-            config=deepspeed_config,
+            config=own or deepspeed_config,
             dist_init_required=False,
         )
         super().__init__(module, mesh, wrapped.optimizer, slots)
         self.forward = self._deepspeed
-        self.scales_loss = bool(deepspeed_config.get("fp16", {}).get("enabled"))
+        self.scales_loss = deepspeed_config["fp16"]["enabled"]
         self._zero = wrapped
         self.stage = int(self._deepspeed.zero_optimization_stage())
         self._names = names
         self._holds_gradients = False
+        self._clip_grad = deepspeed_config["gradient_clipping"]
+        self._flat_gradients = None
+        if own is not None:
+            self._flat_gradients = FlatGradients(self._zero.bit16_groups_flat, self._zero.bit16_groups, mesh)
+            if not bf16 and not self.scales_loss:
+                self._make_weights_their_own_masters()
         allocate_state(self._optimizer, self._masters(), self.slots)
+
+    def _make_weights_their_own_masters(self) -> None:
+        """fp32 weights need no second fp32 copy: this rank's masters become views of them."""
+        rank = self.mesh.rank("data")
+        for master, parts in zip(self._masters(), self._zero.parallel_partitioned_bit16_groups, strict=True):
+            master.data = parts[rank]
+        for _, parameter, _ in self._names:
+            if (link := parameter._hp_mapping) is not None:
+                place, master = link.hp_fragment_address, self._masters()[link.param_group_index]
+                link.hp_fragment = master.detach().narrow(0, place.start, place.numel)
 
     @contextlib.contextmanager
     def gradients(self, count: int) -> Iterator[Backward]:
+        self._holds_gradients = True
+        if self._flat_gradients is not None:
+            with self._deepspeed.no_sync():
+                yield self._deepspeed.backward
+            self._zero.averaged_gradients.update(enumerate(self._flat_gradients.reduce()))
+            return
         # DeepSpeed averages over data ranks; our losses are shares of one global mean, to be summed.
         data_size = self.mesh.size("data")
-        self._holds_gradients = True
         if self.stage == 1:
             with self._deepspeed.coalesce_grad_reduction():
                 yield lambda loss: self._deepspeed.backward(loss * data_size)
@@ -260,14 +289,21 @@ class ZeroEngine(Engine):
 
     def step(self, learning_rate: float) -> StepOutcome:
         scale = float(self._zero.loss_scale)
+        self._holds_gradients = False
+        own_norm = None
+        if self._flat_gradients is not None:
+            own_norm = self._global_norm(self._flat_gradients.owned, ("data",), ("pipe", "tensor")) / scale
+            if math.isfinite(own_norm):
+                self._flat_gradients.multiply(clip_factor(own_norm, self._clip_grad))
+            elif not self.scales_loss:
+                return StepOutcome(own_norm, skipped=True, loss_scale=scale)
         self._set_learning_rate(learning_rate)
         self._deepspeed.set_gradient_accumulation_boundary(True)
         self._deepspeed.step()
-        self._holds_gradients = False
-        norm = self._deepspeed.get_global_grad_norm()
-        norm = float("nan") if norm is None else float(norm)
-        skipped = bool(self._zero.overflow)
-        return StepOutcome(float("inf") if skipped else norm, skipped, scale)
+        if self._zero.overflow:
+            return StepOutcome(math.inf, skipped=True, loss_scale=scale)
+        norm = self._deepspeed.get_global_grad_norm() if own_norm is None else own_norm
+        return StepOutcome(math.nan if norm is None else float(norm), skipped=False, loss_scale=scale)
 
     def state(self) -> dict[str, Any]:
         scaler = self._zero.loss_scaler

@@ -70,6 +70,10 @@ def _check_all():
             output.backward(gradient(rank, dtype))
             assert torch.equal(leaf.grad, expected_gradient), name
 
+        whole = _values(rank, dtype)
+        mine = collectives.reduce_scatter_in_place(whole, group)
+        assert torch.equal(mine, total[part]) and mine.data_ptr() == whole[part].data_ptr()
+
     # A residual branch receives the very gradient tensor that copy_to's backward sums.
     leaf = torch.ones(3, requires_grad=True)
     moved = leaf * 1
@@ -93,5 +97,10 @@ def test_on_an_axis_of_size_one_the_argument_comes_back():
     for function in (copy_to, reduce_from, gather_sequence, reduce_scatter_sequence):
         assert function(value, None) is value
     assert scatter_to(value, None, 0) is value and gather_from(value, None, 1) is value
-    for function in (collectives.all_reduce, collectives.all_gather, collectives.reduce_scatter):
+    for function in (
+        collectives.all_reduce,
+        collectives.all_gather,
+        collectives.reduce_scatter,
+        collectives.reduce_scatter_in_place,
+    ):
         assert function(value, None) is value

@@ -1,6 +1,7 @@
 """The planned peak against torch's allocator, over the real engines."""
 
 import dataclasses
+import gc
 
 import pytest
 from allocations import Allocations
@@ -85,6 +86,8 @@ def measured_peaks(cases):
             allocations.mark("end")
         found[name] = allocations.peak("first step", "end")
         del engine, model, optimizer, groups, backward
+        # Hooks tie knots; what is let go during the next case would be missing from its count.
+        gc.collect()
     return found
 
 
@@ -105,7 +108,7 @@ def test_state_shrinks_with_the_data_ranks_as_the_stage_says():
     # 1,000 elements, 4 data ranks: weights, masters and two moments, gradients.
     state = {stage: plan_state(run_config(stage), 1000, 4) for stage in range(4)}
     assert state[0] == State(weights=4000, optimizer=8000, gradients=4000)
-    assert state[1] == State(weights=4000, optimizer=3000, gradients=4000)
+    assert state[1] == State(weights=4000, optimizer=2000, gradients=4000)
     assert state[2] == State(weights=4000, optimizer=3000, gradients=1000)
     assert state[3] == State(weights=1000, optimizer=3000, gradients=1000)
     assert plan_state(run_config(0, bf16=True), 1000, 4) == State(weights=2000, optimizer=3000, gradients=4000)
@@ -129,13 +132,17 @@ def test_tensor_ranks_and_sequence_parallelism_share_activations():
     assert kept(4, True) == tokens * (2 * hidden + (2 * hidden + 2 * 8 + 4 * hidden + 4 * 4 + 8 * hidden) // 4)
 
 
-def test_a_gpu_pays_for_the_whole_bucket():
+def test_a_gpu_pays_for_the_whole_bucket_in_stage_3():
     arguments = {"data_size": 2, "vocab_size": VOCAB}
-    small = peak(run_config(1), device_type="cuda", reduce_bucket_size=10**6, **arguments)
-    large = peak(run_config(1), device_type="cuda", reduce_bucket_size=10**9, **arguments)
-    assert small.name == large.name == "reducing gradients"
-    assert large.total - small.total == 4 * (10**9 - 10**6)
-    assert peak(run_config(1), reduce_bucket_size=10**9, **arguments).total < small.total
+    small = peak(run_config(3), device_type="cuda", reduce_bucket_size=10**7, **arguments)
+    large = peak(run_config(3), device_type="cuda", reduce_bucket_size=10**9, **arguments)
+    assert large.total - small.total == 4 * (10**9 - 10**7)
+    assert peak(run_config(3), reduce_bucket_size=10**9, **arguments).total < small.total
+
+
+def test_stage_1_reduces_where_the_gradients_are():
+    arguments = {"data_size": 2, "vocab_size": VOCAB, "device_type": "cuda"}
+    assert peak(run_config(1), reduce_bucket_size=10**9, **arguments) == peak(run_config(1), **arguments)
 
 
 def test_checkpoints_hold_masters_and_slots():

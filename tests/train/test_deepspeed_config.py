@@ -182,3 +182,25 @@ def test_deepspeed_knows_every_key_that_is_derived():
     made = runtime.DeepSpeedConfig(derived, mpu=None)
     assert made.gradient_accumulation_steps == 1 and made.grad_accum_dtype == "fp32"
     assert made.zero_config.stage == 2 and made.float16_config.initial_scale_power == 16
+
+
+def test_stage_1_takes_gradients_that_are_reduced_unless_it_offloads():
+    def own(user=None, **fields):
+        return deepspeed_config.for_own_gradients(merged(user or {}, **fields))
+
+    settings = own(zero_stage=1, clip_grad=0.5, bf16=True)
+    assert settings["gradient_clipping"] == 0.0 and settings["zero_optimization"]["compute_grad_norm"] is False
+    assert settings["bf16"] == {"enabled": True, "check_grad_overflow": False}
+    assert own(zero_stage=2) is None
+    assert own({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, zero_stage=1) is None
+    assert own({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, zero_stage=1) is not None
+
+
+def test_what_has_no_effect_in_stage_1_is_said(tmp_path, capfd):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"overlap_comm": True}, "prescale_gradients": True}))
+    deepspeed_config.build(config_of(zero_stage=1, deepspeed_config=str(file)), 1)
+    said = "".join(capfd.readouterr())
+    assert "prescale_gradients, zero_optimization.overlap_comm" in said and "no effect" in said
+    deepspeed_config.build(config_of(zero_stage=2, deepspeed_config=str(file)), 1)
+    assert "no effect" not in "".join(capfd.readouterr())

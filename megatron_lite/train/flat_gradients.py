@@ -1,0 +1,91 @@
+"""The gradients of ZeRO 1: fp32, flat, added up as backward makes them, reduced once a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from megatron_lite.parallel.collectives import my_part, reduce_scatter_in_place
+from megatron_lite.parallel.process_mesh import ProcessMesh
+
+
+class GradientPart(list[torch.Tensor]):
+    """The gradients of a parameter group that this data rank updates: the tensors of the list, one a
+    parameter, are views of `flat_partition`. DeepSpeed's step takes gradients by these names without a copy."""
+
+    def __init__(self, flat_partition: torch.Tensor, sections: Iterable[tuple[int, int]]):
+        super().__init__(flat_partition.narrow(0, start, length) for start, length in sections)
+        self.flat_partition = flat_partition
+
+
+class FlatGradients:
+    """The fp32 gradients of parameters that are views of flat weights, in buffers of the weights' order.
+
+    What backward makes is added at its place and let go at once, so a rank holds 4 bytes a parameter
+    whatever the number of micro-batches, and the step copies nothing. Megatron-LM's distributed
+    optimizer keeps gradients so. The data size divides each of `flat_weights`.
+    """
+
+    def __init__(
+        self,
+        flat_weights: Sequence[torch.Tensor],
+        groups: Sequence[Sequence[torch.nn.Parameter]],
+        mesh: ProcessMesh,
+    ):
+        self._group = mesh.group("data")
+        self._buffers: list[torch.Tensor] = []
+        self._parts: list[GradientPart] = []
+        self._owned: list[torch.Tensor] = []
+        self._places: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._filled: set[torch.nn.Parameter] = set()
+        for flat, parameters in zip(flat_weights, groups, strict=True):
+            buffer = torch.zeros(flat.numel(), dtype=torch.float32, device=flat.device)
+            part = my_part(buffer, self._group, 0)
+            first, last = part.storage_offset(), part.storage_offset() + part.numel()
+            sections: list[tuple[int, int]] = []
+            owned: list[tuple[int, int]] = []
+            for parameter in parameters:
+                start = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+                self._places[parameter] = buffer.narrow(0, start, parameter.numel()).view_as(parameter)
+                parameter.register_post_accumulate_grad_hook(self._take)
+                begin, end = max(start, first), min(start + parameter.numel(), last)
+                if begin < end:
+                    sections.append((begin - first, end - begin))
+                    if parameter.mesh_layout.is_owner:
+                        # Neighbours in one piece: a norm of a few large tensors is a few kernels.
+                        if owned and owned[-1][1] == begin:
+                            begin = owned.pop()[0]
+                        owned.append((begin, end))
+            self._owned += [buffer[begin:end] for begin, end in owned]
+            self._buffers.append(buffer)
+            self._parts.append(GradientPart(part, sections))
+
+    def _take(self, parameter: torch.nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if parameter in self._filled:
+            self._places[parameter].add_(gradient)
+        else:
+            self._places[parameter].copy_(gradient)
+            self._filled.add(parameter)
+
+    def reduce(self) -> list[GradientPart]:
+        """The sum over data ranks of what came since the last call, this rank's part of each group."""
+        for parameter, place in self._places.items():
+            if parameter not in self._filled:
+                place.zero_()
+        self._filled.clear()
+        for buffer in self._buffers:
+            reduce_scatter_in_place(buffer, self._group)
+        return self._parts
+
+    @property
+    def owned(self) -> list[torch.Tensor]:
+        """The reduced gradients here that no other rank holds, or holds as their owner."""
+        return self._owned
+
+    def multiply(self, factor: float) -> None:
+        """Scale this rank's reduced gradients."""
+        if factor != 1.0:
+            for part in self._parts:
+                part.flat_partition.mul_(factor)
