@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.parallel.linear import ColumnParallelLinear, RowParallelLinear, TensorAxis
@@ -44,8 +45,29 @@ class MLP(nn.Module):
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, of the two halves of the last dim."""
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+    return _SwiGLU.apply(gate_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its input alone, and writes the gradients of both halves where they belong: autograd would
+    keep silu(gate) too, and join the halves by another pass."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        gate_up_gradient = torch.empty_like(gate_up)
+        gate_gradient, up_gradient = gate_up_gradient.chunk(2, -1)
+        torch.mul(gradient, F.silu(gate), out=up_gradient)
+        torch.ops.aten.silu_backward(gradient * up, gate, grad_input=gate_gradient)
+        return gate_up_gradient
 
 
 def gelu_tanh(values: torch.Tensor) -> torch.Tensor:
