@@ -1,24 +1,28 @@
 #!/usr/bin/env python
 """Tokens a second of our training step beside transformers' model in a plain torch loop.
 
-Both have the same shape, batch, process count and precision, and run in turn within one process, a
-round each, so that a busy machine slows both. The ratio is the median over rounds.
+All contenders have the same shape, batch, process count and precision, and take turns within one
+process, a few steps each, so that a busy machine slows all of them. A ratio is the median over the
+turns. On a CPU the ratio of CPU seconds stands beside it: waiting for a core is not in it.
 
-    python tools/bench/train_step.py --output tools/bench/results/train_step-cpu.json
-    torchrun --nproc_per_node 2 tools/bench/train_step.py
+    python tools/bench/train_step.py --output results.json
+    torchrun --nproc-per-node 2 tools/bench/train_step.py
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
+import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -31,30 +35,11 @@ from megatron_lite.monitor.versions import versions
 from megatron_lite.parallel import launch
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.plan.devices import dense_peak_flops
+from megatron_lite.plan.flops import flops_per_token
 from megatron_lite.train import build
 from megatron_lite.train.step import train_step
 
-SHAPES = {
-    # Of the quickstart's order of size, so that a CPU takes a step in tenths of a second.
-    "gpt2-small-cpu": {"num_layers": 6, "hidden_size": 256, "num_attention_heads": 8, "vocab_size": 4096},
-    "llama-small-cpu": {
-        "num_layers": 6,
-        "hidden_size": 256,
-        "num_attention_heads": 8,
-        "num_query_groups": 4,
-        "ffn_hidden_size": 688,
-        "vocab_size": 4096,
-    },
-    "gpt2-124m": {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "vocab_size": 50257},
-    "llama-1b": {
-        "num_layers": 16,
-        "hidden_size": 2048,
-        "num_attention_heads": 32,
-        "num_query_groups": 8,
-        "ffn_hidden_size": 8192,
-        "vocab_size": 128256,
-    },
-}
 LLAMA = {
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",
@@ -62,24 +47,75 @@ LLAMA = {
     "add_bias_linear": False,
     "untie_embeddings_and_output_weights": True,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model and its micro-batch, of which a step takes a part of a second on the device it is meant for."""
+
+    model: dict[str, Any]
+    seq_length: int
+    micro_batch: int
+
+
+SHAPES = {
+    "gpt2-tiny": Shape(
+        {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 512}, seq_length=32, micro_batch=2
+    ),
+    "gpt2-7m": Shape(
+        {"num_layers": 6, "hidden_size": 256, "num_attention_heads": 8, "vocab_size": 4096},
+        seq_length=256,
+        micro_batch=4,
+    ),
+    "llama-6m": Shape(
+        {
+            "num_layers": 6,
+            "hidden_size": 256,
+            "num_attention_heads": 8,
+            "num_query_groups": 4,
+            "ffn_hidden_size": 688,
+            "vocab_size": 4096,
+            **LLAMA,
+        },
+        seq_length=256,
+        micro_batch=4,
+    ),
+    "gpt2-124m": Shape(
+        {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "vocab_size": 50257},
+        seq_length=1024,
+        micro_batch=16,
+    ),
+    "llama-1.5b": Shape(
+        {
+            "num_layers": 16,
+            "hidden_size": 2048,
+            "num_attention_heads": 32,
+            "num_query_groups": 8,
+            "ffn_hidden_size": 8192,
+            "vocab_size": 128256,
+            **LLAMA,
+        },
+        seq_length=2048,
+        micro_batch=2,
+    ),
+}
 Step = Callable[[int], float]
+"""A training step by its number; returns the loss."""
 
 
 def ours(config: RunConfig, mesh: ProcessMesh) -> Step:
-    """Our step: loader, model, DeepSpeed ZeRO 1 and fused AdamW; returns the loss."""
+    """Our step: loader, model, fused AdamW, and DeepSpeed from ZeRO 1 on."""
     vocab_size = config.model.vocab_size
     engine = build.build_engine(config, build.build_model(config, mesh, vocab_size), mesh)
     loader = build.open_loader(config, build.open_stream(config, "train", vocab_size), mesh, vocab_size)
     batch = config.training.global_batch_size
-    tokens = batch * config.data.seq_length
 
     def step(number: int) -> float:
-        micro_batches = loader.step(number * batch, batch)
         return train_step(
             engine,
             mesh,
-            micro_batches,
-            target_tokens=tokens,
+            loader.step(number * batch, batch),
+            target_tokens=batch * config.data.seq_length,
             step=number + 1,
             seed=None,
             learning_rate=config.optimizer.lr,
@@ -88,60 +124,79 @@ def ours(config: RunConfig, mesh: ProcessMesh) -> Step:
     return step
 
 
-def theirs(config: RunConfig, mesh: ProcessMesh, *, compiled: bool = False) -> Step:
-    """transformers' model of that shape with torch's fused AdamW, clipping, DDP over several ranks."""
-    model = _transformers_model(config).to(mesh.device)
-    model.train()
-    bf16 = config.precision.bf16
+def theirs(config: RunConfig, mesh: ProcessMesh, *, compiled: bool) -> dict[str, Step]:
+    """transformers' model with torch's fused AdamW and clipping, DDP over several ranks, autocast in bf16.
+
+    Eager and, if wanted, compiled: two ways to call one model.
+    """
+    model = transformers_model(config).to(mesh.device).train()
     if mesh.world_size > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
-    called = torch.compile(model) if compiled else model
+    options = config.optimizer
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay, fused=True
+        model.parameters(),
+        lr=options.lr,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_eps,
+        weight_decay=options.weight_decay,
+        fused=True,
     )
     vocab_size, batch = config.model.vocab_size, config.training.global_batch_size
     loader = build.open_loader(config, build.open_stream(config, "train", vocab_size), mesh, vocab_size)
 
-    def step(number: int) -> float:
-        total = 0.0
+    def step(called: Callable, number: int) -> float:
+        total = torch.zeros((), device=mesh.device)
         micro_batches = loader.step(number * batch, batch)
-        for micro_batch in micro_batches:
+        for position, micro_batch in enumerate(micro_batches):
             tokens, labels = micro_batch.tokens.to(mesh.device), micro_batch.labels.to(mesh.device)
-            with torch.autocast(mesh.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
-                logits = called(tokens).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-            (loss / len(micro_batches)).backward()
+            more_to_come = mesh.world_size > 1 and position < len(micro_batches) - 1
+            with model.no_sync() if more_to_come else contextlib.nullcontext():
+                with torch.autocast(mesh.device.type, torch.bfloat16, enabled=config.precision.bf16):
+                    logits = called(tokens).logits
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+                (loss / len(micro_batches)).backward()
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(total) / len(micro_batches)
+        return total.item() / len(micro_batches)
 
-    return step
+    contenders: dict[str, Step] = {"transformers": lambda number: step(model, number)}
+    if compiled:
+        quick = torch.compile(model)
+        contenders["transformers, compiled"] = lambda number: step(quick, number)
+    return contenders
 
 
-def _transformers_model(config: RunConfig) -> torch.nn.Module:
+def transformers_model(config: RunConfig) -> torch.nn.Module:
+    """transformers' GPT-2 or LLaMA of the configured shape, without dropout, attention by torch's kernels."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     model, length = config.model, config.data.seq_length
+    shared = {
+        "vocab_size": model.vocab_size,
+        "attn_implementation": "sdpa",
+        "use_cache": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     torch.manual_seed(0)
     if model.swiglu:
         return LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=model.vocab_size,
+                **shared,
                 hidden_size=model.hidden_size,
                 intermediate_size=model.ffn_size,
                 num_hidden_layers=model.num_layers,
                 num_attention_heads=model.num_attention_heads,
                 num_key_value_heads=model.kv_heads,
                 max_position_embeddings=length,
-                attn_implementation="sdpa",
-                use_cache=False,
             )
         )
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=model.vocab_size,
+            **shared,
             n_positions=length,
             n_embd=model.hidden_size,
             n_layer=model.num_layers,
@@ -149,53 +204,72 @@ def _transformers_model(config: RunConfig) -> torch.nn.Module:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            attn_implementation="sdpa",
-            use_cache=False,
         )
     )
 
 
-def run_config(shape: str, *, bf16: bool, seq_length: int, micro_batch: int, global_batch: int, zero: int) -> RunConfig:
-    """The configuration of one comparison, dropout 0."""
-    model = {**SHAPES[shape], "hidden_dropout": 0.0, "attention_dropout": 0.0}
+def run_config(shape: Shape, *, bf16: bool, micro_batches: int, data_size: int, zero: int) -> RunConfig:
+    """The configuration of one contender, dropout 0."""
+    batch = shape.micro_batch * micro_batches * data_size
     return sources.override(
         RunConfig(),
         {
-            "model": model | (LLAMA if shape.startswith("llama") else {}),
+            "model": {**shape.model, "hidden_dropout": 0.0, "attention_dropout": 0.0},
             "parallel": {"zero_stage": zero},
             "precision": {"bf16": bf16},
-            "data": {"mock_data": True, "seq_length": seq_length},
-            "training": {"micro_batch_size": micro_batch, "global_batch_size": global_batch, "train_iters": 1},
+            "data": {"mock_data": True, "seq_length": shape.seq_length},
+            "training": {"micro_batch_size": shape.micro_batch, "global_batch_size": batch, "train_iters": 1},
         },
     )
 
 
-def compare(config: RunConfig, mesh: ProcessMesh, *, rounds: int, steps: int, compiled: bool) -> dict[str, object]:
-    """Median tokens a second of each, and the median of the rounds' ratios ours / theirs."""
-    contenders: dict[str, Step] = {"ours": ours(config, mesh), "transformers": theirs(config, mesh)}
-    if compiled:
-        contenders["transformers, compiled"] = theirs(config, mesh, compiled=True)
-    tokens = config.training.global_batch_size * config.data.seq_length * steps
-    speeds: dict[str, list[float]] = {name: [] for name in contenders}
-    for name, step in contenders.items():
-        for number in range(3):
+def compare(
+    config: RunConfig, mesh: ProcessMesh, *, zero_stages: list[int], turns: int, steps: int, compiled: bool
+) -> dict[str, Any]:
+    """Each contender's median speed, and the medians over turns of the first of ours over the others."""
+    contenders = {
+        f"ours, ZeRO {zero}": ours(sources.override(config, {"parallel": {"zero_stage": zero}}), mesh)
+        for zero in zero_stages
+    } | theirs(config, mesh, compiled=compiled)
+    warm_up = 3
+    for step in contenders.values():
+        for number in range(warm_up):
             step(number)
-    for turn in range(rounds):
+    wall: dict[str, list[float]] = {name: [] for name in contenders}
+    processor: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(turns):
         order = list(contenders.items())
         for name, step in order if turn % 2 == 0 else reversed(order):
             _settle(mesh)
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             for number in range(steps):
-                step(3 + turn * steps + number)
+                step(warm_up + turn * steps + number)
             _settle(mesh)
-            speeds[name].append(tokens / (time.perf_counter() - began))
-    medians = {name: statistics.median(found) for name, found in speeds.items()}
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(speeds["ours"], speeds[name], strict=True))
-        for name in contenders
-        if name != "ours"
+            wall[name].append(time.perf_counter() - began)
+            processor[name].append(time.process_time() - used)
+
+    tokens = config.training.global_batch_size * config.data.seq_length * steps
+    ahead = f"ours, ZeRO {zero_stages[0]}"
+    speeds = {name: tokens / statistics.median(seconds) for name, seconds in wall.items()}
+    found: dict[str, Any] = {
+        "tokens_per_second": speeds,
+        "speed_ratio": {f"{ahead} / {name}": _ratio(wall[name], wall[ahead]) for name in contenders if name != ahead},
     }
-    return {"tokens_per_second": medians, "ratio_ours_over": ratios}
+    if mesh.device.type == "cpu":
+        found["cpu_seconds_a_step"] = {name: statistics.median(used) / steps for name, used in processor.items()}
+        found["cpu_seconds_ratio"] = {
+            f"{name} / {ahead}": _ratio(processor[name], processor[ahead]) for name in contenders if name != ahead
+        }
+        return found
+    flops = flops_per_token(config.model, vocab_size=config.model.vocab_size, seq_length=config.data.seq_length)
+    peak = dense_peak_flops(torch.cuda.get_device_name(mesh.device), config.precision.dtype)
+    if peak is not None:
+        found["mfu"] = {name: speed * flops / (peak * mesh.world_size) for name, speed in speeds.items()}
+    return found
+
+
+def _ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def _settle(mesh: ProcessMesh) -> None:
@@ -205,17 +279,23 @@ def _settle(mesh: ProcessMesh) -> None:
         dist.barrier()
 
 
+def device_name(device: torch.device) -> str:
+    """The device as results name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine().replace('_', '-')}, {os.cpu_count()} cores"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), help="default: by device")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=5, help="steps a round")
-    parser.add_argument("--seq-length", type=int)
-    parser.add_argument("--micro-batch-size", type=int, default=4)
-    parser.add_argument("--micro-batches", type=int, default=1)
-    parser.add_argument("--zero-stage", type=int, default=1)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="default: by device")
+    parser.add_argument("--zero-stages", nargs="+", type=int, help="default: 1, and 0 in fp32")
+    parser.add_argument("--turns", type=int, default=9, help="turns of each contender")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn")
+    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--micro-batch-size", type=int, help="default: the shape's")
     parser.add_argument("--bf16", action="store_true", help="default on a GPU")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out on a GPU")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
 
@@ -223,34 +303,38 @@ def main() -> None:
     device = launch.start(me, 10)
     mesh = ProcessMesh.create(MeshShape(data=me.world_size), device)
     on_gpu = device.type == "cuda"
-    shapes = options.shapes or (["gpt2-124m", "llama-1b"] if on_gpu else ["gpt2-small-cpu", "llama-small-cpu"])
+    bf16 = options.bf16 or on_gpu
+    zero_stages = options.zero_stages or ([1] if bf16 else [1, 0])
     results = {}
-    for shape in shapes:
+    for name in options.shapes or (["gpt2-124m", "llama-1.5b"] if on_gpu else ["gpt2-7m", "llama-6m"]):
+        shape = SHAPES[name]
+        if options.micro_batch_size:
+            shape = dataclasses.replace(shape, micro_batch=options.micro_batch_size)
         config = run_config(
-            shape,
-            bf16=options.bf16 or on_gpu,
-            seq_length=options.seq_length or (1024 if on_gpu else 256),
-            micro_batch=options.micro_batch_size,
-            global_batch=options.micro_batch_size * options.micro_batches * me.world_size,
-            zero=options.zero_stage,
+            shape, bf16=bf16, micro_batches=options.micro_batches, data_size=me.world_size, zero=zero_stages[0]
         )
-        compiled = on_gpu and not options.no_compile
-        results[shape] = compare(config, mesh, rounds=options.rounds, steps=options.steps, compiled=compiled)
+        found = compare(
+            config,
+            mesh,
+            zero_stages=zero_stages,
+            turns=options.turns,
+            steps=options.steps,
+            compiled=on_gpu and not options.no_compile,
+        )
+        results[name] = {"tokens_a_step": config.training.global_batch_size * config.data.seq_length, **found}
         if me.rank == 0:
-            for name, speed in results[shape]["tokens_per_second"].items():
-                print(f"{shape:18} {name:24} {speed:12,.0f} tokens/s")
-            for name, ratio in results[shape]["ratio_ours_over"].items():
-                print(f"{shape:18} ours / {name:17} {ratio:12.2f}")
+            for what, values in found.items():
+                for which, value in values.items():
+                    print(f"{name:10} {what:18} {which:40} {value:14,.3f}", flush=True)
     if me.rank == 0 and options.output:
         record = {
             "benchmark": "train_step",
-            "device": torch.cuda.get_device_name() if on_gpu else f"CPU {platform.machine()}",
+            "device": device_name(device),
             "processes": me.world_size,
-            "threads": torch.get_num_threads(),
-            "precision": "bf16" if options.bf16 or on_gpu else "fp32",
-            "zero_stage": options.zero_stage,
+            "threads_a_process": torch.get_num_threads(),
+            "precision": "bf16" if bf16 else "fp32",
             "results": results,
-            "versions": versions(),
+            "versions": {**versions(), "transformers": sys.modules["transformers"].__version__},
         }
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(record, indent=2) + "\n")
