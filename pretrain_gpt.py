@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 
 from megatron_lite import log
 from megatron_lite.config import check, cli
 from megatron_lite.data import rules
 from megatron_lite.errors import ConfigError, LostRankError, MegatronLiteError
-from megatron_lite.parallel.launch import Launch
+from megatron_lite.parallel.launch import Launch, command_line
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +34,7 @@ def main(argv: list[str]) -> int:
             return 0
         from megatron_lite.train.start import run_training
 
-        run_training(config, me, "python pretrain_gpt.py " + shlex.join(argv))
+        run_training(config, me, command_line([sys.argv[0], *argv]))
         return 0
     except MegatronLiteError as error:
         if me.rank == 0 or isinstance(error, LostRankError):

@@ -289,14 +289,26 @@ def _checkpoint(config: RunConfig, world_size: int) -> Iterator[str]:
             yield "--finetune needs weights to start from; give --load DIR."
         if checkpoint.ckpt_step is not None and checkpoint.save is None:
             yield f"ckpt_step={checkpoint.ckpt_step} needs a folder of checkpoints; give --load DIR."
+    elif checkpoint.loads_what_it_saves and checkpoint.finetune:
+        yield (
+            f"--finetune begins a new run with the weights of load={checkpoint.load}, which is the folder this run "
+            "saves to; give another --save DIR."
+        )
     if checkpoint.overwrite and checkpoint.resume != "never":
         yield f"--overwrite empties the run folder, but --resume is {checkpoint.resume}; give --resume never with it."
 
 
+def _lies_in(path: str, folder: str) -> bool:
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
 def _files(config: RunConfig, world_size: int) -> Iterator[str]:
+    saved, loaded = config.checkpoint.save, config.checkpoint.load
+    if config.checkpoint.overwrite and saved and loaded and _lies_in(loaded, saved):
+        yield f"--overwrite would empty save={saved}, where load={loaded} lies; give another --save DIR."
     if (path := config.parallel.deepspeed_config) and not Path(path).is_file():
         yield f"deepspeed_config={path} is not a file; give the path of a DeepSpeed JSON."
-    if (path := config.checkpoint.load) and not Path(path).is_dir():
+    if (path := config.checkpoint.load) and not config.checkpoint.loads_what_it_saves and not Path(path).is_dir():
         yield f"load={path} is not a folder; give a folder of checkpoints."
     if config.model.vocab_size is None and config.data.tokenizer_type is None:
         yield "The size of the vocabulary is unknown; give --tokenizer-type with its files, or --vocab-size."

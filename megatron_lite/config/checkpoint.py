@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Literal
 
 
@@ -32,3 +33,8 @@ class CheckpointConfig:
     """Save weights alone (such a checkpoint cannot be resumed, only loaded with --finetune)."""
     keep_last: int | None = None
     """Newest checkpoints to keep; default: all. The best one is kept apart."""
+
+    @property
+    def loads_what_it_saves(self) -> bool:
+        """Whether `load` names the folder of `save` again, as Megatron's scripts do to go on with a run."""
+        return None not in (self.load, self.save) and os.path.realpath(self.load) == os.path.realpath(self.save)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -157,6 +159,22 @@ class StopRequest:
                 return
 
 
+def command_line(argv: Sequence[str]) -> str:
+    """The command this rank was started with, to be given again: its launcher's, where there is one.
+
+    `argv` is that of the script, its path first.
+    """
+    chain = _launcher_chain()
+    words = _words_of(chain[-1][1]) if chain else []
+    if not words or "deepspeed.launcher.launch" in words:
+        # On a node that `deepspeed` reached by ssh its own command line is not to be seen.
+        return shlex.join(["python", *argv])
+    if Path(words[0]).name.startswith("python"):
+        is_module = words[1].startswith("-")
+        words = ["python", *words[1:]] if is_module else [Path(words[1]).name, *words[2:]]
+    return shlex.join(words)
+
+
 def _launcher_chain() -> list[tuple[int, int]]:
     """Pairs (process, its parent) that must stay as they are while the launcher lives.
 
@@ -183,7 +201,11 @@ def _parent_of(pid: int) -> int | None:
 
 
 def _command_of(pid: int) -> str:
+    return " ".join(_words_of(pid))
+
+
+def _words_of(pid: int) -> list[str]:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
     except OSError:
-        return ""
+        return []

@@ -113,7 +113,12 @@ def _how_to_go_on(run: Run, command: str) -> str:
         return "nothing was saved (no --save folder), so the run starts again from step 0"
     if run.keeper.saved_step is None:
         return f"no checkpoint was saved, so the same command starts again from step 0: {command}"
-    return f"the same command goes on from step {run.keeper.saved_step}: {command}"
+    step, options = run.keeper.saved_step, run.config.checkpoint
+    if options.resume == "never":
+        # Given again as it is, the command would refuse the folder, or empty it.
+        keep = " --no-overwrite" if options.overwrite else ""
+        return f"the same command, but for --resume, goes on from step {step}: {command} --resume auto{keep}"
+    return f"the same command goes on from step {step}: {command}"
 
 
 def _leave_exit_file(run: Run, cause: str, code: int, how: str, message: str) -> None:
@@ -261,9 +266,11 @@ class _Found:
 def _what_to_load(config: RunConfig, mesh: ProcessMesh) -> _Found | None:
     """The checkpoint this run begins from, by --resume, --save and --load. Raises CheckpointError."""
     options = config.checkpoint
+    # Megatron's scripts name one folder twice, to write to and to go on from: there is nothing else to load then.
+    elsewhere = None if options.loads_what_it_saves else options.load
     own = None
     if options.save is not None and options.resume != "never":
-        own = find(options.save, mesh, options.ckpt_step if options.load is None else None)
+        own = find(options.save, mesh, options.ckpt_step if elsewhere is None else None)
     if own is not None:
         manifest = build.together(mesh, lambda: read_manifest(own))
         log.note(f"going on with this run from step {manifest.step} in {own} (--resume {options.resume})")
@@ -272,11 +279,11 @@ def _what_to_load(config: RunConfig, mesh: ProcessMesh) -> _Found | None:
         raise CheckpointError(
             f"--resume must, but {options.save} holds no complete checkpoint; take --resume auto to start from step 0"
         )
-    if options.load is not None:
-        folder = find(options.load, mesh, options.ckpt_step)
+    if elsewhere is not None:
+        folder = find(elsewhere, mesh, options.ckpt_step)
         if folder is None:
             wanted = "complete checkpoint" if options.ckpt_step is None else f"complete step {options.ckpt_step}"
-            raise CheckpointError(f"--load {options.load} holds no {wanted}")
+            raise CheckpointError(f"--load {elsewhere} holds no {wanted}")
         log.note(f"starting from {folder}")
         return _Found(folder, build.together(mesh, lambda: read_manifest(folder)), is_own=False)
     if options.save is not None and options.resume == "auto":

@@ -180,6 +180,18 @@ def test_a_sound_configuration_has_no_problems():
             "--overwrite empties the run folder, but --resume is auto; give --resume never with it.",
         ),
         ({"load": "/none"}, 1, "load=/none is not a folder; give a folder of checkpoints."),
+        ({"load": "/none/", "save": "/none"}, 1, None),
+        (
+            {"load": "/none", "save": "/none", "finetune": True},
+            1,
+            "--finetune begins a new run with the weights of load=/none, which is the folder this run saves to; give "
+            "another --save DIR.",
+        ),
+        (
+            {"load": "/tmp", "save": "/", "resume": "never", "overwrite": True},
+            1,
+            "--overwrite would empty save=/, where load=/tmp lies; give another --save DIR.",
+        ),
         ({"deepspeed_config": "/none"}, 1, "deepspeed_config=/none is not a file; give the path of a DeepSpeed JSON."),
         (
             {"vocab_size": None},

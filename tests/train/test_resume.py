@@ -13,7 +13,7 @@ from train.layouts import BATCH, Case, assemble, config_of
 
 from megatron_lite.checkpoint.load import read_tensor
 from megatron_lite.checkpoint.manifest import read_manifest
-from megatron_lite.config import sources
+from megatron_lite.config import cli, sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError, UserError
 from megatron_lite.parallel.launch import StopRequest
@@ -169,6 +169,24 @@ def test_resume_words(tmp_path):
     assert sorted(_losses(folder)) == [1]
     with pytest.raises(AssertionError, match="does not fit this model: num_layers is 2 there and 3 here"):
         run_on_ranks(_train, 1, _config(Case(), folder, num_layers=3, rampup_batch_size=None))
+
+
+def test_one_folder_to_save_and_to_load_goes_on(tmp_path):
+    """As Megatron's scripts have it, whether the folder is there yet or not."""
+    folder = tmp_path / "run"
+    for length in (1, 3):
+        run_on_ranks(_train, 1, _config(Case(), folder, load=f"{folder}/", train_iters=length, rampup_batch_size=None))
+    assert list(_losses(folder)) == [1, 2, 3]
+
+
+def test_what_is_said_goes_on_where_a_run_may_not_be_resumed(tmp_path):
+    folder = tmp_path / "run"
+    config = _config(Case(), folder, resume="never", overwrite=True, exit_interval=1, rampup_batch_size=None)
+    run_on_ranks(_train, 1, config)
+    told = json.loads((folder / "exit.json").read_text())["how_to_go_on"]
+    assert told == "the same command, but for --resume, goes on from step 1: test --resume auto --no-overwrite"
+    config, _ = cli.load("--overwrite --resume never --resume auto --no-overwrite".split())
+    assert config.checkpoint.resume == "auto" and not config.checkpoint.overwrite
 
 
 def test_overwrite_spares_a_folder_that_is_no_run(tmp_path):

@@ -124,6 +124,10 @@ def test_sigterm_saves_and_leaves_nobody(launcher, whom, tmp_path):
     saved = (folder / "latest").read_text().strip()
     assert told["step"] == logged[-1] == read_manifest(folder / saved).step, log
     assert f"goes on from step {told['step']}" in told["how_to_go_on"]
+    command = told["how_to_go_on"].partition(": ")[2].split()
+    assert command[0] == ("deepspeed" if launcher == "deepspeed" else "python"), told
+    assert command[-2:] == ["--save", str(folder)] and not any("local_rank" in word for word in command)
+    assert launcher == "python" or "2" in command[: command.index(SCRIPT)], "the number of ranks is told"
     if launcher == "python":
         assert process.returncode == 0, log
 
