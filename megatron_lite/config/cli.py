@@ -55,6 +55,23 @@ def _source(argv: Sequence[str], flag: str) -> str | None:
     return value
 
 
+def _typed(argv: Sequence[str]) -> list[str]:
+    """argv with each value spelled as its field's type: what a YAML file may say, a flag may say too.
+
+    Raises ConfigError with every value of a wrong type at once.
+    """
+    words, given = megatron_argv.split(argv)
+    problems = []
+    for item in given:
+        try:
+            words += [item.flag, *sources.respell(item.name, item.values)]
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return words
+
+
 def load(argv: Sequence[str], prog: str = "pretrain_gpt.py") -> tuple[RunConfig, LaunchOptions]:
     """The configuration and launch options that a command line asks for.
 
@@ -66,7 +83,7 @@ def load(argv: Sequence[str], prog: str = "pretrain_gpt.py") -> tuple[RunConfig,
         base = sources.override(base, sources.read_preset(preset))
     if path := _source(argv, "--config"):
         base = sources.override(base, sources.read(path))
-    rewritten = megatron_argv.rewrite(argv, sources.values_of(base), LAUNCH_FLAGS)
+    rewritten = _typed(megatron_argv.rewrite(argv, sources.values_of(base), LAUNCH_FLAGS))
     usage_error = io.StringIO()
     try:
         with contextlib.redirect_stderr(usage_error):

@@ -13,7 +13,7 @@ from megatron_lite.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
-class _Given:
+class Given:
     """One flag of the command line with its values."""
 
     flag: str
@@ -32,14 +32,14 @@ class _Given:
         return [self.flag, *self.values]
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[_Given]]:
+def split(argv: Sequence[str]) -> tuple[list[str], list[Given]]:
     """argv as the words before the first flag (there should be none) and flags with their values."""
     stray: list[str] = []
-    given: list[_Given] = []
+    given: list[Given] = []
     for word in argv:
         if word.startswith("--") or word == "-h":
             flag, equals, value = word.partition("=")
-            given.append(_Given(flag, (value,) if equals else ()))
+            given.append(Given(flag, (value,) if equals else ()))
         elif given:
             given[-1] = dataclasses.replace(given[-1], values=(*given[-1].values, word))
         else:
@@ -47,7 +47,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[_Given]]:
     return stray, given
 
 
-def _setting(given: _Given, defaults: Mapping[str, Any]) -> tuple[str, str]:
+def _setting(given: Given, defaults: Mapping[str, Any]) -> tuple[str, str]:
     """The field that one of our flags sets, and the text of its value; --no-bf16 sets bf16 to False."""
     name = given.name
     if name not in defaults and name.removeprefix("no_") in defaults:
@@ -58,18 +58,18 @@ def _setting(given: _Given, defaults: Mapping[str, Any]) -> tuple[str, str]:
 class _Rewriting:
     """The state of one rewriting: what is known, what was set and what was found wrong."""
 
-    def __init__(self, given: Sequence[_Given], defaults: Mapping[str, Any], other_flags: frozenset[str]):
+    def __init__(self, given: Sequence[Given], defaults: Mapping[str, Any], other_flags: frozenset[str]):
         self.defaults = defaults
         self.own = {*defaults, *(f"no_{name}" for name, value in defaults.items() if isinstance(value, bool))}
         self.own |= other_flags
         lengths = [item.values[0] for item in given if item.name.endswith("seq_length") and item.values]
         self.seq_length = lengths[-1] if lengths else str(defaults["seq_length"])
-        self.settings: dict[str, dict[str, tuple[_Given, str]]] = {}
+        self.settings: dict[str, dict[str, tuple[Given, str]]] = {}
         self.problems: list[str] = []
 
-    def _set(self, words: list[str], item: _Given) -> list[str]:
+    def _set(self, words: list[str], item: Given) -> list[str]:
         """Note which field `words` set and which given flag did it."""
-        field, value = _setting(_Given(words[0], tuple(words[1:])), self.defaults)
+        field, value = _setting(Given(words[0], tuple(words[1:])), self.defaults)
         given_name, _ = _setting(item, self.defaults)
         self.settings.setdefault(field, {})[given_name] = (item, value)
         return words
@@ -83,12 +83,13 @@ class _Rewriting:
             if len({value for _, value in by_flag.values()}) > 1
         ]
 
-    def replace(self, item: _Given) -> list[str]:
+    def replace(self, item: Given) -> list[str]:
         """The words of our command line that stand for one given flag."""
         row = BY_NAME.get(item.name)
         if row is None:
             if item.name not in self.own and item.flag not in ("-h", "--help"):
-                known = (f"--{name.replace('_', '-')}" for name in {*self.own, *BY_NAME})
+                taken = (name for name, row in BY_NAME.items() if row.kind in ("same", "mapped", "implied"))
+                known = (f"--{name.replace('_', '-')}" for name in {*self.own, *taken})
                 hint = nearest(f"--{item.name.replace('_', '-')}", known) or "; --help lists all flags"
                 self.problems.append(f"{item.flag} is not a known flag{hint}.")
             return self._set(item.words, item)
@@ -98,30 +99,30 @@ class _Rewriting:
             return []
         return getattr(self, f"_{row.kind}")(row, item)
 
-    def _same(self, row: Flag, item: _Given) -> list[str]:
+    def _same(self, row: Flag, item: Given) -> list[str]:
         return self._set(item.words, item)
 
-    def _silent(self, row: Flag, item: _Given) -> list[str]:
+    def _silent(self, row: Flag, item: Given) -> list[str]:
         return []
 
-    def _notice(self, row: Flag, item: _Given) -> list[str]:
+    def _notice(self, row: Flag, item: Given) -> list[str]:
         log.once(f"{item.flag} has no effect: {row.reason}.")
         return []
 
-    def _neutral(self, row: Flag, item: _Given) -> list[str]:
+    def _neutral(self, row: Flag, item: Given) -> list[str]:
         if item.values and set(item.values) <= set(row.neutral):
             return []
         return self._refused(row, item)
 
-    def _refused(self, row: Flag, item: _Given) -> list[str]:
+    def _refused(self, row: Flag, item: Given) -> list[str]:
         self.problems.append(f"{item.text} is refused: {row.reason}.")
         return []
 
-    def _implied(self, row: Flag, item: _Given) -> list[str]:
-        field, _ = _setting(_Given(row.becomes[0], row.becomes[1:]), self.defaults)
+    def _implied(self, row: Flag, item: Given) -> list[str]:
+        field, _ = _setting(Given(row.becomes[0], row.becomes[1:]), self.defaults)
         return [] if field in self.settings or self.defaults[field] is not None else list(row.becomes)
 
-    def _mapped(self, row: Flag, item: _Given) -> list[str]:
+    def _mapped(self, row: Flag, item: Given) -> list[str]:
         for value in item.values:
             if value in row.refused_values:
                 self.problems.append(f"{item.text} is refused: {row.refused_values[value]}.")
@@ -137,7 +138,7 @@ class _Rewriting:
                 words.append(word)
         return self._set(words, item)
 
-    def _samples(self, item: _Given) -> str:
+    def _samples(self, item: Given) -> str:
         try:
             return str(-(-int(item.values[0]) // int(self.seq_length)))
         except (ValueError, ZeroDivisionError):
@@ -154,7 +155,7 @@ def rewrite(argv: Sequence[str], defaults: Mapping[str, Any], other_flags: froze
     command line knows besides fields. Raises ConfigError with all unknown, refused and
     contradicting flags at once.
     """
-    stray, given = _split(argv)
+    stray, given = split(argv)
     implied = [item for item in given if item.name in BY_NAME and BY_NAME[item.name].kind == "implied"]
     rewriting = _Rewriting(given, defaults, other_flags)
     words = list(stray)

@@ -113,6 +113,28 @@ def _typed(value: Any, expected: Any) -> Any:
     raise _Mismatch("a number" if expected is float else "a whole number")
 
 
+def respell(name: str, words: typing.Sequence[str]) -> list[str]:
+    """The words of a flag's value as Python spells the field's type: 3e11 in digits where it is a whole number.
+
+    A number of words that the type does not admit is left to the parser of the command line. Raises
+    ConfigError for a word of another type.
+    """
+    section = section_of().get(name)
+    if section is None or not words:
+        return list(words)
+    expected = field_types()[section][name]
+    is_tuple = any(typing.get_origin(part) is tuple for part in (expected, *typing.get_args(expected)))
+    if expected is bool or (len(words) > 1 and not is_tuple):
+        return list(words)
+    value: Any = words if is_tuple else words[0]
+    try:
+        typed_value = _typed(None if words[-1] == "None" else value, expected)
+    except _Mismatch as mismatch:
+        text = " ".join(words)
+        raise ConfigError(f"--{name.replace('_', '-')} is {text!r}, but should be {mismatch}.") from None
+    return [str(item) for item in (typed_value if isinstance(typed_value, tuple) else [typed_value])]
+
+
 class _Loader(yaml.SafeLoader):
     """YAML whose plain scalars are null, true, false or text, and whose keys are unique."""
 
