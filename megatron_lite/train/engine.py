@@ -470,7 +470,7 @@ def load_libraries(config: RunConfig) -> None:
 
 
 def _import_deepspeed():
-    """deepspeed, quiet and without the shared-memory op that takes minutes to compile and is not used."""
+    """deepspeed, quiet and without what takes long to load or compile and is not used."""
     if "deepspeed" not in sys.modules:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
@@ -486,6 +486,8 @@ def _import_deepspeed():
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     communication = sys.modules["deepspeed.comm.torch"]
     communication.build_shm_op = lambda: None
+    # It would load torch's compiler, a second or more, for the functions of an optimizer that is not used.
+    sys.modules["deepspeed.runtime.compiler"].compile = lambda: lambda function: function
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
     return deepspeed
