@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+from megatron_lite.config.data import DataConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.blend import parse_data_path
 from megatron_lite.data.documents import parse_split
 from megatron_lite.data.indexed import paths
 from megatron_lite.data.stream import parse_skip_ranges
+from megatron_lite.data.tokenizer_files import FILES_IN_A_COPY
 from megatron_lite.errors import ConfigError
 
 
@@ -40,6 +43,7 @@ def problems(config: RunConfig) -> list[str]:
         )
     for entries in (data.data_path, *own_paths.values()):
         found += _path_problems(entries)
+    found += _tokenizer_problems(data)
     found += _said_by(parse_split, data.split)
     found += _said_by(parse_skip_ranges, config.training.skip_samples)
     if data.sample_stride is not None and data.sample_stride > data.seq_length:
@@ -59,6 +63,18 @@ def _path_problems(entries: Sequence[str]) -> list[str]:
     if not missing:
         return []
     return [f"data path: cannot find {' and '.join(missing)}; name PREFIX of a pair PREFIX.bin and PREFIX.idx."]
+
+
+def _tokenizer_problems(data: DataConfig) -> Iterator[str]:
+    if data.tokenizer_type is None:
+        return
+    needed = FILES_IN_A_COPY.get(data.tokenizer_type, {})
+    for name in needed:
+        flag, path = f"--{name.replace('_', '-')}", getattr(data, name)
+        if path is None:
+            yield f"tokenizer_type={data.tokenizer_type} is read from a file; give it by {flag}."
+        elif not Path(path).exists():
+            yield f"{name}={path} is not there; {data.tokenizer_type} reads it."
 
 
 def _said_by(parse: Callable[..., object], value: object) -> list[str]:

@@ -171,7 +171,7 @@ class SkippingStream:
         return self._stream[stream_position(sample, self._ranges)]
 
     def describe(self) -> list[str]:
-        skipped = [f"samples {first:,} to {stop:,} are left out" for first, stop in self._ranges]
+        skipped = [f"samples {first:,} to {stop - 1:,} are left out" for first, stop in self._ranges]
         return self._stream.describe() + skipped
 
     def check_vocabulary(self, vocab_size: int) -> None:

@@ -19,7 +19,7 @@ ROLE_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 FILE_FIELDS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file", "tiktoken_pattern")
 """The fields of `DataConfig` that name a tokenizer."""
 
-_NAMES: Mapping[str, Mapping[str, str]] = {
+FILES_IN_A_COPY: Mapping[str, Mapping[str, str]] = {
     "GPT2BPETokenizer": {"vocab_file": "vocab.json", "merge_file": "merges.txt"},
     "SentencePieceTokenizer": {"tokenizer_model": "tokenizer.model"},
     "HuggingFaceTokenizer": {"tokenizer_model": "tokenizer.json"},
@@ -56,7 +56,7 @@ def copy_tokenizer(data: DataConfig, folder: Path) -> None:
 
 def copied(data: DataConfig, folder: Path) -> DataConfig | None:
     """`data` with its tokenizer read from the copy in `folder`; None where that holds no such tokenizer."""
-    paths = {field: folder / name for field, name in _NAMES.get(data.tokenizer_type or "", {}).items()}
+    paths = {field: folder / name for field, name in FILES_IN_A_COPY.get(data.tokenizer_type or "", {}).items()}
     if not paths or not all(path.is_file() for path in paths.values()):
         return None
     return dataclasses.replace(data, **{field: str(path) for field, path in paths.items()})
@@ -65,7 +65,7 @@ def copied(data: DataConfig, folder: Path) -> DataConfig | None:
 def _files(data: DataConfig) -> dict[str, Path]:
     """Name in a copy -> file, of all that the tokenizer of `data` is read from."""
     found: dict[str, Path] = {}
-    for field, name in _NAMES.get(data.tokenizer_type or "", {}).items():
+    for field, name in FILES_IN_A_COPY.get(data.tokenizer_type or "", {}).items():
         path = Path(getattr(data, field))
         found[name] = path / name if path.is_dir() else path
     if data.tokenizer_type == "HuggingFaceTokenizer":

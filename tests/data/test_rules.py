@@ -24,7 +24,7 @@ def said(training=None, **fields):
 
 
 def test_a_sound_configuration_has_no_problem(prefix):
-    assert said(mock_data=True) == []
+    assert said(mock_data=True) == said(mock_data=True, tokenizer_type="ByteTokenizer") == []
     assert said(data_path=(prefix,), sample_stride=512) == []
     assert said(data_path=("0.5", prefix, "0.5", prefix)) == []
     assert said(train_data_path=(prefix,), valid_data_path=(prefix,)) == []
@@ -42,6 +42,14 @@ def test_a_sound_configuration_has_no_problem(prefix):
         ({"data_path": ("{}", "0.5")}, "mixes weights and prefixes"),
         ({"data_path": ("{}x",)}, "x.bin and "),
         ({"data_path": ("{}",), "split": "1,2,x"}, 'split="1,2,x"'),
+        (
+            {"mock_data": True, "tokenizer_type": "HuggingFaceTokenizer"},
+            "tokenizer_type=HuggingFaceTokenizer is read from a file; give it by --tokenizer-model.",
+        ),
+        (
+            {"mock_data": True, "tokenizer_type": "TiktokenTokenizer", "tokenizer_model": "/none"},
+            "tokenizer_model=/none is not there; TiktokenTokenizer reads it.",
+        ),
         ({"data_path": ("{}",), "sample_stride": 1025}, "sample_stride=1025 is above seq_length=1024"),
     ],
 )
