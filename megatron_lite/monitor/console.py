@@ -38,7 +38,7 @@ class ConsoleSink:
             log.configure(0, world_size, _AboveBar(self._bar, stream))
 
     def write(self, record: Record) -> None:
-        if "valid_loss" in record or "test_loss" in record:
+        if "valid_loss" in record:
             log.note(evaluation_line(record))
         if "loss" not in record:
             return
@@ -122,16 +122,10 @@ def _compute(window: list[Record]) -> str:
 
 
 def evaluation_line(record: Record) -> str:
-    """One line for a validation or test result."""
-    parts = [f"step {record['step']}"] if "step" in record else []
-    for split, word in (("valid", "validation"), ("test", "test")):
-        if f"{split}_loss" in record:
-            parts.append(f"{word} loss {record[f'{split}_loss']:.4f}")
-        if f"{split}_perplexity" in record:
-            parts.append(f"perplexity {record[f'{split}_perplexity']:.2f}")
-        if f"{split}_bits_per_byte" in record:
-            parts.append(f"{record[f'{split}_bits_per_byte']:.3f} bits per byte")
-    return " | ".join(parts)
+    """One line for a validation."""
+    perplexity = record["valid_perplexity"]
+    shown = f"{perplexity:.2f}" if perplexity < 1e7 else f"{perplexity:.3g}"
+    return f"step {record['step']} | validation loss {record['valid_loss']:.4f} | perplexity {shown}"
 
 
 def _short(record: Record) -> str:

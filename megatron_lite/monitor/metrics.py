@@ -44,9 +44,6 @@ METRICS: dict[str, Metric] = {
     ),
     "valid_loss": Metric("nats a token", "loss on the validation split, dropout off"),
     "valid_perplexity": Metric("", "exp(valid_loss)"),
-    "valid_bits_per_byte": Metric("bits a byte", "valid_loss in bits, per byte of text instead of per token"),
-    "test_loss": Metric("nats a token", "loss on the test split, dropout off"),
-    "test_perplexity": Metric("", "exp(test_loss)"),
 }
 
 

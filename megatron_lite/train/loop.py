@@ -57,7 +57,7 @@ def train(run: Run) -> str:
     The state is saved at the end whatever the reason. Raises NonFiniteError.
     """
     progress = run.progress
-    started = time.monotonic()
+    started, first_step = time.monotonic(), progress.step
     reason = "done"
     while progress.step < run.plan.total_iterations:
         if found := _one_step(run, started):
@@ -78,7 +78,9 @@ def train(run: Run) -> str:
         if _is_due(progress.step, run.config.training.exit_interval):
             reason = "exit interval"
             break
-    if reason == "done" and run.valid_loader and not _is_due(progress.step, run.config.training.eval_interval):
+    # A complete run that is started again has its last validation behind it.
+    is_behind = progress.step == first_step or _is_due(progress.step, run.config.training.eval_interval)
+    if reason == "done" and run.valid_loader and not is_behind:
         _evaluate(run)
     run.keeper.save(run.engine, progress, deadline=run.stop.deadline())
     return reason

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_lite import log
 from megatron_lite.config.logging import LoggingConfig
 from megatron_lite.errors import ConfigError, UserError
-from megatron_lite.monitor.console import ConsoleSink, count, duration, step_line
+from megatron_lite.monitor.console import ConsoleSink, count, duration, evaluation_line, step_line
 from megatron_lite.monitor.histograms import histograms
 from megatron_lite.monitor.sinks import Sinks, TensorBoardSink, open_sinks
 
@@ -180,6 +180,11 @@ def test_a_line_sums_up_the_steps_since_the_last_one():
         "step 10/100 | loss 3.5000 | lr 0.0003 | grad norm 1.25 | skipped 2 | 1.75k tokens/s | "
         "500 GFLOP/s (25.0% MFU) | 2 s/step | 3m00s left"
     )
+
+
+def test_a_huge_perplexity_stays_on_its_line():
+    record = {"step": 2, "valid_loss": 700.0, "valid_perplexity": 1e304}
+    assert evaluation_line(record) == "step 2 | validation loss 700.0000 | perplexity 1e+304"
 
 
 def test_human_numbers():

@@ -70,6 +70,15 @@ def test_early_stopping_keeps_the_best_checkpoint(tmp_path):
     assert progress["best_step"] == best and progress["best_valid_loss"] == losses[best]
 
 
+def test_a_complete_run_started_again_adds_nothing(tmp_path):
+    config = _config(tmp_path / "run", train_iters=3, eval_interval=2, eval_iters=1)
+    run_on_ranks(_train, 1, config)
+    before = _records(tmp_path / "run")
+    run_on_ranks(_train, 1, config)
+    assert _records(tmp_path / "run") == before
+    assert [r["step"] for r in before if "valid_loss" in r] == [2, 3]
+
+
 def test_histograms_and_zeros_are_taken_when_asked(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
