@@ -79,7 +79,8 @@ def _ninja_file(library: Library, target: Path) -> str:
     for index, unit in enumerate(library.units):
         lines += [
             f"rule compile{index}",
-            f"  command = {command(unit.command)} -MD -MF $out.d -c $in -o $out",
+            # What the compiler says stays beside the object, also when a later build skips it.
+            f"  command = {command(unit.command)} -MD -MF $out.d -c $in -o $out >$out.log 2>&1 || (cat $out.log; exit 1)",
             "  deps = gcc",
             "  depfile = $out.d",
             f"build {quoted(unit.object)}: compile{index} {quoted(unit.source)}",
@@ -119,9 +120,8 @@ def built(library: Library, versions: str, cache: Path = CACHE) -> Path:
         written.write_text(_ninja_file(library, target), encoding="utf-8")
         written.rename(folder / "build.ninja")
         done = subprocess.run([ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        (folder / "build.log").write_text(done.stdout, encoding="utf-8")
         if done.returncode:
-            raise KernelError(f"{library.name} does not compile; {folder / 'build.log'} says:\n{done.stdout[-4000:]}")
+            raise KernelError(f"{library.name} does not compile; in {folder} ninja says:\n{done.stdout[-4000:]}")
         log.note(f"compiled {library.name} in {time.monotonic() - began:.1f} s")
     return target
 

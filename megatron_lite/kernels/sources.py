@@ -57,7 +57,7 @@ class Library:
 
 
 def _torch_include(torch: Path) -> tuple[str, ...]:
-    return (f"-isystem{torch / 'include'}",)
+    return ("-isystem", str(torch / "include"))
 
 
 def _shared(compiler: str) -> tuple[str, ...]:
@@ -91,30 +91,23 @@ def cuda_kernels(
     torch_lib: Path | None = None,
 ) -> Library:
     """The CUDA launchers and their binding; `torch_lib` holds libtorch_cuda.so or a stub of that name."""
-    codes = [f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in architectures]
+    command = (nvcc, f"-ccbin={compiler}", *CUDA_FLAGS, f"-I{CSRC}")
+    targets = [f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in architectures]
     units = [
-        Unit(CSRC / operation / f"{operation}_cuda.cu", f"{operation}_cuda.o", (nvcc, *CUDA_FLAGS, f"-I{CSRC}", *codes))
+        Unit(CSRC / operation / f"{operation}_cuda.cu", f"{operation}_cuda.o", (*command, *targets))
         for operation in OPERATIONS
     ]
-    cuda = Path(nvcc).resolve().parents[1]
-    binding = (
-        compiler,
-        *CPP_FLAGS,
-        "-O2",
-        *_torch_include(torch),
-        f"-isystem{cuda / 'include'}",
-        TORCH_ABI,
-        "-DUSE_CUDA",
-    )
+    binding = (*command, *_torch_include(torch), TORCH_ABI, "-DUSE_CUDA")
     units.append(Unit(CSRC / "bind_cuda.cpp", "bind_cuda.o", binding))
+    # nvcc links as well: it knows where its own runtime is, and puts it in, so none need be found at load.
+    link = (nvcc, f"-ccbin={compiler}", "-shared", "-cudart=static")
     libraries = (f"-L{torch_lib or torch / 'lib'}", f"-L{torch / 'lib'}", "-ltorch_cuda", "-ltorch_cpu")
-    runtime = (f"-L{cuda / 'lib64'}", "-lcudart_static", "-lpthread", "-ldl", "-lrt")
-    return Library("libmegatron_lite_cuda", tuple(units), _shared(compiler), (*libraries, *runtime))
+    return Library("libmegatron_lite_cuda", tuple(units), link, libraries)
 
 
 def host_module(compiler: str, pybind11: Path) -> Library:
     """The Python module `megatron_lite._host`: what is no tensor operation. Needs pybind11's headers, not torch."""
-    include = (f"-isystem{pybind11}", f"-isystem{sysconfig.get_paths()['include']}")
+    include = ("-isystem", str(pybind11), "-isystem", sysconfig.get_paths()["include"])
     units = tuple(
         Unit(source, f"{source.stem}.o", (compiler, *CPP_FLAGS, "-O3", *include))
         for source in sorted((CSRC / "host").glob("*.cpp"))

@@ -1,0 +1,52 @@
+// Gives torch's dispatcher the CUDA implementations of operations that megatron_lite/kernels/ declares.
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+
+#include "base/binding.h"
+#include "l2_norm/l2_norm_bind.h"
+#include "layer_norm/layer_norm_bind.h"
+#include "rms_norm/rms_norm_bind.h"
+
+namespace megatron_lite {
+namespace {
+
+int32_t multiprocessors(int32_t device) {
+  int count = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  STD_TORCH_CHECK(error == cudaSuccess, "CUDA device ", device, " does not answer: ", cudaGetErrorString(error));
+  return count;
+}
+
+// The current stream of a tensor's device, which is the current device meanwhile.
+struct Cuda {
+  torch::stable::accelerator::DeviceGuard guard;
+  cuda::Context context;
+
+  explicit Cuda(const Tensor& at) : guard(at.get_device_index()) {
+    const int32_t device = at.get_device_index();
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &context.stream));
+    context.multiprocessors = multiprocessors(device);
+  }
+
+  // Two blocks a multiprocessor fill it, one where a row takes 512 threads; a part has at least eight rows.
+  static int64_t row_parts(const Tensor& at, int64_t rows, int64_t length) {
+    const int64_t blocks = length * static_cast<int64_t>(at.element_size()) > 16384 ? 1 : 2;
+    return std::clamp<int64_t>(rows / 8, 1, blocks * multiprocessors(at.get_device_index()));
+  }
+
+  static std::string explain(Status status) {
+    return status > 0 ? cudaGetErrorString(static_cast<cudaError_t>(status)) : "status " + std::to_string(status);
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(megatron_lite, CUDA, library) {
+  register_l2_norm<Cuda>(library);
+  register_layer_norm<Cuda>(library);
+  register_rms_norm<Cuda>(library);
+}
+
+}  // namespace megatron_lite
