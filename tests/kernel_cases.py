@@ -51,7 +51,13 @@ def _l2_norm(shape, dtype):
     yield "l2_norm", ([drawn(*shape, dtype=dtype), drawn(70001, seed=1), drawn(*shape, seed=2).transpose(0, -1)],)
 
 
-CASES: tuple[Callable[..., Iterator[tuple[str, tuple[Any, ...]]]], ...] = (_layer_norm, _rms_norm, _l2_norm)
+def _swiglu(shape, dtype):
+    x = drawn(*shape[:-1], 2 * shape[-1], dtype=dtype)
+    yield "swiglu", (x,)
+    yield "swiglu_backward", (drawn(*shape, dtype=dtype, seed=1), x)
+
+
+CASES: tuple[Callable[..., Iterator[tuple[str, tuple[Any, ...]]]], ...] = (_layer_norm, _rms_norm, _l2_norm, _swiglu)
 
 
 def cases(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
