@@ -1,8 +1,83 @@
-"""Package megatron_lite. Tool settings are in pyproject.toml, tested versions in tests/constraints.txt."""
+"""Package megatron_lite. Tool settings are in pyproject.toml, tested versions in tests/constraints.txt.
 
-from setuptools import find_packages, setup
+Native code is compiled ahead of time where torch is installed already (the kernels are bound to its headers, so: pip
+install --no-build-isolation) and a C++ compiler is at hand; otherwise at its first use. The CUDA kernels: where nvcc
+is found and torch is a CUDA build; MEGATRON_LITE_CUDA=1 insists on them, MEGATRON_LITE_CUDA=0 leaves them out.
+"""
+
+import os
+import runpy
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from megatron_lite.errors import KernelError
+from megatron_lite.kernels import sources
+from megatron_lite.kernels.build import built, find_compiler, find_nvcc, find_pybind11
+
+
+class BuildNative(build_ext):
+    """Compiles into build/kernels/, where a source tree looks, and copies from there into a wheel."""
+
+    def run(self):
+        self._compile("_host" + sysconfig.get_config_var("EXT_SUFFIX"), self._host)
+        self._compile("kernels/libmegatron_lite_cpu.so", self._cpu)
+        wish = os.environ.get("MEGATRON_LITE_CUDA")
+        if wish != "0" and (wish == "1" or self._torch()[1]["cuda"]):
+            self._compile("kernels/libmegatron_lite_cuda.so", self._cuda, insist=wish == "1")
+
+    def get_outputs(self):
+        return []
+
+    def get_output_mapping(self):
+        return {}
+
+    def _compile(self, name, make, insist=False):
+        try:
+            path = make()
+        except KernelError as error:
+            if insist:
+                raise
+            self.warn(f"{name} is not compiled now: {error}")
+            return
+        if not self.editable_mode and not self.inplace:
+            target = Path(self.build_lib, "megatron_lite", name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+
+    @staticmethod
+    def _torch():
+        """Torch's folder and what its version.py says; without importing it, which takes seconds."""
+        for entry in sys.path:
+            if Path(entry, "torch", "version.py").exists():
+                return Path(entry, "torch"), runpy.run_path(str(Path(entry, "torch", "version.py")))
+        return None, {"cuda": None}
+
+    def _host(self):
+        return built(sources.host_module(find_compiler(), find_pybind11()), "")
+
+    def _cpu(self):
+        torch, version = self._torch()
+        if torch is None:
+            raise KernelError("torch is not installed yet (or hidden by pip's build isolation)")
+        return built(sources.cpu_kernels(find_compiler(), torch), version["__version__"])
+
+    def _cuda(self):
+        torch, version = self._torch()
+        if torch is None:
+            raise KernelError("torch is not installed yet (or hidden by pip's build isolation)")
+        return built(sources.cuda_kernels(find_compiler(), find_nvcc(), torch), version["__version__"])
+
 
 setup(
+    cmdclass={"build_ext": BuildNative},
+    ext_modules=[Extension("megatron_lite._host", sources=[])],
     name="megatron_lite",
     version="0.1.0",
     description="Pretraining of large language models, from a laptop without a GPU to many nodes",

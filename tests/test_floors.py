@@ -19,7 +19,7 @@ SOURCES = DOORS + MODULES
 TORCH_FREE = (
     *(f"config.{path.stem}" for path in sorted(ROOT.glob("megatron_lite/config/*.py"))),
     *(f"plan.{path.stem}" for path in sorted(ROOT.glob("megatron_lite/plan/*.py"))),
-    *("parallel.mesh_shape", "checkpoint.manifest", "kernels.build", "kernels.sources"),
+    *("parallel.mesh_shape", "checkpoint.manifest", "kernels.build", "kernels.host", "kernels.sources"),
     *(f"data.{name}" for name in ("indexed", "order", "documents", "blend", "rules", "tokenizer", "tokenize_corpus")),
 )
 
@@ -80,9 +80,9 @@ for module in {TORCH_FREE!r}:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_the_environment_is_read_where_ranks_start_and_kernels_load(path):
+def test_the_environment_is_read_where_ranks_start_and_kernels_are_compiled(path):
     """os.environ and os.getenv belong to two files; elsewhere a default may be set for a library."""
-    if name(path) in ("megatron_lite/parallel/launch.py", "megatron_lite/kernels/extension.py"):
+    if name(path) in ("megatron_lite/parallel/launch.py", "megatron_lite/kernels/build.py"):
         return
     writes = [
         node.func.value

@@ -56,16 +56,38 @@ def find_ninja() -> str:
     return found
 
 
-def find_compiler(named: str | None = None) -> str:
-    """The C++ compiler: the one named (CXX), else c++, g++ or clang++."""
+def find_compiler() -> str:
+    """The C++ compiler: the one that CXX names, else c++, g++ or clang++."""
+    named = os.environ.get("CXX")
     for name in [named] if named else ["c++", "g++", "clang++"]:
         found = shutil.which(name)
         if found:
             return found
     raise KernelError(
-        f"no C++ compiler ({named or 'c++, g++ or clang++'}) is on the PATH, so the kernels cannot be compiled; on "
-        "Debian and Ubuntu: apt install g++; or name one: CXX=/path/to/g++"
+        f"no C++ compiler ({named or 'c++, g++ or clang++'}) is on the PATH, so nothing can be compiled; on Debian and "
+        "Ubuntu: apt install g++; or name one: CXX=/path/to/g++"
     )
+
+
+def find_nvcc() -> str:
+    """CUDA's compiler: of CUDA_HOME if that is set, else of the PATH, else of /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    found = found or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not found:
+        raise KernelError("no nvcc is on the PATH or in CUDA_HOME, so the CUDA kernels cannot be compiled")
+    return found
+
+
+def find_pybind11() -> Path:
+    """The folder of pybind11's headers: its own package's, else those torch brings."""
+    for package in ("pybind11", "torch"):
+        # Found, not imported: neither is needed to run what is compiled.
+        folders = [Path(entry) / package / "include" for entry in sys.path]
+        for folder in folders:
+            if (folder / "pybind11" / "pybind11.h").exists():
+                return folder
+    raise KernelError("pybind11's headers are not installed: pip install pybind11")
 
 
 def _ninja_file(library: Library, target: Path) -> str:
@@ -92,6 +114,12 @@ def _ninja_file(library: Library, target: Path) -> str:
         f"default {quoted(target.name)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def found(library: Library, versions: str, cache: Path = CACHE) -> Path | None:
+    """The path of `library` if it is there and up to date."""
+    _, target = _place(library, versions, cache)
+    return target if target.exists() else None
 
 
 def built(library: Library, versions: str, cache: Path = CACHE) -> Path:
@@ -124,10 +152,3 @@ def built(library: Library, versions: str, cache: Path = CACHE) -> Path:
             raise KernelError(f"{library.name} does not compile; in {folder} ninja says:\n{done.stdout[-4000:]}")
         log.note(f"compiled {library.name} in {time.monotonic() - began:.1f} s")
     return target
-
-
-def copied(path: Path, to: Path) -> None:
-    """Put a built library where a wheel is packed from."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, to)
-    os.chmod(to, 0o755)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lite.data.order import Permutation
+from megatron_lite.kernels import host
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**64))
@@ -27,8 +28,21 @@ def test_a_number_and_an_array_agree_at_any_size(n, data):
     assert len(set(numbers)) == len(at) and all(0 <= number < n for number in numbers)
 
 
-def test_the_order_of_a_run_never_changes():
+@given(st.integers(1, 2**63), st.data())
+def test_compiled_or_not_the_numbers_are_the_same(n, data):
+    compiled, plain = Permutation(n, "order", 7), Permutation(n, "order", 7)
+    assert compiled._compiled
+    plain._compiled = None
+    at = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=9)), np.uint64)
+    assert np.array_equal(compiled(at), plain(at)) and compiled(at).dtype == plain(at).dtype
+    assert [compiled(int(i)) for i in at] == [plain(int(i)) for i in at]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_order_of_a_run_never_changes(compiled, monkeypatch):
     """A change of these numbers changes every training run that is resumed after it."""
+    if not compiled:
+        monkeypatch.setattr(host, "module", lambda: None)
     assert Permutation(1000, "order", 1234, "train", 0, 0)(np.arange(8)).tolist() == [
         862,
         704,

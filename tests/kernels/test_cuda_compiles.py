@@ -20,7 +20,7 @@ STUB = "int aoti_torch_get_current_cuda_stream(void) { return 1; }"
 @pytest.fixture(scope="module")
 def library():
     try:
-        nvcc = extension.find_nvcc()
+        nvcc = build.find_nvcc()
     except KernelError as error:
         pytest.skip(str(error))
     folder = build.CACHE / "stub"

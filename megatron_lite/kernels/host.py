@@ -1,0 +1,36 @@
+"""The compiled module `megatron_lite._host`: what is no tensor operation and too slow in Python. Needs no torch."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+from megatron_lite import log
+from megatron_lite.errors import KernelError
+from megatron_lite.kernels import sources
+from megatron_lite.kernels.build import built, find_compiler, find_pybind11
+
+
+@functools.cache
+def module() -> ModuleType | None:
+    """`megatron_lite._host`, compiled first in a source tree that has none; None where it cannot be had.
+
+    Its users have the same in Python; the log says once that it is used, and why.
+    """
+    try:
+        return _load()
+    except (KernelError, ImportError) as error:
+        log.once(f"the order of samples is computed in Python, since {error}")
+        return None
+
+
+def _load() -> ModuleType:
+    if not sources.CSRC.is_dir():
+        return importlib.import_module("megatron_lite._host")
+    path = built(sources.host_module(find_compiler(), find_pybind11()), "")
+    spec = importlib.util.spec_from_file_location("megatron_lite._host", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
