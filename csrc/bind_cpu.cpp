@@ -6,6 +6,7 @@
 #include "l2_norm/l2_norm_bind.h"
 #include "layer_norm/layer_norm_bind.h"
 #include "rms_norm/rms_norm_bind.h"
+#include "softmax/softmax_bind.h"
 #include "swiglu/swiglu_bind.h"
 
 namespace megatron_lite {
@@ -34,6 +35,7 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_lite, CPU, library) {
   register_l2_norm<Cpu>(library);
   register_layer_norm<Cpu>(library);
   register_rms_norm<Cpu>(library);
+  register_softmax<Cpu>(library);
   register_swiglu<Cpu>(library);
 }
 

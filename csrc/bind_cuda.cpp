@@ -8,6 +8,7 @@
 #include "l2_norm/l2_norm_bind.h"
 #include "layer_norm/layer_norm_bind.h"
 #include "rms_norm/rms_norm_bind.h"
+#include "softmax/softmax_bind.h"
 
 namespace megatron_lite {
 namespace {
@@ -47,6 +48,7 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_lite, CUDA, library) {
   register_l2_norm<Cuda>(library);
   register_layer_norm<Cuda>(library);
   register_rms_norm<Cuda>(library);
+  register_softmax<Cuda>(library);
 }
 
 }  // namespace megatron_lite

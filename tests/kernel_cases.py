@@ -57,7 +57,24 @@ def _swiglu(shape, dtype):
     yield "swiglu_backward", (drawn(*shape, dtype=dtype, seed=1), x)
 
 
-CASES: tuple[Callable[..., Iterator[tuple[str, tuple[Any, ...]]]], ...] = (_layer_norm, _rms_norm, _l2_norm, _swiglu)
+def _softmax(shape, dtype):
+    x, mask = drawn(*shape, dtype=dtype), (drawn(*shape, seed=2) > 0)[..., :1, :].expand(shape)
+    y = torch.ops.megatron_lite.softmax(x, None, 0.5, False)
+    triangle = torch.ops.megatron_lite.softmax(x, None, 0.5, True)
+    yield "softmax", (x, None, 0.5, False)
+    yield "softmax", (x, mask, 0.5, False)
+    yield "softmax", (x, None, 0.5, True)
+    yield "softmax_backward", (drawn(*shape, dtype=dtype, seed=1), y, 0.5, False)
+    yield "softmax_backward", (drawn(*shape, dtype=dtype, seed=1), triangle, 0.5, True)
+
+
+CASES: tuple[Callable[..., Iterator[tuple[str, tuple[Any, ...]]]], ...] = (
+    _layer_norm,
+    _rms_norm,
+    _l2_norm,
+    _softmax,
+    _swiglu,
+)
 
 
 def cases(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -223,6 +223,22 @@ struct LaneSum {
   }
 };
 
+// The largest value along a row, in the same lanes. A NaN is passed over; -inf if there is nothing else.
+struct LaneMax {
+  float lanes[kLanes];
+
+  LaneMax() {
+    for (float& lane : lanes) lane = -INFINITY;
+  }
+
+  float total() {
+    for (int width = kLanes / 2; width; width /= 2)
+      for (int lane = 0; lane < width; ++lane)
+        lanes[lane] = lanes[lane] > lanes[lane + width] ? lanes[lane] : lanes[lane + width];
+    return lanes[0];
+  }
+};
+
 // Calls body(index, lane) along a row; a body adds what it sums to lanes[lane].
 template <class Body>
 inline __attribute__((always_inline)) void along(int64_t length, const Body& body) {
@@ -231,7 +247,8 @@ inline __attribute__((always_inline)) void along(int64_t length, const Body& bod
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) body(begin + lane, lane);
   }
-  for (int64_t index = whole; index < length; ++index) body(index, static_cast<int>(index - whole));
+#pragma omp simd
+  for (int lane = 0; lane < static_cast<int>(length - whole); ++lane) body(whole + lane, lane);
 }
 
 // Calls body(begin, end) on ranges that cover [0, count), on the context's threads, at least `grain` on each.
