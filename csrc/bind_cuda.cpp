@@ -9,6 +9,7 @@
 #include "layer_norm/layer_norm_bind.h"
 #include "rms_norm/rms_norm_bind.h"
 #include "softmax/softmax_bind.h"
+#include "swiglu/swiglu_bind.h"
 
 namespace megatron_lite {
 namespace {
@@ -49,6 +50,7 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_lite, CUDA, library) {
   register_layer_norm<Cuda>(library);
   register_rms_norm<Cuda>(library);
   register_softmax<Cuda>(library);
+  register_swiglu<Cuda>(library);
 }
 
 }  // namespace megatron_lite
