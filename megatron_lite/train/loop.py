@@ -176,7 +176,12 @@ def _log_step(run: Run, result: StepResult, rate: float, batch_size: int, second
 def _evaluate(run: Run) -> None:
     """Validate, log it, and keep the checkpoint apart if it is the best so far."""
     batch_size = run.plan.stages[-1].batch_size
-    loss = validate(run.engine, run.mesh, run.valid_loader, run.eval_batches, batch_size)
+    loss = validate(
+        run.engine, run.mesh, run.valid_loader, run.eval_batches, batch_size, lambda: run.stop.reason is not None
+    )
+    if loss is None:
+        log.note(f"the validation after step {run.progress.step} is broken off: this run is asked to stop")
+        return
     run.metrics.record("step", run.progress.step)
     run.metrics.record("valid_loss", loss)
     run.metrics.record("valid_perplexity", math.exp(min(loss, 700.0)))

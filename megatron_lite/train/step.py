@@ -76,11 +76,20 @@ def forward(engine: Engine, mesh: ProcessMesh, batch: MicroBatch, *, step: int, 
 
 
 @torch.no_grad()
-def validate(engine: Engine, mesh: ProcessMesh, loader: BatchLoader, batches: int, batch_size: int) -> float:
-    """Mean loss in nats over the first `batches` global batches of a stream, dropout off."""
+def validate(
+    engine: Engine, mesh: ProcessMesh, loader: BatchLoader, batches: int, batch_size: int, asked: Callable[[], bool]
+) -> float | None:
+    """Mean loss in nats over the first `batches` global batches of a stream, dropout off.
+
+    None, on all ranks alike, if one of them is `asked` to stop meanwhile: a launcher that waits for the
+    state to be saved does not wait for a validation.
+    """
     engine.module.eval()
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for batch in range(batches):
+        if mesh.sum_numbers([asked()])[0]:
+            engine.module.train()
+            return None
         for micro_batch in loader.step(batch * batch_size, batch_size):
             total[0] += forward(engine, mesh, micro_batch, step=0, seed=None)
             total[1] += micro_batch.loss_mask.sum()

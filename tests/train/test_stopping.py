@@ -144,6 +144,18 @@ def test_sigint_and_time_limit_stop_as_well(tmp_path):
     assert json.loads((folder / "exit.json").read_text())["cause"] == "exit_duration"
 
 
+def test_a_validation_does_not_keep_a_stop_waiting(tmp_path):
+    folder = tmp_path / "run"
+    process = _start("python", folder, "--eval-interval", "3", "--eval-iters", "1000000", "--global-batch-size", "8")
+    _wait_for_steps(process, folder)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(40) == 0
+    assert json.loads((folder / "exit.json").read_text())["step"] == 3
+    assert "the validation after step 3 is broken off" in (tmp_path / "run.log").read_text()
+    assert read_manifest(folder / "step-00000003").step == 3
+
+
 def test_lost_rank_ends_the_others(tmp_path):
     """A rank that is killed ends the job, not in a hang, and what was saved stays."""
     folder = tmp_path / "run"
