@@ -7,34 +7,37 @@ namespace {
 
 template <class Element>
 void forward_rows(const SoftmaxForward& a, int64_t begin, int64_t end) {
-  const Buffer input(a.length);
+  const Buffer input(a.length), held(a.length + kLanes);
   const Writer<Element> output(a.length);
+  float* z = held.data();
   for (int64_t row = begin; row < end; ++row) {
     const uint8_t* mask = a.mask.data ? mask_row(a.mask, row) : nullptr;
     const int64_t visible = mask && a.mask.one_column && *mask ? 0 : softmax_visible(a, row);
     const float* x = widened(static_cast<const Element*>(a.input) + row * a.length, input.data(), visible);
-    float* y = output.line(a.output, row);
-    LaneMax largest;
     if (mask && !a.mask.one_column) {
-      along(visible, [&](int64_t i, int lane) {
-        y[i] = mask[i] ? -INFINITY : a.scale * x[i];
-        largest.lanes[lane] = y[i] > largest.lanes[lane] ? y[i] : largest.lanes[lane];
-      });
+#pragma omp simd
+      for (int64_t i = 0; i < visible; ++i) z[i] = mask[i] ? -INFINITY : a.scale * x[i];
     } else {
-      along(visible, [&](int64_t i, int lane) {
-        y[i] = a.scale * x[i];
-        largest.lanes[lane] = y[i] > largest.lanes[lane] ? y[i] : largest.lanes[lane];
-      });
+#pragma omp simd
+      for (int64_t i = 0; i < visible; ++i) z[i] = a.scale * x[i];
     }
+    // Hidden columns fill the last block of lanes: an exponential is dear where it is no vector.
+    const int64_t padded = (visible + kLanes - 1) / kLanes * kLanes;
+    for (int64_t i = visible; i < padded; ++i) z[i] = -INFINITY;
+    LaneMax largest;
+    along(padded, [&](int64_t i, int lane) {
+      largest.lanes[lane] = z[i] > largest.lanes[lane] ? z[i] : largest.lanes[lane];
+    });
     const float shift = softmax_shift(largest.total());
     LaneSum sum;
-    along(visible, [&](int64_t i, int lane) {
-      y[i] = exponential(y[i] - shift);
-      sum.lanes[lane] += y[i];
+    along(padded, [&](int64_t i, int lane) {
+      z[i] = exponential(z[i] - shift);
+      sum.lanes[lane] += z[i];
     });
     const float factor = softmax_factor(sum.total());
+    float* y = output.line(a.output, row);
 #pragma omp simd
-    for (int64_t i = 0; i < visible; ++i) y[i] *= factor;
+    for (int64_t i = 0; i < visible; ++i) y[i] = z[i] * factor;
     std::memset(y + visible, 0, (a.length - visible) * sizeof(float));
     output.done(a.output, row);
   }
