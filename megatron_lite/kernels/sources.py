@@ -65,22 +65,27 @@ def _shared(compiler: str) -> tuple[str, ...]:
     return (compiler, "-shared", *(("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()))
 
 
-def cpu_kernels(compiler: str, torch: Path) -> Library:
-    """The CPU launchers, once per instruction set of this kind of processor, and their binding to `torch`'s folder."""
+def cpu_kernels(compiler: str, torch: Path, extra: tuple[str, ...] = ()) -> Library:
+    """The CPU launchers, once per instruction set of this kind of processor, and their binding to `torch`'s folder.
+
+    extra: further flags for compiling and linking, of a sanitizer say.
+    """
     sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ()}
     units = [
         Unit(
             CSRC / operation / f"{operation}_cpu.cpp",
             f"{operation}_{name}.o",
-            (compiler, *CPP_FLAGS, *KERNEL_FLAGS, *flags, f"-DMEGATRON_LITE_INSTRUCTION_SET={name}"),
+            (compiler, *CPP_FLAGS, *KERNEL_FLAGS, *flags, f"-DMEGATRON_LITE_INSTRUCTION_SET={name}", *extra),
         )
         for operation in OPERATIONS
         for name, flags in sets.items()
     ]
-    plain = (compiler, *CPP_FLAGS, "-O2")
+    plain = (compiler, *CPP_FLAGS, "-O2", *extra)
     units.append(Unit(CSRC / "base/instruction_set.cpp", "instruction_set.o", plain))
     units.append(Unit(CSRC / "bind_cpu.cpp", "bind_cpu.o", (*plain, *_torch_include(torch), TORCH_ABI)))
-    return Library("libmegatron_lite_cpu", tuple(units), _shared(compiler), (f"-L{torch / 'lib'}", "-ltorch_cpu"))
+    return Library(
+        "libmegatron_lite_cpu", tuple(units), (*_shared(compiler), *extra), (f"-L{torch / 'lib'}", "-ltorch_cpu")
+    )
 
 
 def cuda_kernels(
