@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/binding.h"
+#include "bias_gelu/bias_gelu_bind.h"
 #include "l2_norm/l2_norm_bind.h"
 #include "layer_norm/layer_norm_bind.h"
 #include "rms_norm/rms_norm_bind.h"
@@ -32,6 +33,7 @@ struct Cpu {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_lite, CPU, library) {
+  register_bias_gelu<Cpu>(library);
   register_l2_norm<Cpu>(library);
   register_layer_norm<Cpu>(library);
   register_rms_norm<Cpu>(library);

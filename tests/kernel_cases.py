@@ -68,12 +68,21 @@ def _softmax(shape, dtype):
     yield "softmax_backward", (drawn(*shape, dtype=dtype, seed=1), triangle, 0.5, True)
 
 
+def _bias_gelu(shape, dtype):
+    x, dy = drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype, seed=1)
+    for bias in (drawn(shape[-1], dtype=dtype, seed=2), None):
+        for tanh in (True, False):
+            yield "bias_gelu", (x, bias, tanh)
+            yield "bias_gelu_backward", (dy, x, bias, tanh)
+
+
 CASES: tuple[Callable[..., Iterator[tuple[str, tuple[Any, ...]]]], ...] = (
     _layer_norm,
     _rms_norm,
     _l2_norm,
     _softmax,
     _swiglu,
+    _bias_gelu,
 )
 
 
