@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "base/binding.h"
+#include "bias_gelu/bias_gelu_bind.h"
 #include "l2_norm/l2_norm_bind.h"
 #include "layer_norm/layer_norm_bind.h"
 #include "rms_norm/rms_norm_bind.h"
@@ -46,6 +47,7 @@ struct Cuda {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_lite, CUDA, library) {
+  register_bias_gelu<Cuda>(library);
   register_l2_norm<Cuda>(library);
   register_layer_norm<Cuda>(library);
   register_rms_norm<Cuda>(library);
