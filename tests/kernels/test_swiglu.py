@@ -11,7 +11,6 @@ from kernel_cases import DTYPES, SHAPES, assert_as_exact_as, drawn, gradients
 
 from megatron_lite.kernels.swiglu import swiglu
 
-
 # Among fewer values a peer may be exact by chance; those shapes are compared with the reference in test_operators.py.
 ENOUGH = [shape for shape in SHAPES if math.prod(shape) not in range(1, 100)]
 
