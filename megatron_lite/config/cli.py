@@ -31,6 +31,8 @@ class LaunchOptions:
     """Print the resolved configuration, parameter counts and memory of a rank, and stop."""
     world_size: int | None = None
     """With --dry-run: plan for this many ranks; default: the ranks there are."""
+    layout: str | None = None
+    """With --dry-run: plan this layout, on one line: tp=8,dp=16,zero=1 (axes left out are 1)."""
 
 
 @dataclasses.dataclass(frozen=True)

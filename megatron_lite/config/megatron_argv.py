@@ -11,6 +11,29 @@ from megatron_lite.config.megatron_flags import BY_NAME, Flag, field_name
 from megatron_lite.config.sources import nearest
 from megatron_lite.errors import ConfigError
 
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "max_steps": "train-iters",
+    "num_train_epochs": "train-epochs",
+    "num_heads": "num-attention-heads",
+    "n_head": "num-attention-heads",
+    "n_layer": "num-layers",
+    "n_embd": "hidden-size",
+    "d_model": "hidden-size",
+    "num_hidden_layers": "num-layers",
+    "intermediate_size": "ffn-hidden-size",
+    "grad_clip": "clip-grad",
+    "max_grad_norm": "clip-grad",
+    "warmup_steps": "lr-warmup-iters",
+    "batch_size": "global-batch-size",
+    "per_device_train_batch_size": "micro-batch-size",
+    "gradient_accumulation_steps": "global-batch-size",
+    "output_dir": "save",
+    "tp": "tensor-model-parallel-size",
+    "adam_epsilon": "adam-eps",
+}
+"""What other frameworks call it, where the spelling gives no hint: their name to our flag."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Given:
@@ -90,7 +113,9 @@ class _Rewriting:
             if item.name not in self.own and item.flag not in ("-h", "--help"):
                 taken = (name for name, row in BY_NAME.items() if row.kind in ("same", "mapped", "implied"))
                 known = (f"--{name.replace('_', '-')}" for name in {*self.own, *taken})
-                hint = nearest(f"--{item.name.replace('_', '-')}", known) or "; --help lists all flags"
+                meant = ELSEWHERE.get(item.name)
+                hint = f"; perhaps you meant --{meant}" if meant else nearest(f"--{item.name.replace('_', '-')}", known)
+                hint = hint or "; --help lists all flags"
                 self.problems.append(f"{item.flag} is not a known flag{hint}.")
             return self._set(item.words, item)
         if row.takes is not None and row.kind != "same" and len(item.values) != row.takes:

@@ -358,8 +358,8 @@ def _choose_schedule(config: RunConfig, saved: Schedule, asked: Schedule, take_s
         log.note(f"learning-rate schedule overridden by the flags: {', '.join(differs)}")
         return asked
     log.warn(
-        f"the learning-rate schedule of the checkpoint is kept; the flags would change {', '.join(differs)} "
-        f"(--override-opt_param-scheduler takes them)"
+        f"the learning-rate schedule of the checkpoint is kept, which ends at {saved.floor:g} after {saved.decay:,g} "
+        f"{saved.unit}; the flags would change {', '.join(differs)} (--override-opt_param-scheduler takes them)"
     )
     return saved
 

@@ -43,6 +43,8 @@ def test_launchers_flags_are_accepted():
 
 
 def test_an_unknown_flag_suggests_the_nearest():
+    with pytest.raises(ConfigError, match=r"--learning-rate is not a known flag; perhaps you meant --lr\.$"):
+        cli.load(["--learning-rate", "1e-3"])
     with pytest.raises(ConfigError, match=r"--num-layer is not a known flag; perhaps you meant --num-layers"):
         load("--num-layer 3")
     with pytest.raises(ConfigError) as caught:

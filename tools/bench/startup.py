@@ -73,11 +73,10 @@ def first_step(launcher: list[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         metrics = folder / "run" / "metrics.jsonl"
-        command = [*launcher, __file__, RANK, name, *MODEL, "--run-dir", str(folder / "run")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = ["env", "OMP_NUM_THREADS=1", "HF_HUB_OFFLINE=1", *launcher, __file__, RANK, name, *MODEL, "--run-dir", str(folder / "run")]
         began = time.time()
         with open(folder / "log", "w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
                 time.sleep(0.01)
             seen = time.time()
