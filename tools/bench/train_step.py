@@ -170,7 +170,6 @@ def theirs(config: RunConfig, mesh: ProcessMesh, *, compiled: bool) -> dict[str,
 
 def transformers_model(config: RunConfig) -> torch.nn.Module:
     """transformers' GPT-2 or LLaMA of the configured shape, without dropout, attention by torch's kernels."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     model, length = config.model, config.data.seq_length
