@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import pretrain_gpt
 import pytest
+
+import pretrain_gpt
 
 PLAN = ["--dry-run", "--model", "gpt2-124m", "--vocab-size", "50257", "--mock-data", "--train-iters", "10"]
 
