@@ -1,58 +1,89 @@
-"""What the engine takes from DeepSpeed beyond its documentation: where masters lie, and that writing them counts.
-
-A release of DeepSpeed that moves these things fails here, by name, before it corrupts a checkpoint.
-"""
+"""What train/engine.py takes for granted inside DeepSpeed, beyond its documented interface."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
 from ranks import run_on_ranks
-from train.layouts import VOCABULARY, Case, config_of
+from train.layouts import BATCH, LENGTH, VOCABULARY, Case, config_of
 
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.train import build
 
+RATE = 0.5
 
-def _write_masters(case: Case) -> dict[str, bool]:
+
+def _engine(case: Case):
     mesh = ProcessMesh.create(MeshShape(data=case.data, tensor=case.tensor))
-    config = config_of(case)
-    model = build.build_model_to_train(config, mesh, VOCABULARY)
-    engine = build.build_engine(config, model, mesh)
-    elements = 0
-    for piece in engine.pieces(optimizer=False):
-        assert piece.tensor.dtype == torch.float32
-        # A value that says where in the global tensor it belongs, exact in bf16.
-        places = torch.zeros(piece.tensor.shape)
-        for dim, start in enumerate(piece.global_start):
-            shape = [1] * places.dim()
-            shape[dim] = -1
-            places += ((torch.arange(piece.tensor.shape[dim]) + start) % 16).view(shape) * 16**dim
-        piece.tensor.copy_(places)
-        elements += places.numel()
-    engine.refresh()
-    (total,) = mesh.sum_numbers([elements])
-    expected = sum(parameter.mesh_layout.num_global for parameter in model.parameters())
-    assert total == expected, f"{total:,.0f} elements of masters for {expected:,} of the model"
-    right = {}
-    for (name, weight), (_, parameter) in zip(engine.named_weights(), model.named_parameters(), strict=True):
-        layout = parameter.mesh_layout
-        grid = torch.zeros(layout.global_shape)
-        for dim, length in enumerate(layout.global_shape):
-            shape = [1] * grid.dim()
-            shape[dim] = -1
-            grid += (torch.arange(length) % 16).view(shape) * 16**dim
-        held = layout.parts(weight.view(layout.local_shape))
-        right[name] = all(torch.equal(a, b) for a, b in zip(held, layout.parts(layout.cut(grid)), strict=True))
-    tokens = torch.arange(8).view(1, 8)
-    loss = engine.forward(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool))
-    right["forward is finite"] = bool(torch.isfinite(loss))
-    return right
+    config = config_of(case, optimizer={"clip_grad": 0.0, "sgd_momentum": 0.0, "weight_decay": 0.0})
+    return build.build_engine(config, build.build_model(config, mesh, VOCABULARY), mesh)
+
+
+def _backward(engine, tokens) -> None:
+    with engine.gradients(1) as backward:
+        backward(engine.forward(tokens, tokens, torch.ones(tokens.shape)) / (BATCH * LENGTH))
+
+
+def _stage_1(dtype: str) -> None:
+    engine = _engine(Case(data=2, zero=1, dtype=dtype, optimizer="sgd"))
+    zero = engine._zero
+    tokens = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) % VOCABULARY
+    rank = engine.mesh.rank("data")
+    for flat, group in zip(zero.bit16_groups_flat, zero.bit16_groups, strict=True):
+        for parameter in group:
+            start = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+            assert torch.equal(flat[start : start + parameter.numel()], parameter.detach().view(-1))
+
+    _backward(engine, tokens)
+    parts = [zero.averaged_gradients[group] for group in range(len(zero.bit16_groups))]
+    for part, group in zip(parts, zero.bit16_groups, strict=True):
+        links = [parameter._hp_mapping for parameter in group if parameter._hp_mapping is not None]
+        assert [view.numel() for view in part] == [link.hp_fragment_address.numel for link in links]
+        assert [view.storage_offset() - part.flat_partition.storage_offset() for view in part] == [
+            link.hp_fragment_address.start for link in links
+        ]
+    masters = engine._masters()
+    shares = [flat.chunk(2)[rank] for flat in zero.bit16_groups_flat]
+    for master, share in zip(masters, shares, strict=True):
+        # In fp32 the weights are their own masters.
+        assert (master.data_ptr() == share.data_ptr()) == (dtype == "fp32")
+    # Plain SGD: the step takes the flat parts as they are, averages nothing and copies no weight wrongly.
+    expected = [master.detach() - RATE * part.flat_partition for master, part in zip(masters, parts, strict=True)]
+    outcome = engine.step(RATE)
+    assert outcome.grad_norm > 0.0 and not outcome.skipped
+    for master, share, wanted in zip(masters, shares, expected, strict=True):
+        assert torch.equal(master.detach(), wanted)
+        assert torch.equal(share, wanted.to(share.dtype))
+    for _, parameter in engine.module.named_parameters():
+        assert parameter.grad is None
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_masters_are_where_the_engine_looks_and_weights_follow(zero, dtype):
-    for right in run_on_ranks(_write_masters, 2, Case(1, 2, zero, dtype=dtype, llama=True)):
-        assert all(right.values()), right
+def test_stage_1_takes_gradients_that_are_flat_and_reduced(dtype):
+    run_on_ranks(_stage_1, 2, dtype)
+
+
+def _not_finite() -> None:
+    engine = _engine(Case(zero=1))
+    before = [master.detach().clone() for master in engine._masters()]
+    _backward(engine, torch.zeros(BATCH, LENGTH, dtype=torch.int64))
+    engine._zero.averaged_gradients[0].flat_partition[3] = float("nan")
+    assert engine.step(RATE).skipped
+    assert all(torch.equal(a, b) for a, b in zip(before, engine._masters(), strict=True))
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_no_weight():
+    run_on_ranks(_not_finite, 1)
+
+
+def _loads_a_compiler(stage: int) -> bool:
+    _engine(Case(zero=stage))
+    return "torch._inductor.compile_fx" in sys.modules
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_no_compiler_is_loaded_at_the_start(stage):
+    assert run_on_ranks(_loads_a_compiler, 1, stage) == [False]

@@ -73,7 +73,7 @@ def first_step(launcher: list[str]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         metrics = folder / "run" / "metrics.jsonl"
-        command = ["env", "OMP_NUM_THREADS=1", "HF_HUB_OFFLINE=1", *launcher, __file__, RANK, name, *MODEL, "--run-dir", str(folder / "run")]
+        command = [*launcher, __file__, RANK, name, *MODEL, "--run-dir", str(folder / "run")]
         began = time.time()
         with open(folder / "log", "w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
