@@ -9,7 +9,7 @@ constexpr int kThreads = 256;
 
 // A thread takes the packs at `index` of both halves of a row; kPacks is 1, or 0 where a pack is one element.
 template <class Element, int kPacks>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const SwigluForward a) {
+__global__ void __launch_bounds__(kThreads, 1) forward_kernel(const SwigluForward a) {
   constexpr int kCount = kWidth<Element, kPacks>;
   const int64_t each = a.length / kCount, packs = a.rows * each;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const SwigluForward a
 }
 
 template <class Element, int kPacks>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const SwigluBackward a) {
+__global__ void __launch_bounds__(kThreads, 1) backward_kernel(const SwigluBackward a) {
   constexpr int kCount = kWidth<Element, kPacks>;
   const int64_t each = a.length / kCount, packs = a.rows * each;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
