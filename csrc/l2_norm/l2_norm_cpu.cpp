@@ -24,16 +24,15 @@ double squares(const L2NormTensor& tensor, int64_t chunk) {
 }  // namespace
 
 Status launch(const Context& context, const L2Norm& a) {
-  for (int64_t tensor = 0; tensor < a.count; ++tensor) {
-    const L2NormTensor& of = a.tensors[tensor];
-    const Status status = with_element(of.dtype, [&](auto element) {
-      for_ranges(context, l2_norm_chunks(of.length), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t chunk = begin; chunk < end; ++chunk)
-          a.partials[of.first_chunk + chunk] = squares<decltype(element)>(of, chunk);
+  for_ranges(context, a.chunks, 1, [&](int64_t begin, int64_t end) {
+    const L2NormTensor* of = a.tensors;
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      while (chunk >= of->first_chunk + l2_norm_chunks(of->length)) ++of;
+      with_element(of->dtype, [&](auto element) {
+        a.partials[chunk] = squares<decltype(element)>(*of, chunk - of->first_chunk);
       });
-    });
-    if (status) return status;
-  }
+    }
+  });
   double sum = 0;
   for (int64_t chunk = 0; chunk < a.chunks; ++chunk) sum += a.partials[chunk];
   *a.norm = static_cast<float>(std::sqrt(sum));

@@ -48,6 +48,17 @@ def test_the_residual_is_added_before(shape, dtype, instruction_set):
     assert torch.equal(dx, dresidual)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_sum_of_any_two_numbers_rounds_as_torch_rounds(dtype, instruction_set):
+    """Every pattern of 16 bits: denormals, ties, infinities and NaN are widened and rounded right."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    others = [x, x.flip(0), x.roll(1), x.roll(12345), torch.zeros_like(x), torch.full_like(x, 1.0)]
+    for residual in others:
+        _, total = residual_rms_norm(x, residual, torch.ones_like(x))
+        assert torch.equal(total.nan_to_num(7), (x + residual).nan_to_num(7))
+        assert torch.equal(total.isnan(), (x + residual).isnan())
+
+
 def test_only_the_sum_is_used():
     x, residual, weight = (t.requires_grad_() for t in arguments((3, 7), torch.float32))
     residual_rms_norm(x, residual, weight)[1].sum().backward()
