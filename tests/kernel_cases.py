@@ -6,8 +6,10 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
+from megatron_lite.kernels.code_maps import SIGNED, UNSIGNED
 from megatron_lite.kernels.sources import OPERATIONS
 
 for operation in OPERATIONS:
@@ -76,6 +78,43 @@ def _bias_gelu(shape, dtype):
             yield "bias_gelu_backward", (dy, x, bias, tanh)
 
 
+CODE_MAPS = {True: SIGNED, False: UNSIGNED}
+
+
+def nearest_codes(shares: torch.Tensor, signed: bool) -> np.ndarray:
+    """The nearest 8-bit codes by a search in float64, where the middles between fp32 neighbours are exact."""
+    values = np.array(CODE_MAPS[signed], dtype=np.float64)
+    return np.searchsorted((values[1:] + values[:-1]) / 2, shares.double().numpy(), side="right")
+
+
+def _quantize_blockwise(shape, dtype):
+    x = drawn(*shape, dtype=dtype)
+    for signed in (True, False):
+        yield "quantize_blockwise", (x, signed)
+        yield "dequantize_blockwise", (*torch.ops.megatron_lite.quantize_blockwise(x.abs(), signed), signed, dtype)
+
+
+RULE = (3, 1e-2, 0.9, 0.99, 1e-8, 0.1)
+
+
+def _adamw(shape, dtype):
+    parameters = [drawn(*shape, dtype=dtype), drawn(3, 700, seed=1)]
+    gradients = [drawn(*shape, seed=2), drawn(700, 3, dtype=dtype, seed=3).t()]
+    first = [drawn(*shape, seed=4), drawn(3, 700, seed=5)]
+    second = [drawn(*shape, seed=6).square(), drawn(3, 700, seed=7).square()]
+    yield "adamw", (parameters, gradients, first, second, *RULE)
+
+
+def _adamw8bit(shape, dtype):
+    _, (parameters, gradients, *moments, _, _, _, _, _, _) = next(_adamw(shape, dtype))
+    slots = []
+    for values, signed in zip(moments, (True, False), strict=True):
+        states = [torch.ops.megatron_lite.quantize_blockwise(value, signed) for value in values]
+        slots += map(list, zip(*states, strict=True))
+    for keep in (True, False):
+        yield "adamw8bit", (parameters, gradients, *slots, *RULE, keep)
+
+
 CASES: tuple[Callable[..., Iterator[tuple[str, tuple[Any, ...]]]], ...] = (
     _layer_norm,
     _rms_norm,
@@ -83,6 +122,9 @@ CASES: tuple[Callable[..., Iterator[tuple[str, tuple[Any, ...]]]], ...] = (
     _softmax,
     _swiglu,
     _bias_gelu,
+    _quantize_blockwise,
+    _adamw,
+    _adamw8bit,
 )
 
 

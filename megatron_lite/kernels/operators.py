@@ -30,7 +30,8 @@ def define(
 
     reference: the same in plain torch; its outputs are contiguous, new tensors.
     fake: shapes and dtypes alone, for meta tensors and torch.compile.
-    backward, setup_context: as `torch.library.register_autograd` takes them. Without them a gradient is refused.
+    backward, setup_context: as `torch.library.register_autograd` takes them. Without them a gradient is refused,
+        except by what updates its arguments in place: that is called under torch.no_grad().
     """
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -50,9 +51,10 @@ def define(
 
     _library.impl(name, first_call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"megatron_lite::{name}", fake, lib=_library)
-    torch.library.register_autograd(
-        f"megatron_lite::{name}", backward or refuse, setup_context=setup_context, lib=_library
-    )
+    if not operator._schema.is_mutable:
+        torch.library.register_autograd(
+            f"megatron_lite::{name}", backward or refuse, setup_context=setup_context, lib=_library
+        )
     OPERATORS[name] = reference
     return operator
 

@@ -14,7 +14,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 
-OPERATIONS = ("bias_gelu", "l2_norm", "layer_norm", "rms_norm", "softmax", "swiglu")
+OPERATIONS = (
+    "adamw",
+    "adamw8bit",
+    "bias_gelu",
+    "l2_norm",
+    "layer_norm",
+    "quantize_blockwise",
+    "rms_norm",
+    "softmax",
+    "swiglu",
+)
 
 # No -ffast-math: linked by g++ 12 it flushes denormals for the whole process, and a NaN must stay one. What
 # vector code does need is that nobody watches errno or traps; `omp simd reduction` names the sums that may be

@@ -18,6 +18,17 @@ def operator(name):
     return getattr(torch.ops.megatron_lite, name)
 
 
+def updates(name):
+    """The places of the arguments that an operator updates in place."""
+    return [i for i, argument in enumerate(operator(name).default._schema.arguments) if argument.is_write]
+
+
+def outcome(name, run, arguments):
+    """All tensors that a run gives or updates; it is given copies."""
+    arguments = tree_map_only(torch.Tensor, torch.Tensor.clone, arguments)
+    return [t for t in tree_leaves((run(*arguments), [arguments[i] for i in updates(name)])) if t is not None]
+
+
 def test_every_operator_has_a_case_a_file_and_native_code():
     assert {case.values[0] for case in EVERY} == set(OPERATORS)
     assert {name for name in OPERATORS if not native(name, "cpu")} == set()
@@ -29,9 +40,14 @@ def test_every_operator_has_a_case_a_file_and_native_code():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_native_code_equals_the_reference(shape, dtype, instruction_set):
     for name, arguments in cases(shape, dtype):
-        results = zip(*map(tree_leaves, (operator(name)(*arguments), OPERATORS[name](*arguments))), strict=True)
-        for ours, reference in results:
+        for ours, reference in zip(
+            outcome(name, operator(name), arguments), outcome(name, OPERATORS[name], arguments), strict=True
+        ):
             assert ours.is_contiguous() and reference.is_contiguous()
+            if not ours.dtype.is_floating_point:
+                # Where a last digit of what is quantised differs, a tie may fall to the other side.
+                torch.testing.assert_close(ours.int(), reference.int(), rtol=0, atol=1 if updates(name) else 0)
+                continue
             largest = reference.abs().max().item() if reference.numel() else 0
             # A row of one value has no variance: 1 / sqrt(epsilon) = 316 magnifies the rounding of a true zero.
             digit = torch.finfo(ours.dtype).eps * max(largest, 316 if shape[-1] == 1 else 0)
@@ -45,18 +61,20 @@ def test_torch_checks_pass(name, arguments):
 
 @pytest.mark.parametrize(("name", "arguments"), EVERY)
 def test_meta_tensors_give_shapes_and_dtypes(name, arguments):
-    real = tree_leaves(operator(name)(*arguments))
-    meta = tree_leaves(operator(name)(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), arguments)))
+    real = outcome(name, operator(name), arguments)
+    meta = outcome(name, operator(name), tree_map_only(torch.Tensor, lambda t: t.to("meta"), arguments))
     for one, other in zip(real, meta, strict=True):
         assert other.is_meta and (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
 
 @pytest.mark.parametrize(("name", "arguments"), EVERY)
 def test_inputs_are_left_alone(name, arguments):
-    before = tree_map_only(torch.Tensor, torch.Tensor.clone, arguments)
-    operator(name)(*arguments)
-    for one, other in zip(tree_leaves(before), tree_leaves(arguments), strict=True):
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    after = tree_map_only(torch.Tensor, torch.Tensor.clone, arguments)
+    operator(name)(*after)
+    for place, (before, now) in enumerate(zip(arguments, after, strict=True)):
+        if place not in updates(name):
+            for one, other in zip(tree_leaves(before), tree_leaves(now), strict=True):
+                assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_a_second_derivative_is_refused():
