@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,8 +146,17 @@ def running(folder: Path) -> Iterator[subprocess.Popen]:
     command = [*COMMAND, "--input", "-", "--output-prefix", f"{folder}/out", "--tokenizer-type", "ByteTokenizer"]
     command += ["--workers", "2", "--log-interval", "1"]
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=ENVIRONMENT
+        command,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+        # A shell that puts the tests in the background has its children ignore SIGINT, and they theirs.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    # A tool that does not end is killed, and then what is read of it ends too.
+    limit = threading.Timer(90, process.kill)
+    limit.start()
     children = []
     try:
         text = lines(["x" * 1000] * 8000)
@@ -157,6 +167,7 @@ def running(folder: Path) -> Iterator[subprocess.Popen]:
         children = psutil.Process(process.pid).children(recursive=True)
         yield process
     finally:
+        limit.cancel()
         process.kill()
         _, alive = psutil.wait_procs(children, timeout=10)
         for child in alive:
