@@ -2,8 +2,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-
 #include "base/binding.h"
 #include "adamw/adamw_bind.h"
 #include "adamw8bit/adamw8bit_bind.h"
@@ -36,10 +34,8 @@ struct Cuda {
     context.multiprocessors = multiprocessors(device);
   }
 
-  // Two blocks a multiprocessor fill it, one where a row takes 512 threads; a part has at least eight rows.
   static int64_t row_parts(const Tensor& at, int64_t rows, int64_t length) {
-    const int64_t blocks = length * static_cast<int64_t>(at.element_size()) > 16384 ? 1 : 2;
-    return std::clamp<int64_t>(rows / 8, 1, blocks * multiprocessors(at.get_device_index()));
+    return cuda::row_parts(multiprocessors(at.get_device_index()), rows, length * static_cast<int64_t>(at.element_size()));
   }
 
   static std::string explain(Status status) {

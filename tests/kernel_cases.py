@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_lite.kernels.code_maps import SIGNED, UNSIGNED
+from megatron_lite.kernels.operators import OPERATORS
 from megatron_lite.kernels.sources import OPERATIONS
 
 for operation in OPERATIONS:
@@ -158,3 +160,35 @@ def assert_as_exact_as(peer: torch.Tensor, ours: torch.Tensor, exact: torch.Tens
     assert error <= factor * peer_error + digit / 2, (
         f"error {error:.3g}, peer's {peer_error:.3g}, a digit is {digit:.3g}"
     )
+
+
+def operator(name: str) -> torch._ops.OpOverloadPacket:
+    return getattr(torch.ops.megatron_lite, name)
+
+
+def updates(name: str) -> list[int]:
+    """The places of the arguments that an operator updates in place."""
+    return [i for i, argument in enumerate(operator(name).default._schema.arguments) if argument.is_write]
+
+
+def outcome(name: str, run: Callable[..., Any], arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    """All tensors that a run gives or updates; it is given copies."""
+    arguments = tree_map_only(torch.Tensor, torch.Tensor.clone, arguments)
+    return [t for t in tree_leaves((run(*arguments), [arguments[i] for i in updates(name)])) if t is not None]
+
+
+def assert_equals_reference(name: str, arguments: tuple[Any, ...]) -> None:
+    """Raise unless an operator's native code gives what its reference gives, but for four last digits of the largest."""
+    rows_of_one = any(t.dim() and t.shape[-1] == 1 for t in tree_leaves(arguments) if isinstance(t, torch.Tensor))
+    for ours, reference in zip(
+        outcome(name, operator(name), arguments), outcome(name, OPERATORS[name], arguments), strict=True
+    ):
+        assert ours.is_contiguous() and reference.is_contiguous()
+        if not ours.dtype.is_floating_point:
+            # Where a last digit of what is quantised differs, a tie may fall to the other side.
+            torch.testing.assert_close(ours.int(), reference.int(), rtol=0, atol=1 if updates(name) else 0)
+            continue
+        largest = reference.abs().max().item() if reference.numel() else 0
+        # A row of one value has no variance: 1 / sqrt(epsilon) = 316 magnifies the rounding of a true zero.
+        digit = torch.finfo(ours.dtype).eps * max(largest, 316 if rows_of_one else 0)
+        torch.testing.assert_close(ours, reference, rtol=0, atol=4 * digit, msg=lambda said: f"{name}: {said}")

@@ -86,4 +86,14 @@ MEGATRON_LITE_INLINE int64_t part_begin(int64_t rows, int64_t parts, int64_t par
   return rows / parts * part + (part < remainder ? part : remainder);
 }
 
+namespace cuda {
+
+// One part a block: two blocks fill a multiprocessor, one where a row takes 512 threads; at least eight rows each.
+inline int64_t row_parts(int32_t multiprocessors, int64_t rows, int64_t row_bytes) {
+  const int64_t most = static_cast<int64_t>(multiprocessors) * (row_bytes > 16384 ? 1 : 2), parts = rows / 8;
+  return parts < 1 ? 1 : parts < most ? parts : most;
+}
+
+}  // namespace cuda
+
 }  // namespace megatron_lite

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import DTYPES, SHAPES, cases, drawn
+from kernel_cases import DTYPES, SHAPES, assert_equals_reference, cases, drawn, operator, outcome, updates
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_lite.kernels.layer_norm import layer_norm
@@ -12,21 +12,6 @@ from megatron_lite.kernels.sources import CSRC, OPERATIONS
 EVERY = [
     pytest.param(name, arguments, id=f"{i}-{name}") for i, (name, arguments) in enumerate(cases((3, 33), torch.float32))
 ]
-
-
-def operator(name):
-    return getattr(torch.ops.megatron_lite, name)
-
-
-def updates(name):
-    """The places of the arguments that an operator updates in place."""
-    return [i for i, argument in enumerate(operator(name).default._schema.arguments) if argument.is_write]
-
-
-def outcome(name, run, arguments):
-    """All tensors that a run gives or updates; it is given copies."""
-    arguments = tree_map_only(torch.Tensor, torch.Tensor.clone, arguments)
-    return [t for t in tree_leaves((run(*arguments), [arguments[i] for i in updates(name)])) if t is not None]
 
 
 def test_every_operator_has_a_case_a_file_and_native_code():
@@ -40,18 +25,7 @@ def test_every_operator_has_a_case_a_file_and_native_code():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_native_code_equals_the_reference(shape, dtype, instruction_set):
     for name, arguments in cases(shape, dtype):
-        for ours, reference in zip(
-            outcome(name, operator(name), arguments), outcome(name, OPERATORS[name], arguments), strict=True
-        ):
-            assert ours.is_contiguous() and reference.is_contiguous()
-            if not ours.dtype.is_floating_point:
-                # Where a last digit of what is quantised differs, a tie may fall to the other side.
-                torch.testing.assert_close(ours.int(), reference.int(), rtol=0, atol=1 if updates(name) else 0)
-                continue
-            largest = reference.abs().max().item() if reference.numel() else 0
-            # A row of one value has no variance: 1 / sqrt(epsilon) = 316 magnifies the rounding of a true zero.
-            digit = torch.finfo(ours.dtype).eps * max(largest, 316 if shape[-1] == 1 else 0)
-            torch.testing.assert_close(ours, reference, rtol=0, atol=4 * digit)
+        assert_equals_reference(name, arguments)
 
 
 @pytest.mark.parametrize(("name", "arguments"), EVERY)
