@@ -45,6 +45,8 @@ def notices(config: RunConfig) -> list[str]:
         found.append("--recompute-num-layers has no effect without --recompute-granularity full.")
     if config.model.swiglu and config.model.activation_func != "gelu_tanh":
         found.append(f"--activation-func {config.model.activation_func} has no effect with --swiglu.")
+    if config.kernels.memory_efficient_layer_norm and config.kernels.norm_backend == "torch":
+        found.append("--memory-efficient-layer-norm has no effect with --norm-backend torch.")
     return found
 
 
@@ -86,7 +88,7 @@ _AT_LEAST = {
     ),
     0: (
         "init_method_std z_loss min_lr lr_warmup_iters lr_warmup_samples lr_warmup_init weight_decay clip_grad "
-        "num_workers seed eval_interval ckpt_step"
+        "num_workers seed eval_interval ckpt_step loss_chunk_size"
     ),
 }
 _ABOVE_ZERO = (

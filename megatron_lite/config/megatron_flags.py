@@ -82,8 +82,9 @@ _MOE = f"mixture of experts is {_LATER}"
 _PIPELINE = f"pipeline parallelism is {_LATER}; use --tensor-model-parallel-size and --zero-stage 3"
 _CONTEXT = f"context and Ulysses sequence parallelism are {_LATER}; --sequence-parallel shortens activations"
 _FP8 = f"fp8 is {_LATER}; use --bf16"
-_FUSION = "fusion changes speed alone, and kernels are chosen by what the device has"
-_ATTENTION = "attention is torch's scaled_dot_product_attention, which picks the fastest kernel the device has"
+_FUSION = "fused kernels change speed alone, and are used wherever the device has them"
+_SDPA = "torch picks the flash, memory-efficient or plain kernel that the device has"
+_ATTENTION = "attention is chosen by --attention-backend"
 _TENSORBOARD = "every metric is in metrics.jsonl and TensorBoard"
 _OVERLAP = 'communication is DeepSpeed\'s; tune it by --deepspeed_config, "zero_optimization": {"overlap_comm": ...}'
 _DEEPSPEED_ZERO = 'give it in --deepspeed_config, under "zero_optimization"'
@@ -105,6 +106,7 @@ _MODEL = [
         "--max-position-embeddings --norm-epsilon --rotary-base --rotary-percent --hidden-dropout "
         "--attention-dropout --init-method-std --vocab-size --make-vocab-size-divisible-by"
     ),
+    *_same("--memory-efficient-layer-norm", 0),
     *_same("--swiglu --add-qkv-bias --untie-embeddings-and-output-weights --rotary-interleaved", 0),
     _mapped("--normalization", "--normalization {}", 1, values={"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}),
     _mapped(
@@ -134,9 +136,21 @@ _MODEL = [
     _mapped("--openai-gelu", "--activation-func gelu_tanh"),
     _mapped("--init-method-xavier-uniform", "--init-method xavier_uniform"),
     *_notice("--no-bias-gelu-fusion", f"{_FUSION}; the exact GELU is --activation-func gelu"),
-    *_notice("--attention-backend --transformer-impl", _ATTENTION, 1),
-    *_notice("--use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton", _ATTENTION),
-    *_notice("--use-flash-attn-builder --no-create-attention-mask-in-dataloader", _ATTENTION),
+    _mapped(
+        "--attention-backend",
+        "--attention-backend {}",
+        1,
+        _SDPA,
+        values={"flash": "sdpa", "fused": "sdpa", "unfused": "fused_softmax", "local": "fused_softmax"},
+    ),
+    *(
+        _mapped(name, "--attention-backend sdpa", reason=_SDPA)
+        for name in ("--use-flash-attn", "--use-flash-attn-v1", "--use-flash-attn-v2", "--use-flash-attn-triton")
+    ),
+    _mapped("--use-flash-attn-builder", "--attention-backend sdpa", reason=_SDPA),
+    *_notice("--no-create-attention-mask-in-dataloader", "causal masks are never made as tensors to train on"),
+    *_notice("--transformer-impl", f"{_INTERNAL}; {_ATTENTION}", 1),
+    _mapped("--disable-mem-efficient-ln", "--no-memory-efficient-layer-norm"),
     *_notice("--attention-softmax-in-fp32", "softmax is computed in fp32 always"),
     *_notice(
         "--no-query-key-layer-scaling --apply-query-key-layer-scaling",

@@ -6,6 +6,7 @@ import dataclasses
 
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.data import DataConfig
+from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.logging import LoggingConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.optimizer import OptimizerConfig
@@ -21,6 +22,7 @@ class RunConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
+    kernels: KernelsConfig = dataclasses.field(default_factory=KernelsConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)

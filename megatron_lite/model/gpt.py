@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import UserError
 from megatron_lite.model.block import Block
@@ -51,6 +52,7 @@ class GPT(nn.Module):
         *,
         vocab_size: int,
         seq_length: int,
+        kernels: KernelsConfig | None = None,
         sequence_parallel: bool = False,
         recompute: Recompute | None = None,
         seed: int | None = None,
@@ -59,6 +61,7 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.config = config
+        self.kernels = kernels or KernelsConfig()
         self.vocabulary = VocabularyPart.of(vocab_size, config.make_vocab_size_divisible_by, mesh)
         self.max_positions = config.max_position_embeddings or seq_length
         self._axis = TensorAxis(mesh, sequence_parallel and mesh.size("tensor") > 1)

@@ -74,6 +74,7 @@ def _empty_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int) -> GPT:
         mesh,
         vocab_size=vocab_size,
         seq_length=config.data.seq_length,
+        kernels=config.kernels,
         sequence_parallel=config.parallel.sequence_parallel,
         recompute=Recompute(
             config.training.recompute_granularity,

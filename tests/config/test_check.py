@@ -257,6 +257,9 @@ def test_notices_name_what_has_no_effect():
     assert "--sequence-parallel" in check.notices(config_of(sequence_parallel=True))[0]
     assert "--deepspeed_config" in check.notices(config_of(deepspeed_config="a.json", zero_stage=0))[0]
     assert check.notices(config_of(deepspeed_config="a.json", zero_stage=0, bf16=True)) == []
+    lean = {"memory_efficient_layer_norm": True}
+    assert "--memory-efficient-layer-norm" in check.notices(config_of(**lean, norm_backend="torch"))[0]
+    assert check.notices(config_of(**lean)) == check.notices(config_of(**lean, norm_backend="apex")) == []
 
 
 def test_fp16_needs_a_device_that_has_it():

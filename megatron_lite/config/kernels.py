@@ -1,0 +1,23 @@
+"""The kernels: which code computes a layer. A choice of speed and memory; no result beyond rounding depends on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelsConfig:
+    """Which code computes norms, attention and loss. No fact of the model: a run may change it when it goes on."""
+
+    norm_backend: Literal["native", "torch", "apex"] = "native"
+    """Norms by this project's kernels, by torch, or by NVIDIA's apex where it is installed."""
+    attention_backend: Literal["auto", "sdpa", "fused_softmax"] = "auto"
+    """Attention by torch's scaled_dot_product_attention (sdpa, and auto), or by two matrix products around
+    this project's softmax kernel, which keeps all attention probabilities for the backward pass."""
+    require_native_kernels: bool = False
+    """Refuse to start where a kernel would run as its reference in plain torch."""
+    memory_efficient_layer_norm: bool = False
+    """Norms keep their output, which the next layer keeps anyway, instead of their input for the backward pass."""
+    loss_chunk_size: int = 0
+    """Tokens whose logits are held at once for the loss; 0: all of a micro-batch."""
