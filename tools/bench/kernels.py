@@ -12,159 +12,33 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-import torch.nn.functional as F
+from kernel_cases.activations import activations
+from kernel_cases.case import Case, Contender, Setting
+from kernel_cases.norms import clipping, norms
+from kernel_cases.optimizers import optimizers
+from kernel_cases.softmax import softmaxes
 
 from megatron_lite.kernels import extension
-from megatron_lite.kernels.l2_norm import l2_norm
-from megatron_lite.kernels.layer_norm import layer_norm, residual_layer_norm
-from megatron_lite.kernels.rms_norm import residual_rms_norm, rms_norm
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-Contender = Callable[[], object]
-
-
-@dataclass
-class Case:
-    """One thing to time: the bytes it moves through memory at least, and who does it; "ours" comes first."""
-
-    operation: str
-    size: str
-    bytes: int
-    contenders: dict[str, Contender]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What every case of a run shares."""
-
-    rows: int
-    hidden: int
-    dtype: torch.dtype
-    device: torch.device
-    compiled: bool
-
-    def drawn(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=self.device, dtype=self.dtype)
-
-    @property
-    def size(self) -> str:
-        return f"[{self.rows}, {self.hidden}] {str(self.dtype).removeprefix('torch.')}"
-
-    def case(self, operation: str, tensors: int, **contenders: Contender | None) -> Case:
-        """A case that moves so many tensors of rows x hidden; contenders that are None are not installed."""
-        bytes = tensors * self.rows * self.hidden * self.dtype.itemsize
-        present = {name.replace("_", " "): run for name, run in contenders.items() if run}
-        return Case(operation, self.size, bytes, present)
-
-
-def peer(module: str, name: str) -> Any:
-    """Something of another project, or None where that is not installed or does not run."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, RuntimeError):
-        return None
-
-
-def compiled(setting: Setting, function: Callable[..., Any]) -> Callable[..., Any] | None:
-    return torch.compile(function, dynamic=False) if setting.compiled else None
-
-
-def applied(function: Callable[..., Any] | None, *arguments: Any) -> Contender | None:
-    return (lambda: function(*arguments)) if function else None
-
-
-def backward(
-    function: Callable[..., Any] | None, inputs: list[torch.Tensor], gradient: torch.Tensor
-) -> Contender | None:
-    """The gradient alone: the forward pass runs once, now."""
-    if function is None:
-        return None
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    output = function(*leaves)
-    return lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
-
-
-def norms(setting: Setting) -> Iterator[Case]:
-    """Layer and RMS norm. Forward reads and writes a tensor; backward reads two and writes one."""
-    x, residual, dy = (setting.drawn(setting.rows, setting.hidden) for _ in range(3))
-    weight, bias = setting.drawn(setting.hidden), setting.drawn(setting.hidden)
-    shape = weight.shape
-
-    def torch_layer(x, weight, bias):
-        return F.layer_norm(x, shape, weight, bias, 1e-5)
-
-    def torch_rms(x, weight):
-        return F.rms_norm(x, shape, weight, 1e-5)
-
-    def torch_residual_layer(x, residual, weight, bias):
-        total = x + residual
-        return F.layer_norm(total, shape, weight, bias, 1e-5), total
-
-    def torch_residual_rms(x, residual, weight):
-        total = x + residual
-        return F.rms_norm(total, shape, weight, 1e-5), total
-
-    on_gpu = setting.device.type == "cuda"
-    liger_layer = peer("liger_kernel.ops.layer_norm", "LigerLayerNormFunction") if on_gpu else None
-    liger_rms = peer("liger_kernel.ops.rms_norm", "LigerRMSNormFunction") if on_gpu else None
-    quack_rms = peer("quack", "rmsnorm") if on_gpu else None
-    for name, ours, theirs, arguments, peers in (
-        (
-            "layer_norm",
-            layer_norm,
-            torch_layer,
-            [x, weight, bias],
-            {"liger": liger_layer and (lambda x, w, b: liger_layer.apply(x, w, b, 1e-5))},
-        ),
-        (
-            "rms_norm",
-            rms_norm,
-            torch_rms,
-            [x, weight],
-            {"liger": liger_rms and (lambda x, w: liger_rms.apply(x, w, 1e-5)), "quack": quack_rms},
-        ),
-    ):
-        everyone = {"ours": ours, "torch": theirs, "torch_compiled": compiled(setting, theirs), **peers}
-        forward = {who: applied(function, *arguments) for who, function in everyone.items()}
-        with torch.no_grad():
-            yield setting.case(name, 2, **forward)
-        gradient = {who: backward(function, arguments, dy) for who, function in everyone.items()}
-        yield setting.case(f"{name}_backward", 3, **gradient)
-    for name, ours, theirs, arguments in (
-        ("residual_layer_norm", residual_layer_norm, torch_residual_layer, [x, residual, weight, bias]),
-        ("residual_rms_norm", residual_rms_norm, torch_residual_rms, [x, residual, weight]),
-    ):
-        everyone = {"ours": ours, "torch": theirs, "torch_compiled": compiled(setting, theirs)}
-        with torch.no_grad():
-            yield setting.case(name, 4, **{who: applied(function, *arguments) for who, function in everyone.items()})
-
-
-def clipping(setting: Setting) -> Iterator[Case]:
-    """The L2 norm of ten tensors, read once."""
-    tensors = list(setting.drawn(setting.rows, setting.hidden).chunk(10))
-    yield setting.case(
-        "l2_norm",
-        1,
-        ours=lambda: l2_norm(tensors),
-        torch=lambda: torch.nn.utils.get_total_norm(tensors),
-    )
-
-
-GROUPS = (norms, clipping)
+GROUPS = {
+    "norms": norms,
+    "clipping": clipping,
+    "softmax": softmaxes,
+    "activations": activations,
+    "optimizers": optimizers,
+}
 
 
 def seconds(run: Contender, device: torch.device) -> float:
@@ -233,6 +107,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--hidden", type=int, nargs="+", default=[1024])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--operations", nargs="+", help="only those whose name begins so")
     parser.add_argument("--rounds", type=int, default=51)
     parser.add_argument("--compile", action="store_true", help="torch.compile beside it (always on a GPU)")
@@ -253,7 +128,7 @@ def main() -> int:
         for hidden in options.hidden:
             compiling = options.compile or options.device == "cuda"
             setting = Setting(options.rows, hidden, getattr(torch, dtype), device, compiling)
-            for case in (case for group in GROUPS for case in group(setting)):
+            for case in (case for group in options.groups for case in GROUPS[group](setting)):
                 if not options.operations or case.operation.startswith(tuple(options.operations)):
                     results.append(measure(case, device, options.rounds))
                     print(row(results[-1]), flush=True)
