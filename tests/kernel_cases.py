@@ -177,8 +177,8 @@ def outcome(name: str, run: Callable[..., Any], arguments: tuple[Any, ...]) -> l
     return [t for t in tree_leaves((run(*arguments), [arguments[i] for i in updates(name)])) if t is not None]
 
 
-def assert_equals_reference(name: str, arguments: tuple[Any, ...]) -> None:
-    """Raise unless an operator's native code gives what its reference gives, but for four last digits of the largest."""
+def assert_equals_reference(name: str, arguments: tuple[Any, ...], digits: int = 4) -> None:
+    """Raise unless an operator's native code gives what its reference gives, but for last digits of the largest."""
     rows_of_one = any(t.dim() and t.shape[-1] == 1 for t in tree_leaves(arguments) if isinstance(t, torch.Tensor))
     for ours, reference in zip(
         outcome(name, operator(name), arguments), outcome(name, OPERATORS[name], arguments), strict=True
@@ -191,4 +191,4 @@ def assert_equals_reference(name: str, arguments: tuple[Any, ...]) -> None:
         largest = reference.abs().max().item() if reference.numel() else 0
         # A row of one value has no variance: 1 / sqrt(epsilon) = 316 magnifies the rounding of a true zero.
         digit = torch.finfo(ours.dtype).eps * max(largest, 316 if rows_of_one else 0)
-        torch.testing.assert_close(ours, reference, rtol=0, atol=4 * digit, msg=lambda said: f"{name}: {said}")
+        torch.testing.assert_close(ours, reference, rtol=0, atol=digits * digit, msg=lambda said: f"{name}: {said}")

@@ -35,6 +35,7 @@ part() { # name, command
 
 "$PYTHON" - "$on_cpu" <<'EOF' || exit 2
 import sys
+
 import torch
 
 missing = []
@@ -57,11 +58,15 @@ if [[ $only != bench ]]; then
 fi
 if [[ $only != tests ]]; then
     if [[ -n $on_cpu ]]; then
-        step=(--bf16 --shapes gpt2-tiny --turns 2 --steps 1) name=train_step-smoke
+        kernels=(--threads 1 --rows 64 --rounds 3 --groups norms activations) step=(--bf16 --shapes gpt2-tiny --turns 2 --steps 1)
+        device=smoke
     else
-        step=() name=train_step-gpu
+        # 64 MB a tensor or more: less fits into the card's cache.
+        kernels=(--device cuda --rows 32768 --hidden 1024 2048 4096 8192 16384 --dtypes bfloat16 float32) step=()
+        device=gpu
     fi
-    part 'training step' "$PYTHON" tools/bench/train_step.py "${step[@]}" --output "$OUT/$name.json"
+    part 'kernels' "$PYTHON" tools/bench/kernels.py "${kernels[@]}" --output "$OUT/kernels-$device.json"
+    part 'training step' "$PYTHON" tools/bench/train_step.py "${step[@]}" --output "$OUT/train_step-$device.json"
 fi
 
 if ((${#failed[@]})); then
