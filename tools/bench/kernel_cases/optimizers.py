@@ -27,7 +27,7 @@ def optimizers(setting: Setting) -> Iterator[Case]:
         elements * (3 * width + 16),
         {
             "ours": _ours(setting, sizes),
-            "torch fused": _stepper(torch.optim.AdamW, setting, sizes, fused=True),
+            "torch": _stepper(torch.optim.AdamW, setting, sizes, fused=True),
             "deepspeed": _deepspeed(setting, sizes),
             "bitsandbytes": _peer("AdamW32bit", setting, sizes),
         },
