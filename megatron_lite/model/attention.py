@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.forward_pass import ForwardPass, Site
 from megatron_lite.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -27,6 +28,7 @@ class Attention(nn.Module):
         config: ModelConfig,
         mesh: ProcessMesh,
         layer: int,
+        kernels: KernelsConfig,
         *,
         recompute_core: bool = False,
         device: torch.device | str | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.attention import Attention
 from megatron_lite.model.forward_pass import ForwardPass, Site
@@ -25,6 +26,7 @@ class Block(nn.Module):
         config: ModelConfig,
         mesh: ProcessMesh,
         layer: int,
+        kernels: KernelsConfig,
         *,
         recompute_core: bool = False,
         device: torch.device | str | None = None,
@@ -35,10 +37,9 @@ class Block(nn.Module):
         self._dropout = config.hidden_dropout
         self._post_norm = config.norm_position == "post"
         options = {"device": device, "dtype": dtype}
-        norm = (config.normalization, config.hidden_size, config.norm_epsilon, mesh)
-        self.attention_norm = Norm(*norm, **options)
-        self.attention = Attention(config, mesh, layer, recompute_core=recompute_core, **options)
-        self.mlp_norm = Norm(*norm, **options)
+        self.attention_norm = Norm(config, mesh, kernels, **options)
+        self.attention = Attention(config, mesh, layer, kernels, recompute_core=recompute_core, **options)
+        self.mlp_norm = Norm(config, mesh, kernels, **options)
         self.mlp = MLP(config, mesh, **options)
 
     def forward(self, hidden_SBH: torch.Tensor, run: ForwardPass) -> torch.Tensor:

@@ -75,11 +75,14 @@ class GPT(nn.Module):
         self.embedding = Embedding(config, mesh, self.vocabulary, self.max_positions, **options)
         recompute_core = self._recompute.granularity == "selective"
         self.layers = nn.ModuleDict(
-            {str(n): Block(config, mesh, n, recompute_core=recompute_core, **options) for n in range(config.num_layers)}
+            {
+                str(n): Block(config, mesh, n, self.kernels, recompute_core=recompute_core, **options)
+                for n in range(config.num_layers)
+            }
         )
         self.final_norm = None
         if config.norm_position == "pre":
-            self.final_norm = Norm(config.normalization, config.hidden_size, config.norm_epsilon, mesh, **options)
+            self.final_norm = Norm(config, mesh, self.kernels, **options)
         # A tied head holds the embedding's own parameter, which keeps the embedding's name.
         head_weight = self.embedding.word.weight
         if config.untie_embeddings_and_output_weights:

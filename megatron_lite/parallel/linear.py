@@ -8,6 +8,7 @@ parallelism is a mode of entering and leaving, not another layer (Korthikanti et
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from megatron_lite.parallel.collectives import (
 )
 from megatron_lite.parallel.layout import ParameterLayout, replicated, split
 from megatron_lite.parallel.process_mesh import ProcessMesh
+
+Activation = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(product, bias or None) to the activation of their sum."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +93,8 @@ class ColumnParallelLinear(nn.Module):
 
     `sections` are lengths of outputs that are each split (gate and up). With `replicas` r, r neighbouring
     ranks hold the same part (key/value heads fewer than ranks) and the weight's gradient is their sum.
-    The input comes from `TensorAxis.enter`. Raises ValueError when the ranks do not divide a section.
+    The input comes from `TensorAxis.enter`. An `activation` is called with the product and the bias, which it adds in
+    the same pass. Raises ValueError when the ranks do not divide a section.
     """
 
     def __init__(
@@ -114,9 +119,12 @@ class ColumnParallelLinear(nn.Module):
             self.bias = empty_parameter(layout, device=device, dtype=dtype)
         self._replicas = mesh.subgroup("tensor", replicas)
 
-    def forward(self, entered: torch.Tensor) -> torch.Tensor:
+    def forward(self, entered: torch.Tensor, activation: Activation | None = None) -> torch.Tensor:
         bias = None if self.bias is None else copy_to(self.bias, self._replicas)
-        return F.linear(entered, copy_to(self.weight, self._replicas), bias)
+        weight = copy_to(self.weight, self._replicas)
+        if activation is None:
+            return F.linear(entered, weight, bias)
+        return activation(F.linear(entered, weight), bias)
 
 
 class RowParallelLinear(nn.Module):

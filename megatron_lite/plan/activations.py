@@ -121,7 +121,7 @@ def _feed_forward(model: ModelConfig, tokens: int, element: int, tensor: int) ->
     """Bytes kept, and bytes its backward needs beside what it frees."""
     inner = tokens * (model.ffn_size // tensor) * element
     if model.swiglu:
-        return 3 * inner, 3 * inner
+        return 3 * inner, 2 * inner
     return (inner if model.activation_func == "relu" else 2 * inner), inner
 
 

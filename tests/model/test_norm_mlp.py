@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.block import Block
 from megatron_lite.model.forward_pass import ForwardPass
-from megatron_lite.model.mlp import ACTIVATIONS, swiglu
-from megatron_lite.model.norm import layer_norm, rms_norm
+from megatron_lite.model.mlp import ACTIVATIONS, MLP
+from megatron_lite.model.norm import Norm
 from megatron_lite.parallel.linear import TensorAxis
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
@@ -25,26 +27,31 @@ def _layer(values, weight, bias):
     return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
 
+@pytest.mark.parametrize(("kind", "formula"), [("RMSNorm", _rms), ("LayerNorm", _layer)])
 @pytest.mark.parametrize(
-    ("function", "formula", "vectors"),
+    ("backend", "dtype", "tolerance"),
     [
-        (lambda *a: rms_norm(*a, 1e-5), _rms, 1),
-        (lambda *a: layer_norm(*a, 1e-5), _layer, 2),
+        ("native", torch.float32, 1e-6),
+        ("native", torch.bfloat16, 6e-3),
+        ("torch", torch.float32, 1e-6),
+        ("torch", torch.bfloat16, 2e-2),  # torch rounds on the way
     ],
-    ids=["rms_norm", "layer_norm"],
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e3])
-def test_norms(function, formula, vectors, dtype, tolerance, scale):
+def test_norms(kind, formula, backend, dtype, tolerance, scale):
     generator = torch.Generator().manual_seed(0)
-    inputs = [scale * torch.randn(5, 3, 24, generator=generator)]
-    inputs += [torch.randn(24, generator=generator) for _ in range(vectors)]
+    mesh = ProcessMesh.create(MeshShape())
+    config = ModelConfig(hidden_size=24, normalization=kind)
+    norm = Norm(config, mesh, KernelsConfig(norm_backend=backend), dtype=dtype)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_(generator=generator)
+    hidden = (scale * torch.randn(5, 3, 24, generator=generator)).to(dtype)
     cotangent = torch.randn(3, 5, 24, generator=generator).to(dtype).transpose(0, 1)
 
-    inputs = [value.to(dtype) for value in inputs]
-    ours = [value.clone().requires_grad_() for value in inputs]
-    theirs = [value.double().requires_grad_() for value in inputs]
-    output, expected = function(*ours), formula(*theirs)
+    ours = [hidden.clone().requires_grad_(), *norm.parameters()]
+    theirs = [value.detach().double().requires_grad_() for value in ours]
+    output, expected = norm(ours[0], TensorAxis(mesh)), formula(*theirs)
     output.backward(cotangent)
     expected.backward(cotangent.double())
     assert output.dtype == dtype
@@ -62,16 +69,42 @@ def test_activations():
         "squared_relu": values.clamp(min=0) ** 2,
     }
     assert expected.keys() == ACTIVATIONS.keys()
+    values = values.float()
+    shift = torch.full((41,), 0.25)
     for name, reference in expected.items():
-        assert torch.allclose(ACTIVATIONS[name](values), reference), name
-    gate, up = values, values.flip(0) + 1
-    assert torch.allclose(swiglu(torch.cat((gate, up))), gate / (1 + torch.exp(-gate)) * up)
+        torch.testing.assert_close(ACTIVATIONS[name](values, None), reference.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ACTIVATIONS[name](values - shift, shift), reference.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "swiglu"])
+def test_the_layer_is_its_formula(activation):
+    config = ModelConfig(
+        hidden_size=16,
+        ffn_hidden_size=24,
+        swiglu=activation == "swiglu",
+        activation_func="relu" if activation == "swiglu" else activation,
+    )
+    mesh = ProcessMesh.create(MeshShape())
+    mlp = MLP(config, mesh)
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    hidden = torch.randn(6, 2, 16, generator=torch.Generator().manual_seed(0))
+    first = mlp.gate_up if config.swiglu else mlp.up
+    inner = F.linear(hidden, first.weight, first.bias)
+    if config.swiglu:
+        gate, up = inner.chunk(2, -1)
+        inner = F.silu(gate) * up
+    else:
+        inner = ACTIVATIONS[activation](inner, None)
+    expected = F.linear(inner, mlp.down.weight, mlp.down.bias)
+    torch.testing.assert_close(mlp(hidden, TensorAxis(mesh)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_post_norm_comes_after_the_addition():
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, norm_position="post")
     mesh = ProcessMesh.create(MeshShape())
-    block = Block(config, mesh, 0)
+    block = Block(config, mesh, 0, KernelsConfig())
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(0))
@@ -80,6 +113,6 @@ def test_post_norm_comes_after_the_addition():
     expected = block.mlp_norm(middle + block.mlp(middle, run.axis), run.axis)
     assert torch.equal(block(hidden, run), expected)
 
-    pre = Block(dataclasses.replace(config, norm_position="pre"), mesh, 0)
+    pre = Block(dataclasses.replace(config, norm_position="pre"), mesh, 0, KernelsConfig())
     pre.load_state_dict(block.state_dict())
     assert not torch.allclose(pre(hidden, run), expected)
