@@ -5,23 +5,6 @@
 namespace megatron_lite::cuda {
 namespace {
 
-// The largest of one value of each thread of a row, the same in all of them; called like row_sums.
-__device__ __forceinline__ float row_largest(float value) {
-#pragma unroll
-  for (int step = 16; step; step /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, step));
-  if (blockDim.x == 32) return value;
-  __shared__ float of_warps[32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warps = blockDim.x / 32, first = threadIdx.y * warps;
-  __syncthreads();
-  if (lane == 0) of_warps[first + warp] = value;
-  __syncthreads();
-  value = lane < warps ? of_warps[first + lane] : -INFINITY;
-#pragma unroll
-  for (int step = 16; step; step /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, step));
-  return value;
-}
-
 // The end of the packs that hold `visible` columns: what is beyond is not read.
 template <int kCount>
 __device__ __forceinline__ int64_t whole_packs(int64_t visible) {
