@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,24 +73,24 @@ def _softmax(shape, dtype):
     yield "softmax_backward", (drawn(*shape, dtype=dtype, seed=1), triangle, 0.5, True)
 
 
-def _cross_entropy(shape, dtype):
-    logits = (3 * drawn(*shape)).to(dtype).flatten(0, -2)
-    rows, length = logits.shape
-    # From before this part of the vocabulary to after it: some are ignored, some are elsewhere.
-    labels = torch.arange(rows) * 7 % (length + 4) - 2
-    for first, held in ((0, length), (1, length // 2), (3, 0)):
-        yield "cross_entropy_statistics", (logits, labels, first, held)
-        top, total, _, _ = torch.ops.megatron_lite.cross_entropy_statistics(logits, labels, 0, length)
-        gradient = drawn(rows, seed=1) * (torch.arange(rows) % 5 != 4)
-        yield "cross_entropy_gradient_", (logits, labels, top, 1 / total, gradient, first, held, 0.1, 2 * length)
-
-
 def _bias_gelu(shape, dtype):
     x, dy = drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype, seed=1)
     for bias in (drawn(shape[-1], dtype=dtype, seed=2), None):
         for tanh in (True, False):
             yield "bias_gelu", (x, bias, tanh)
             yield "bias_gelu_backward", (dy, x, bias, tanh)
+
+
+def _rotary(shape, dtype):
+    positions, size = math.prod(shape[:-1]), shape[-1]
+    for batch, pairs in ((1, size // 2), (2, size // 4)):
+        angles = drawn(positions, batch, pairs, seed=1)
+        # Heads before the batch in memory, in a case of two.
+        heads = drawn(positions, 3, batch, size, dtype=dtype).transpose(1, 2)
+        for interleaved in (True, False):
+            rotation = angles.cos(), angles.sin(), interleaved, batch == 2
+            yield "rotary", (heads, *rotation, False)
+            yield "rotary_", (heads.contiguous(), *rotation)
 
 
 CODE_MAPS = {True: SIGNED, False: UNSIGNED}
@@ -134,9 +135,9 @@ CASES: tuple[Callable[..., Iterator[tuple[str, tuple[Any, ...]]]], ...] = (
     _rms_norm,
     _l2_norm,
     _softmax,
-    _cross_entropy,
     _swiglu,
     _bias_gelu,
+    _rotary,
     _quantize_blockwise,
     _adamw,
     _adamw8bit,

@@ -18,11 +18,11 @@ OPERATIONS = (
     "adamw",
     "adamw8bit",
     "bias_gelu",
-    "cross_entropy",
     "l2_norm",
     "layer_norm",
     "quantize_blockwise",
     "rms_norm",
+    "rotary",
     "softmax",
     "swiglu",
 )
