@@ -73,6 +73,18 @@ def _softmax(shape, dtype):
     yield "softmax_backward", (drawn(*shape, dtype=dtype, seed=1), triangle, 0.5, True)
 
 
+def _cross_entropy(shape, dtype):
+    logits = (3 * drawn(*shape)).to(dtype).flatten(0, -2)
+    rows, length = logits.shape
+    # From before this part of the vocabulary to after it: some are ignored, some are elsewhere.
+    labels = torch.arange(rows) * 7 % (length + 4) - 2
+    for first, held in ((0, length), (1, length // 2), (3, 0)):
+        yield "cross_entropy_statistics", (logits, labels, first, held)
+        top, total, _, _ = torch.ops.megatron_lite.cross_entropy_statistics(logits, labels, 0, length)
+        gradient = drawn(rows, seed=1) * (torch.arange(rows) % 5 != 4)
+        yield "cross_entropy_gradient_", (logits, labels, top, 1 / total, gradient, first, held, 0.1, 2 * length)
+
+
 def _bias_gelu(shape, dtype):
     x, dy = drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype, seed=1)
     for bias in (drawn(shape[-1], dtype=dtype, seed=2), None):
@@ -135,6 +147,7 @@ CASES: tuple[Callable[..., Iterator[tuple[str, tuple[Any, ...]]]], ...] = (
     _rms_norm,
     _l2_norm,
     _softmax,
+    _cross_entropy,
     _swiglu,
     _bias_gelu,
     _rotary,

@@ -18,6 +18,7 @@ OPERATIONS = (
     "adamw",
     "adamw8bit",
     "bias_gelu",
+    "cross_entropy",
     "l2_norm",
     "layer_norm",
     "quantize_blockwise",
