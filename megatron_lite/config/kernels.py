@@ -13,8 +13,8 @@ class KernelsConfig:
     norm_backend: Literal["native", "torch", "apex"] = "native"
     """Norms by this project's kernels, by torch, or by NVIDIA's apex where it is installed."""
     attention_backend: Literal["auto", "sdpa", "fused_softmax"] = "auto"
-    """Attention by torch's scaled_dot_product_attention (sdpa, and auto), or by two matrix products around
-    this project's softmax kernel, which keeps all attention probabilities for the backward pass."""
+    """Attention by torch's scaled_dot_product_attention, or by two matrix products around this project's
+    softmax kernel, which keeps all probabilities; auto: the latter for dropout on a CPU, else the former."""
     require_native_kernels: bool = False
     """Refuse to start where a kernel would run as its reference in plain torch."""
     memory_efficient_layer_norm: bool = False

@@ -2,7 +2,7 @@
 
 After Korthikanti et al. 2022, with what this code saves: a norm keeps its input, linear layers that read
 the same tensor keep it once, `scaled_dot_product_attention` keeps query, key, value, output and a
-log-sum-exp instead of the square, and the cross-entropy keeps one fp32 copy of the logits. A test
+log-sum-exp instead of the square that the softmax kernel keeps, and the cross-entropy keeps one fp32 copy of the logits. A test
 holds the formulas to what torch's allocator counts.
 """
 
@@ -67,7 +67,7 @@ def plan_activations(
     dropout = mask if model.hidden_dropout else 0
     granularity = granularity or training.recompute_granularity
 
-    projected, core, core_temporary = _attention(model, training, config.data.seq_length, element, tensor, device_type)
+    projected, core, core_temporary = _attention(config, element, device_type)
     feed_forward, feed_forward_temporary = _feed_forward(model, tokens, element, tensor)
     first_half = norm + whole + dropout + projected
     second_half = norm + whole + dropout + feed_forward
@@ -99,21 +99,31 @@ def _norm_statistics(model: ModelConfig, element: int, residual: int, device_typ
     return 2 * tokens * (element if device_type == "cpu" else FP32)
 
 
-def _attention(
-    model: ModelConfig, training: TrainingConfig, seq_length: int, element: int, tensor: int, device_type: str
-) -> tuple[int, int, int]:
+def _attention(config: RunConfig, element: int, device_type: str) -> tuple[int, int, int]:
     """Bytes of the core's inputs and output, what the core keeps beside them, and what its backward needs."""
-    tokens = training.micro_batch_size * seq_length
+    model, batch, seq_length = config.model, config.training.micro_batch_size, config.data.seq_length
+    tensor = config.parallel.tensor_model_parallel_size
+    tokens = batch * seq_length
     heads = model.num_attention_heads // tensor
     query = tokens * heads * model.head_dim
     keys = tokens * max(1, model.kv_heads // tensor) * model.head_dim
-    # Rotated keys are a copy, while the values still hold the whole key/value projection.
-    inputs = query + 2 * keys + (keys if model.position_embedding_type == "rope" else 0)
+    square = tokens * heads * seq_length
+    backend, dropout = config.kernels.attention_backend, bool(model.attention_dropout)
+    fused_softmax = backend == "fused_softmax" or (backend == "auto" and dropout and device_type == "cpu")
+    inputs = query + 2 * keys
+    if model.position_embedding_type == "rope" and not (fused_softmax and batch > 1):
+        # Rotated keys are a copy, while the values still hold the whole key/value projection. A product over
+        # several sequences takes its own copy of them.
+        inputs += keys
     kept = (inputs + query) * element
-    if device_type == "cpu" and model.attention_dropout:
+    if fused_softmax:
+        noise = square * (element if device_type == "cpu" else 1)
+        if dropout:
+            return kept, 2 * square * element + noise, square * element
+        return kept, square * element, 2 * square * element
+    if device_type == "cpu" and dropout:
         # torch's CPU kernel has no dropout: probabilities, noise and their product are kept, all in fp32.
-        square = tokens * heads * seq_length * FP32
-        return kept, 3 * square + (query + 2 * keys) * (FP32 - element), square
+        return kept, 3 * square * FP32 + (query + 2 * keys) * (FP32 - element), square * FP32
     return kept, tokens * heads * FP32, 0
 
 

@@ -7,6 +7,7 @@ import torch
 from allocations import Allocations
 
 from megatron_lite.config.data import DataConfig
+from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.precision import PrecisionConfig
@@ -20,6 +21,7 @@ from megatron_lite.plan.activations import plan_activations
 from megatron_lite.plan.memory import moments
 
 VOCAB = 500
+DEFAULT = KernelsConfig()
 GPT2 = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 LLAMA = GPT2 | {
     "normalization": "RMSNorm", "position_embedding_type": "rope", "swiglu": True, "add_bias_linear": False,
@@ -35,7 +37,7 @@ def measured(config):
     dtype = torch.bfloat16 if config.precision.bf16 else torch.float32
     model = GPT(
         config.model, ProcessMesh(MeshShape(), 0), vocab_size=VOCAB, seq_length=config.data.seq_length,
-        recompute=recompute, seed=1, dtype=dtype,
+        kernels=config.kernels, recompute=recompute, seed=1, dtype=dtype,
     ).train()  # fmt: skip
     tokens = torch.randint(0, VOCAB, (training.micro_batch_size, config.data.seq_length))
     batch = (tokens, tokens.roll(1, 1), torch.ones_like(tokens, dtype=torch.float32))
@@ -49,10 +51,11 @@ def measured(config):
     return allocations.alive("forward done"), allocations.peak("forward done", "backward done")
 
 
-def run_config(model, *, bf16=False, batch=2, seq_length=128, **training):
+def run_config(model, *, bf16=False, batch=2, seq_length=128, kernels=DEFAULT, **training):
     return RunConfig(
         model=ModelConfig(**model),
         precision=PrecisionConfig(bf16=bf16),
+        kernels=kernels,
         data=DataConfig(seq_length=seq_length),
         training=TrainingConfig(micro_batch_size=batch, **training),
     )
@@ -68,6 +71,13 @@ CASES = {
     "gpt2 attention dropout selective": run_config(
         GPT2 | {"attention_dropout": 0.1}, recompute_granularity="selective"
     ),
+    "gpt2 attention dropout bf16 by torch": run_config(
+        GPT2 | {"attention_dropout": 0.1}, bf16=True, kernels=KernelsConfig(attention_backend="sdpa")
+    ),
+    "gpt2 fused softmax": run_config(GPT2, kernels=KernelsConfig(attention_backend="fused_softmax")),
+    "gpt2 fused softmax bf16": run_config(
+        GPT2, bf16=True, batch=1, kernels=KernelsConfig(attention_backend="fused_softmax")
+    ),
     "gpt2 post-norm": run_config(GPT2 | {"norm_position": "post"}),
     "gpt2 relu": run_config(GPT2 | {"activation_func": "relu"}),
     "gpt2 squared relu": run_config(GPT2 | {"activation_func": "squared_relu"}),
@@ -75,6 +85,7 @@ CASES = {
     "llama": run_config(LLAMA),
     "llama bf16": run_config(LLAMA, bf16=True),
     "llama dropout bf16": run_config(LLAMA | {"hidden_dropout": 0.1}, bf16=True),
+    "llama fused softmax": run_config(LLAMA, kernels=KernelsConfig(attention_backend="fused_softmax")),
     "llama full": run_config(LLAMA, recompute_granularity="full"),
     "llama full, groups of 3": run_config(LLAMA, recompute_granularity="full", recompute_num_layers=3),
     "gpt2 full, a block of 1": run_config(
