@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_lite import log
 from megatron_lite.checkpoint import store
-from megatron_lite.checkpoint.manifest import FILE_NAME, read_manifest
+from megatron_lite.checkpoint.manifest import FILE_NAME, box_bytes, read_manifest
 from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
 from megatron_lite.checkpoint.shard import ShardReader
 from megatron_lite.errors import CheckpointError
@@ -78,7 +78,7 @@ def verify(
             if not name.startswith(only):
                 continue
             for box in tensor.boxes:
-                nbytes = box.rectangle.size * tensor.item_bytes
+                nbytes = box_bytes(tensor.dtype, box.rectangle.size)
                 for index in range(len(box.crc32)):
                     if turn % parts == part:
                         reader.chunk(box, nbytes, index)

@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_lite.checkpoint.boxes import Rectangle, rectangles_of
-from megatron_lite.checkpoint.manifest import Manifest, StoredBox, StoredTensor, read_manifest
+from megatron_lite import log
+from megatron_lite.checkpoint.arrival import Arrival, Values
+from megatron_lite.checkpoint.boxes import rectangles_of
+from megatron_lite.checkpoint.manifest import (
+    CODE_DTYPES,
+    ITEM_BYTES,
+    Manifest,
+    StoredBox,
+    absmax_bytes,
+    box_bytes,
+    read_manifest,
+)
 from megatron_lite.checkpoint.piece import DTYPES, Piece
 from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
 from megatron_lite.checkpoint.shard import ShardReader
@@ -31,7 +41,8 @@ def load(
 
     With `only`, pieces and stored tensors whose names do not begin with it are left alone
     (`only="weight/"` takes no optimizer state). With `cast`, values are rounded to the dtype of the
-    piece they go to. Every byte that is used has been checked.
+    piece they go to; without it only 8-bit codes and fp32 may take each other's place, which is said in the
+    log. Every byte that is used has been checked.
 
     Raises CheckpointError on all ranks alike when a tensor is missing, superfluous, of another shape
     or dtype, or damaged. `pieces` may then have been written in part.
@@ -40,6 +51,7 @@ def load(
     wanted = [piece for piece in pieces if piece.name.startswith(only)]
     try:
         manifest = _read_and_match(folder, wanted, ranks, only, cast)
+        _tell_conversions(folder, manifest, wanted)
         together(ranks, lambda: _fill(folder, manifest, wanted))
     except RankFailures as failures:
         raise CheckpointError(f"{folder} cannot be loaded: {failures}") from failures
@@ -47,12 +59,12 @@ def load(
 
 
 def read_tensor(folder: str | os.PathLike[str], name: str) -> torch.Tensor:
-    """One whole tensor of a checkpoint, on the CPU, in its stored dtype. Raises CheckpointError."""
+    """One whole tensor of a checkpoint, on the CPU, in its stored dtype; fp32 of 8-bit codes. Raises CheckpointError."""
     manifest = read_manifest(folder)
     if name not in manifest.tensors:
         raise CheckpointError(f"{folder} holds no tensor {name!r}; it holds {_some(manifest.tensors)}")
     stored = manifest.tensors[name]
-    whole = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    whole = torch.empty(stored.shape, dtype=DTYPES.get(stored.dtype, torch.float32))
     _fill(Path(folder), manifest, [Piece(name, stored.shape, (0,) * len(stored.shape), whole, owned=False)])
     return whole
 
@@ -91,10 +103,25 @@ def _differing(wanted: list[Piece], manifest: Manifest, cast: bool) -> list[str]
     found = {}
     for piece in wanted:
         stored = manifest.tensors.get(piece.name)
-        if stored and (stored.shape != piece.global_shape or (stored.dtype != piece.dtype_name and not cast)):
+        if stored and (stored.shape != piece.global_shape or not (cast or _fits(stored.dtype, piece.dtype_name))):
             there = f"{stored.dtype} {list(stored.shape)} there"
             found[piece.name] = f"{piece.name} is {there} and {piece.dtype_name} {list(piece.global_shape)} here"
     return list(found.values())
+
+
+def _fits(there: str, here: str) -> bool:
+    return there == here or (there in CODE_DTYPES and here == "F32") or (there == "F32" and here in CODE_DTYPES)
+
+
+def _tell_conversions(folder: Path, manifest: Manifest, wanted: list[Piece]) -> None:
+    pairs = {
+        piece.name: (manifest.tensors[piece.name].dtype in CODE_DTYPES, piece.absmax is not None) for piece in wanted
+    }
+    for (there, here), count in Counter(pairs.values()).items():
+        if there and not here:
+            log.note(f"{count} tensors of {folder} are 8-bit codes and become fp32 here")
+        elif here and not there:
+            log.note(f"{count} tensors of {folder} are fp32 and become 8-bit codes here")
 
 
 def _mismatch(
@@ -132,32 +159,39 @@ def _fill(folder: Path, manifest: Manifest, pieces: list[Piece]) -> None:
     with ShardReader(folder, manifest) as reader:
         for name, group in by_name.items():
             stored = manifest.tensors[name]
+            arrivals = [Arrival(piece, stored) for piece in group]
             for box in stored.boxes:
-                touched = [piece for piece in group if piece.rectangle.overlap(box.rectangle)]
+                touched = [arrival for arrival in arrivals if arrival.rectangle.overlap(box.rectangle)]
                 if touched:
-                    _fill_from_box(reader, manifest.chunk_bytes, stored, box, touched)
+                    _fill_from_box(reader, manifest.chunk_bytes, stored.dtype, box, touched)
+            for arrival in arrivals:
+                arrival.finish()
 
 
-def _fill_from_box(
-    reader: ShardReader, chunk_bytes: int, stored: StoredTensor, box: StoredBox, pieces: list[Piece]
-) -> None:
-    """Copy what `pieces` want of one box, chunk by chunk; a chunk is a few rectangles of its box."""
-    dtype, chunk_values = DTYPES[stored.dtype], chunk_bytes // stored.item_bytes
-    overlaps = [piece.rectangle.overlap(box.rectangle) for piece in pieces]
+def _fill_from_box(reader: ShardReader, chunk_bytes: int, dtype: str, box: StoredBox, arrivals: list[Arrival]) -> None:
+    """Copy what `arrivals` want of one box, chunk by chunk; a chunk is a few rectangles of its box."""
+    head, item = absmax_bytes(dtype, box.rectangle.size), ITEM_BYTES[dtype]
+    absmax = torch.empty(head // 4)
+    overlaps = [arrival.rectangle.overlap(box.rectangle) for arrival in arrivals]
     ranges = [overlap.flat_range_in(box.rectangle) for overlap in overlaps if overlap]
     begin, end = min(first for first, _ in ranges), max(last for _, last in ranges)
-    for index in range(begin // chunk_values, -(-end // chunk_values)):
-        first = index * chunk_values
-        last = min(first + chunk_values, box.rectangle.size)
-        copies: list[tuple[Piece, Rectangle, Rectangle, int]] = []
-        for part, flat in rectangles_of(box.rectangle.shape, first, last):
-            source = part.moved(box.rectangle.start)
-            for piece in pieces:
-                if shared := source.overlap(piece.rectangle):
-                    copies.append((piece, shared, source, flat - first))
-        if not copies:
+    wanted = {*_chunks(0, head, chunk_bytes), *_chunks(head + begin * item, head + end * item, chunk_bytes)}
+    for index in sorted(wanted):
+        raw = reader.chunk(box, box_bytes(dtype, box.rectangle.size), index)
+        at = index * chunk_bytes
+        absmax.view(torch.uint8)[at : at + len(raw)] = torch.frombuffer(raw, dtype=torch.uint8)[: max(0, head - at)]
+        if at + len(raw) <= head:
             continue
-        values = torch.frombuffer(reader.chunk(box, box.rectangle.size * stored.item_bytes, index), dtype=dtype)
-        for piece, shared, source, offset in copies:
-            held = values[offset : offset + source.size].view(source.shape)[shared.slices_in(source)]
-            piece.tensor.detach()[shared.slices_in(piece.rectangle)].copy_(held)
+        values = Values(dtype, raw[max(0, head - at) :], absmax, first=max(0, at - head) // item)
+        for part, flat in rectangles_of(box.rectangle.shape, values.first, values.last):
+            source = part.moved(box.rectangle.start)
+            for arrival in arrivals:
+                if shared := source.overlap(arrival.rectangle):
+                    arrival.take(shared, source, values, flat)
+    for arrival in arrivals:
+        arrival.take_absmax(box, absmax)
+
+
+def _chunks(first: int, last: int, chunk_bytes: int) -> range:
+    """The chunks that hold bytes [first, last)."""
+    return range(first // chunk_bytes, -(-last // chunk_bytes))

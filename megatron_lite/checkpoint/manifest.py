@@ -14,6 +14,10 @@
     sha256                   of all bytes before this last line
 
 The boxes of a tensor tile it exactly, and the boxes in a file tile what follows its header.
+
+Besides the dtypes of safetensors there are two of 8-bit codes, by the signed and the unsigned map of
+`kernels.code_maps`. Each box of such a tensor is quantised by itself, in blocks of 256 elements of its
+row-major order; its bytes are the blocks' absmax in fp32, then the codes.
 A reader trusts nothing here: see `parse`.
 """
 
@@ -32,14 +36,19 @@ from typing import Any, BinaryIO
 
 from megatron_lite.checkpoint.boxes import Rectangle, tiling_fault
 from megatron_lite.errors import CheckpointError
+from megatron_lite.kernels.code_maps import BLOCK, blocks
 
 FILE_NAME = "manifest.json"
 FORMAT = "megatron_lite checkpoint"
 FORMAT_VERSION = 1
 CHUNK_BYTES = 4 * 2**20
 
-#: Bytes of one value, by the names the safetensors format gives the dtypes.
+#: The dtypes of 8-bit codes, and whether their map is the signed one.
+CODE_DTYPES = {f"Q8S{BLOCK}": True, f"Q8U{BLOCK}": False}
+
+#: Bytes of one value, by the names the safetensors format gives the dtypes; of a code, without its absmax.
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ITEM_BYTES |= dict.fromkeys(CODE_DTYPES, 1)
 
 _HEAD_KEYS = ("format", "format_version", "step", "layout", "config", "config_sha256", "versions", "state")
 _KEYS = frozenset((*_HEAD_KEYS, "chunk_bytes", "files", "tensors", "sha256"))
@@ -81,9 +90,15 @@ class StoredTensor:
     shape: tuple[int, ...]
     boxes: tuple[StoredBox, ...]
 
-    @property
-    def item_bytes(self) -> int:
-        return ITEM_BYTES[self.dtype]
+
+def absmax_bytes(dtype: str, elements: int) -> int:
+    """Bytes that the absmax of a box's blocks takes; 0 for a dtype that is not of codes."""
+    return 4 * blocks(elements) if dtype in CODE_DTYPES else 0
+
+
+def box_bytes(dtype: str, elements: int) -> int:
+    """Bytes that a box of so many elements takes."""
+    return absmax_bytes(dtype, elements) + ITEM_BYTES[dtype] * elements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +322,7 @@ def _tensor(field: str, entry: Any, chunk_bytes: int) -> StoredTensor:
     boxes = []
     for index, box in enumerate(_list(entry["boxes"], f"{field}.boxes")):
         try:
-            boxes.append(_box(box, shape, ITEM_BYTES[dtype], chunk_bytes))
+            boxes.append(_box(box, shape, dtype, chunk_bytes))
         except _Fault as fault:
             raise _Fault(f"{field}.boxes[{index}].{fault}") from None
     fault = tiling_fault(shape, (box.rectangle for box in boxes))
@@ -315,14 +330,14 @@ def _tensor(field: str, entry: Any, chunk_bytes: int) -> StoredTensor:
     return StoredTensor(dtype, shape, tuple(boxes))
 
 
-def _box(entry: Any, whole: tuple[int, ...], item_bytes: int, chunk_bytes: int) -> StoredBox:
+def _box(entry: Any, whole: tuple[int, ...], dtype: str, chunk_bytes: int) -> StoredBox:
     # There may be a million of these: no message is put together before it is needed.
     _keys(_object(entry, "value"), _BOX_KEYS, "value")
     start, shape = _integers(entry["start"], "start"), _integers(entry["shape"], "shape", low=1)
     if not (len(start) == len(shape) == len(whole) and all(map(_fits, start, shape, whole))):
         raise _Fault(f"start is {list(start)} with shape {list(shape)}: not inside a tensor of shape {list(whole)}")
     rectangle = Rectangle(start, shape)
-    size = rectangle.size * item_bytes
+    size = box_bytes(dtype, rectangle.size)
     byte_range = _integers(entry["bytes"], "bytes")
     if len(byte_range) != 2 or byte_range[1] - byte_range[0] != size:
         raise _Fault(f"bytes is {list(byte_range)}, not a range of {size} bytes")
@@ -343,7 +358,7 @@ def _check_files_are_tiled(files: dict[str, StoredFile], tensors: dict[str, Stor
         for box in tensor.boxes:
             if box.file not in ranges:
                 raise _Fault(f"tensors.{name}.boxes are in {_shown(box.file)}, which files does not list")
-            last = box.first_byte + box.rectangle.size * tensor.item_bytes
+            last = box.first_byte + box_bytes(tensor.dtype, box.rectangle.size)
             ranges[box.file].append((box.first_byte, last, name))
     for file, entry in files.items():
         position = entry.header_size

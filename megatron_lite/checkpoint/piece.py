@@ -7,6 +7,8 @@ import dataclasses
 import torch
 
 from megatron_lite.checkpoint.boxes import Rectangle
+from megatron_lite.checkpoint.manifest import CODE_DTYPES, box_bytes
+from megatron_lite.kernels.code_maps import blocks
 
 #: The dtypes a checkpoint may hold, by the names the safetensors format gives them.
 DTYPES = {
@@ -38,6 +40,10 @@ class Piece:
     tensor: torch.Tensor
     owned: bool
     """This rank writes it; over all ranks every element is owned exactly once."""
+    absmax: torch.Tensor | None = None
+    """Where `tensor` holds 8-bit codes, quantised as this one piece: fp32, one for each block."""
+    signed: bool = False
+    """Which map the codes are of."""
 
     def __post_init__(self) -> None:
         rectangle = self.rectangle
@@ -46,6 +52,13 @@ class Piece:
             raise ValueError(f"{rectangle} is not a rectangle of {self.name}, which has shape {self.global_shape}")
         if self.tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{self.name} is {self.tensor.dtype}; a checkpoint holds {', '.join(DTYPES)}")
+        if self.absmax is not None:
+            wanted = torch.uint8, torch.float32, (blocks(rectangle.size),)
+            if (self.tensor.dtype, self.absmax.dtype, self.absmax.shape) != wanted:
+                raise ValueError(
+                    f"{self.name} has codes {self.tensor.dtype} {rectangle} and absmax {self.absmax.dtype} "
+                    f"{tuple(self.absmax.shape)}; {wanted} is needed"
+                )
 
     @property
     def rectangle(self) -> Rectangle:
@@ -53,9 +66,24 @@ class Piece:
 
     @property
     def dtype_name(self) -> str:
-        return DTYPE_NAMES[self.tensor.dtype]
+        if self.absmax is None:
+            return DTYPE_NAMES[self.tensor.dtype]
+        return next(name for name, signed in CODE_DTYPES.items() if signed == self.signed)
+
+    @property
+    def nbytes(self) -> int:
+        return box_bytes(self.dtype_name, self.rectangle.size)
 
     def bytes_view(self) -> memoryview:
-        """The values in row-major order as bytes: live memory where it is contiguous and on the CPU."""
-        flat = self.tensor.detach().contiguous().cpu().reshape(-1)
-        return memoryview(flat.view(torch.uint8).numpy())
+        """The values in row-major order as bytes: live memory where it is contiguous and on the CPU.
+
+        Of 8-bit codes a copy: their absmax comes first.
+        """
+        flat = _bytes(self.tensor)
+        if self.absmax is not None:
+            flat = torch.cat([_bytes(self.absmax), flat])
+        return memoryview(flat.numpy())
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)

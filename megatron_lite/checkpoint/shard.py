@@ -2,6 +2,7 @@
 
 A box of a tensor is stored row-major, little-endian, under the tensor's name followed by its place in
 slice notation (`weight/embedding.weight[0:512,0:64]`), or under the name alone if it is the whole tensor.
+8-bit codes have no dtype in that format: such a box is so many bytes there, and the manifest says what they are.
 Every chunk of a box has a CRC-32 in the manifest, so a reader checks just what it reads.
 """
 
@@ -56,11 +57,11 @@ class ShardPlan:
         header: dict[str, Any] = {"__metadata__": {"format": "pt", "step": str(step)}}
         ends = [0]
         for piece in held:
-            ends.append(ends[-1] + piece.tensor.nbytes)
-            is_whole = piece.rectangle.shape == piece.global_shape
+            ends.append(ends[-1] + piece.nbytes)
+            is_whole, is_coded = piece.rectangle.shape == piece.global_shape, piece.absmax is not None
             header[piece.name if is_whole else f"{piece.name}{piece.rectangle}"] = {
-                "dtype": piece.dtype_name,
-                "shape": piece.rectangle.shape,
+                "dtype": "U8" if is_coded else piece.dtype_name,
+                "shape": (piece.nbytes,) if is_coded else piece.rectangle.shape,
                 "data_offsets": ends[-2:],
             }
         text = json.dumps(header, separators=(",", ":")).encode()

@@ -11,8 +11,8 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule. Warm-up and decay lengths are given in iterations,
     samples or a fraction of the decay, in one unit only."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer; Megatron's "adam" means adamw."""
+    optimizer: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
+    """Optimizer; Megatron's "adam" means adamw. adamw8bit keeps both moments of the layers' matrices in 8 bits."""
     lr: float = 3e-4
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -39,6 +39,8 @@ class OptimizerConfig:
     """Decay of the second moment."""
     adam_eps: float = 1e-8
     """Added to the root of the second moment."""
+    adam8bit_nearest_codes: bool = False
+    """adamw8bit rounds a small second moment to 0, as bitsandbytes and torchao do; else it keeps the smallest code."""
     sgd_momentum: float = 0.9
     """Momentum of sgd."""
     clip_grad: float = 1.0
@@ -49,6 +51,6 @@ class OptimizerConfig:
     @property
     def slots(self) -> tuple[str, ...]:
         """Names of the tensors the optimizer keeps for each parameter, of its shape."""
-        if self.optimizer == "adamw":
-            return ("exp_avg", "exp_avg_sq")
-        return ("momentum_buffer",) if self.sgd_momentum else ()
+        if self.optimizer == "sgd":
+            return ("momentum_buffer",) if self.sgd_momentum else ()
+        return ("exp_avg", "exp_avg_sq")

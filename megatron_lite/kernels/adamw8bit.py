@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 
 from megatron_lite.kernels.adamw import check_rule, check_state, check_tensors, updated
-from megatron_lite.kernels.code_maps import SIGNED
+from megatron_lite.kernels.code_maps import SIGNED, blocks
 from megatron_lite.kernels.operators import define
-from megatron_lite.kernels.quantize_blockwise import blocks, dequantize_blockwise, quantize_blockwise
+from megatron_lite.kernels.quantize_blockwise import dequantize_blockwise, keep_above_zero, quantize_blockwise
 
 
 class State8bit(NamedTuple):
@@ -80,7 +80,7 @@ def _reference(parameters, gradients, *rest):
         value, m, v = updated(parameter, gradient, m, v, *rule)
         second, absmax = quantize_blockwise(v, signed=False)
         if keep:
-            second = torch.where(v > 0, second.clamp(min=1), second)
+            second = keep_above_zero(second, v)
         new = (value, *quantize_blockwise(m, signed=True), second, absmax)
         for tensor, values in zip((parameter, *state), new, strict=True):
             tensor.copy_(values)

@@ -1,4 +1,4 @@
-"""The values that 8-bit optimizer state stands for: two maps of 256 fp32 numbers between -1 and 1, increasing.
+"""What 8-bit optimizer state stands for: two maps of 256 fp32 numbers between -1 and 1, increasing. No torch.
 
 Dynamic tree quantisation (Dettmers et al. 2022), as bitsandbytes and torchao store it. Each decade from 1e-7 up to 1
 has twice as many codes as the one below, in the middles of cells of one width; 0 and 1 are codes of their own.
@@ -13,6 +13,14 @@ from __future__ import annotations
 import itertools
 import struct
 from fractions import Fraction
+
+BLOCK = 256
+"""Elements that share one absmax, in the order of memory; the last block of a tensor may be shorter."""
+
+
+def blocks(elements: int) -> int:
+    """How many blocks a tensor of so many elements has."""
+    return -(-elements // BLOCK)
 
 
 def _floats(words: str) -> tuple[float, ...]:

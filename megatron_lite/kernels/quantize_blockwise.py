@@ -5,16 +5,8 @@ from __future__ import annotations
 import torch
 
 from megatron_lite.kernels.arguments import DTYPES
-from megatron_lite.kernels.code_maps import SIGNED, UNSIGNED, thresholds
+from megatron_lite.kernels.code_maps import BLOCK, SIGNED, UNSIGNED, blocks, thresholds
 from megatron_lite.kernels.operators import define
-
-BLOCK = 256
-"""Elements that share one absmax, in the order of memory; the last block of a tensor may be shorter."""
-
-
-def blocks(elements: int) -> int:
-    """How many blocks a tensor of so many elements has."""
-    return -(-elements // BLOCK)
 
 
 def quantize_blockwise(input: torch.Tensor, *, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,6 +45,11 @@ def dequantize_blockwise(
     if absmax.device != codes.device:
         raise ValueError(f"dequantize_blockwise: absmax is on {absmax.device} and codes on {codes.device}; move one")
     return _dequantize(codes, absmax, signed, dtype)
+
+
+def keep_above_zero(codes: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Unsigned codes of `values` where what is above 0 has code 1 at least, the smallest above 0."""
+    return torch.where(values > 0, codes.clamp(min=1), codes)
 
 
 def _in_blocks(values: torch.Tensor) -> torch.Tensor:

@@ -19,20 +19,28 @@ class GroupRule:
     name: str
     pattern: str
     weight_decay: float
+    bits: int = 32
+    """Of a number the optimizer keeps."""
 
 
 def default_rules(config: OptimizerConfig) -> list[GroupRule]:
-    """Norm weights and biases without weight decay, everything else with it."""
-    return [
-        GroupRule("vectors", r"(norm\.weight|bias)$", weight_decay=0.0),
-        GroupRule("matrices", r"\.weight$", weight_decay=config.weight_decay),
-    ]
+    """Norm weights and biases without weight decay, everything else with it.
+
+    With adamw8bit the matrices of the layers keep 8-bit state. Embeddings and output head do not: most of their
+    gradients are tiny beside a few rows', which 8 bits cannot tell from zero.
+    """
+    vectors = GroupRule("vectors", r"(norm\.weight|bias)$", weight_decay=0.0)
+    matrices = GroupRule("matrices", r"\.weight$", weight_decay=config.weight_decay)
+    if config.optimizer != "adamw8bit":
+        return [vectors, matrices]
+    embeddings = GroupRule("embeddings", r"^(embedding\.\w+|head)\.weight$", weight_decay=config.weight_decay)
+    return [vectors, embeddings, dataclasses.replace(matrices, bits=8)]
 
 
 def parameter_groups(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], rules: list[GroupRule]
 ) -> list[dict[str, object]]:
-    """torch.optim parameter groups, one a rule, each with the key "name".
+    """torch.optim parameter groups, one a rule, each with the keys "name" and "bits".
 
     Raises ConfigError for a parameter without a rule and for a rule without a parameter.
     """
@@ -52,4 +60,7 @@ def parameter_groups(
     ]
     if problems:
         raise ConfigError(problems)
-    return [{"name": rule.name, "params": members[rule.name], "weight_decay": rule.weight_decay} for rule in rules]
+    return [
+        {"name": rule.name, "params": members[rule.name], "weight_decay": rule.weight_decay, "bits": rule.bits}
+        for rule in rules
+    ]

@@ -20,7 +20,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,12 +30,13 @@ import torch.distributed as dist
 from megatron_lite.checkpoint.piece import Piece
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
-from megatron_lite.optim.build import allocate_state, set_step_count, step_count
 from megatron_lite.optim.gradient_norm import clip_factor, sum_of_squares
+from megatron_lite.optim.state import allocate_state, set_step_count, slot_part, step_count
 from megatron_lite.parallel.collectives import all_reduce
-from megatron_lite.parallel.layout import ParameterLayout
+from megatron_lite.parallel.layout import Fragment, ParameterLayout
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.train.deepspeed_config import for_own_gradients
+from megatron_lite.train.deepspeed_mesh import MeshForDeepSpeed
 from megatron_lite.train.flat_gradients import FlatGradients
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,6 +69,12 @@ class _Fragment:
     master: torch.Tensor
     offset: int
 
+    def parts(self) -> Iterator[tuple[Fragment, int, int]]:
+        """Rectangles of the global tensor, each with its first and last element (exclusive) in `master`."""
+        for part in self.layout.fragments(self.start, self.start + self.length):
+            first = self.offset + part.flat_start - self.start
+            yield part, first, first + math.prod(part.shape)
+
 
 class Engine:
     """What the two engines share: state in pieces of global tensors, for checkpoints."""
@@ -92,16 +100,22 @@ class Engine:
         of global tensors, views of live memory: read on save, written in place on load."""
         found = []
         for fragment in self._fragments():
-            kinds = [("weight", fragment.master)]
-            if optimizer:
-                kinds += [(slot, self._optimizer.state[fragment.master][slot]) for slot in self.slots]
-            owned = fragment.layout.is_owner and self._owns_replica()
-            for part in fragment.layout.fragments(fragment.start, fragment.start + fragment.length):
-                first = fragment.offset + part.flat_start - fragment.start
-                for kind, flat in kinds:
-                    view = flat.detach().view(-1)[first : first + math.prod(part.shape)].view(part.shape)
+            shape, owned = fragment.layout.global_shape, fragment.layout.is_owner and self._owns_replica()
+            for part, first, last in fragment.parts():
+                weight = fragment.master.detach().view(-1)[first:last].view(part.shape)
+                found.append(Piece(f"weight/{fragment.name}", shape, part.global_start, weight, owned))
+                for slot in self.slots if optimizer else ():
+                    held = slot_part(self._optimizer, fragment.master, slot, first, last - first)
                     found.append(
-                        Piece(f"{kind}/{fragment.name}", fragment.layout.global_shape, part.global_start, view, owned)
+                        Piece(
+                            f"{slot}/{fragment.name}",
+                            shape,
+                            part.global_start,
+                            held.values.view(part.shape),
+                            owned,
+                            absmax=held.absmax,
+                            signed=held.signed,
+                        )
                     )
         return found
 
@@ -130,6 +144,14 @@ class Engine:
     def _fragments(self) -> Iterator[_Fragment]:
         raise TypeError("use ZeroEngine or ReplicaEngine")
 
+    def _allocate_state(self, masters: Iterable[tuple[torch.Tensor, dict[str, Any]]]) -> None:
+        """Make the optimizer's state of `masters`, each given with its parameter group."""
+        cuts: dict[torch.Tensor, list[tuple[int, int]]] = defaultdict(list)
+        for fragment in self._fragments():
+            cuts[fragment.master] += [(first, last) for _, first, last in fragment.parts()]
+        for master, group in masters:
+            allocate_state(self._optimizer, master, group.get("bits", 32), self.slots, sorted(cuts[master]))
+
     def _owns_replica(self) -> bool:
         """Whether this data rank writes what it holds (False where another one holds the same)."""
         return True
@@ -152,7 +174,7 @@ class ReplicaEngine(Engine):
     def __init__(self, module, mesh: ProcessMesh, optimizer: torch.optim.Optimizer, slots, clip_grad: float):
         super().__init__(module, mesh, optimizer, slots)
         self._clip_grad = clip_grad
-        allocate_state(optimizer, module.parameters(), self.slots)
+        self._allocate_state((p, group) for group in optimizer.param_groups for p in group["params"])
 
     @contextlib.contextmanager
     def gradients(self, count: int) -> Iterator[Backward]:
@@ -234,7 +256,7 @@ class ZeroEngine(Engine):
         self._deepspeed, wrapped, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            mpu=_MeshForDeepSpeed(mesh),
+            mpu=MeshForDeepSpeed(mesh),
             config=own or deepspeed_config,
             dist_init_required=False,
         )
@@ -251,7 +273,10 @@ class ZeroEngine(Engine):
             self._flat_gradients = FlatGradients(self._zero.bit16_groups_flat, self._zero.bit16_groups, mesh)
             if not bf16 and not self.scales_loss:
                 self._make_weights_their_own_masters()
-        allocate_state(self._optimizer, self._masters(), self.slots)
+        groups = self._optimizer.param_groups
+        if self.stage == 3:
+            groups = [groups[self._zero.sub_group_to_group_id[part]] for part in range(len(self._masters()))]
+        self._allocate_state(zip(self._masters(), groups, strict=True))
 
     def _make_weights_their_own_masters(self) -> None:
         """fp32 weights need no second fp32 copy: this rank's masters become views of them."""
@@ -401,66 +426,6 @@ def build_partitioned(
 
 #: What the dynamic loss scaler remembers between steps.
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-class _MeshForDeepSpeed:
-    """The mesh under the names DeepSpeed asks for. "Model parallel" is tensor and pipe together:
-    the group over which it sums gradient norms."""
-
-    def __init__(self, mesh: ProcessMesh):
-        self._mesh = mesh
-        self._data_ranks = mesh.shape.group_of(mesh.global_rank, "data")
-        self._groups = {axes: self._group(*axes) for axes in (("data",), ("tensor",), ("pipe",), ("pipe", "tensor"))}
-
-    def _group(self, *axes: str) -> dist.ProcessGroup:
-        """A group even where it is this rank alone, which DeepSpeed needs."""
-        if (group := self._mesh.group(*axes)) is not None:
-            return group
-        mine = None
-        for ranks in self._mesh.shape.groups(*axes):
-            group = dist.new_group(ranks)
-            if self._mesh.global_rank in ranks:
-                mine = group
-        return mine
-
-    def get_model_parallel_rank(self) -> int:
-        return self._mesh.rank("pipe") * self._mesh.size("tensor") + self._mesh.rank("tensor")
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._mesh.size("pipe", "tensor")
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups["pipe", "tensor"]
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self._mesh.rank("tensor")
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self._mesh.size("tensor")
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups["tensor",]
-
-    def get_pipeline_model_parallel_rank(self) -> int:
-        return self._mesh.rank("pipe")
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        return self._mesh.size("pipe")
-
-    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups["pipe",]
-
-    def get_data_parallel_rank(self) -> int:
-        return self._mesh.rank("data")
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._mesh.size("data")
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups["data",]
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        return self._data_ranks
 
 
 def load_libraries(config: RunConfig) -> None:
