@@ -7,7 +7,7 @@ group is None and a collective returns its input, so one process needs no proces
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -24,38 +24,50 @@ class ProcessMesh:
     meta device); `ProcessMesh.create` makes the groups, a collective call over all ranks.
     """
 
-    def __init__(self, shape: MeshShape, rank: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        shape: MeshShape,
+        rank: int,
+        device: torch.device | str = "cpu",
+        timeout: timedelta = timedelta(minutes=10),
+    ):
         self.shape = shape
         self.global_rank = rank
         self.device = torch.device(device)
         self._where = shape.coordinates(rank)
+        self._timeout = timeout
         self._groups: dict[tuple[str, ...], dist.ProcessGroup | None] = {}
         self._control: dist.ProcessGroup | None = None
 
     @staticmethod
-    def create(shape: MeshShape, device: torch.device | str = "cpu", timeout: timedelta | None = None) -> ProcessMesh:
-        """The mesh of a started process group (or of one process), its groups made."""
+    def create(
+        shape: MeshShape, device: torch.device | str = "cpu", timeout: timedelta = timedelta(minutes=10)
+    ) -> ProcessMesh:
+        """The mesh of a started process group (or of one process), its groups made.
+
+        `timeout` is the longest a collective of any of them may take.
+        """
         started = dist.is_available() and dist.is_initialized()
         world = dist.get_world_size() if started else 1
         if world != shape.world_size:
             raise ValueError(f"{world} ranks were started for a mesh of {shape.world_size}")
-        mesh = ProcessMesh(shape, dist.get_rank() if started else 0, device)
+        mesh = ProcessMesh(shape, dist.get_rank() if started else 0, device, timeout)
         for axes in (("tensor",), ("data",), ("pipe",), ("context",), ("expert",), ("pipe", "tensor")):
-            mesh._groups[axes] = mesh._make_group(axes, timeout)
+            if all(shape.size(axis) > 1 for axis in axes):
+                mesh._groups[axes] = mesh.make_group(shape.groups(*axes))
         if world > 1:
             # JSON between ranks goes over gloo, so that it needs no GPU and no GPU stream.
-            mesh._control = dist.new_group(backend="gloo", timeout=timeout or timedelta(minutes=10))
+            mesh._control = dist.new_group(backend="gloo", timeout=timeout)
         return mesh
 
-    def _make_group(self, axes: tuple[str, ...], timeout: timedelta | None) -> dist.ProcessGroup | None:
-        if self.shape.size(*axes) == 1:
-            return None
-        mine = None
-        for ranks in self.shape.groups(*axes):
-            group = dist.new_group(ranks, timeout=timeout)
-            if self.global_rank in ranks:
-                mine = group
-        return mine
+    def make_group(self, groups: Iterable[Sequence[int]]) -> dist.ProcessGroup:
+        """A new process group for each of these lists of ranks, of which this rank's is returned.
+
+        A collective call over all ranks; the lists hold each rank once. torch does not hand the timeout
+        of the first group on, so no group is made elsewhere.
+        """
+        made = [(ranks, dist.new_group(ranks, timeout=self._timeout)) for ranks in groups]
+        return next(group for ranks, group in made if self.global_rank in ranks)
 
     @property
     def world_size(self) -> int:
@@ -84,14 +96,12 @@ class ProcessMesh:
             return None
         key = (axis, str(length))
         if key not in self._groups:
-            mine = None
-            if length > 1:
-                for ranks in self.shape.groups(axis):
-                    for first in range(0, len(ranks), length):
-                        group = dist.new_group(ranks[first : first + length])
-                        if self.global_rank in ranks[first : first + length]:
-                            mine = group
-            self._groups[key] = mine
+            neighbours = (
+                ranks[first : first + length]
+                for ranks in self.shape.groups(axis)
+                for first in range(0, len(ranks), length)
+            )
+            self._groups[key] = self.make_group(neighbours) if length > 1 else None
         return self._groups[key]
 
     def gather_json(self, value: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -32,7 +33,7 @@ def start_ranks(me: launch.Launch, *, tensor: int, timeout_minutes: float) -> Pr
     """The live mesh of all ranks that were launched; the data size is what the tensor size leaves."""
     shape = MeshShape.of_world(me.world_size, tensor=tensor)
     device = launch.start(me, timeout_minutes)
-    return ProcessMesh.create(shape, device)
+    return ProcessMesh.create(shape, device, timedelta(minutes=timeout_minutes))
 
 
 def together(mesh: ProcessMesh, action: Callable[[], T]) -> T:
