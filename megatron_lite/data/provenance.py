@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from megatron_lite import log
+from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import DataError
 
 FORMAT = 1
@@ -79,3 +80,18 @@ def read_provenance(prefix: str | os.PathLike, tokens: int) -> Provenance | None
         log.once(f"{path} is not used: {error}")
         return None
     return provenance
+
+
+def check_tokenizer(prefix: str | os.PathLike, facts: Provenance | None, tokenizer: Tokenizer | None) -> None:
+    """Raise DataError if a set was made with a tokenizer whose ids mean other text than those of `tokenizer`.
+
+    Nothing is said where one of them is not known. Special tokens added later change no id.
+    """
+    if facts is None or tokenizer is None or tokenizer.understands(facts.tokenizer_fingerprint):
+        return
+    raise DataError(
+        f"{os.fspath(prefix)} was made with another tokenizer, a {facts.tokenizer_type} of {facts.vocab_size:,} ids "
+        f"(fingerprint {facts.tokenizer_fingerprint[:12]}), than the {tokenizer.kind} of {tokenizer.vocab_size:,} ids "
+        f"(fingerprint {tokenizer.fingerprint[:12]}) that is to read it; name the one it was made with, or preprocess "
+        "the text again with this one."
+    )

@@ -23,6 +23,8 @@ from megatron_lite.data.blend import Blend, parse_data_path
 from megatron_lite.data.documents import TokenWindows, parse_split, split_documents
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.order import Permutation, keys, scramble
+from megatron_lite.data.provenance import check_tokenizer, read_provenance
+from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import ConfigError, DataError
 
 
@@ -218,23 +220,24 @@ def build_stream(
     seed: int,
     split: str,
     vocab_size: int,
+    tokenizer: Tokenizer | None = None,
     skip_samples: Sequence[str] = (),
 ) -> SampleStream:
     """The stream of "train", "valid" or "test" samples a configuration asks for.
 
     Several prefixes without weights are shuffled together; with weights they are blended. Raises
-    DataError for a damaged set, an empty split and a set shorter than one sequence; ConfigError for a
-    path, split or range that cannot be read.
+    DataError for a damaged set, one made with another tokenizer than `tokenizer`, an empty split and a set
+    shorter than one sequence; ConfigError for a path, split or range that cannot be read.
     """
     if data.mock_data:
         stream: SampleStream = MockStream(data.seq_length, vocab_size, seed, split)
     else:
-        stream = _file_stream(data, seed, split)
+        stream = _file_stream(data, seed, split, tokenizer)
     ranges = parse_skip_ranges(skip_samples)
     return SkippingStream(stream, ranges) if ranges else stream
 
 
-def _file_stream(data: DataConfig, seed: int, split: str) -> SampleStream:
+def _file_stream(data: DataConfig, seed: int, split: str, tokenizer: Tokenizer | None) -> SampleStream:
     own_path = {"train": data.train_data_path, "valid": data.valid_data_path, "test": data.test_data_path}[split]
     entries = own_path or data.data_path
     if not entries:
@@ -244,6 +247,7 @@ def _file_stream(data: DataConfig, seed: int, split: str) -> SampleStream:
     sets = []
     for prefix in prefixes:
         reader = IndexedReader(prefix)
+        check_tokenizer(prefix, read_provenance(prefix, reader.num_tokens), tokenizer)
         documents = shares and split_documents(reader.num_documents, shares, split)
         sets.append(TokenWindows(reader, data.seq_length, data.sample_stride, documents))
     if weights is not None:

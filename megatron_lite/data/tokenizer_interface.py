@@ -91,6 +91,7 @@ class Tokenizer(abc.ABC):
     def __init__(self, base_size: int, specials: Mapping[str, int], roles: Mapping[str, int | None]):
         self._base_size = base_size
         self._vocab_size = base_size
+        self._earlier: list[tuple[dict[str, int], int]] = []  # special tokens and size before each addition
         self._own_roles = {role: id for role, id in roles.items() if id is not None}
         self._specials = dict(specials)
         for role, id in self._own_roles.items():
@@ -179,10 +180,20 @@ class Tokenizer(abc.ABC):
         not enter.
         """
         if self._fingerprint is None:
-            content = {"content": self._content(), "specials": self._specials, "vocab_size": self.vocab_size}
-            text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-            self._fingerprint = hashlib.sha256(text.encode()).hexdigest()
+            self._fingerprint = self._fingerprint_with(self._specials, self._vocab_size)
         return self._fingerprint
+
+    def understands(self, fingerprint: str) -> bool:
+        """Whether ids of the tokenizer with that fingerprint mean the same here: it is this one, or this one before
+        some of its special tokens were added."""
+        return fingerprint == self.fingerprint or any(
+            fingerprint == self._fingerprint_with(*earlier) for earlier in self._earlier
+        )
+
+    def _fingerprint_with(self, specials: Mapping[str, int], vocab_size: int) -> str:
+        content = {"content": self._content(), "specials": specials, "vocab_size": vocab_size}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def add_special_tokens(self, tokens: Iterable[str]) -> int:
         """Make `tokens` special and return how many new ids that took.
@@ -196,6 +207,7 @@ class Tokenizer(abc.ABC):
                 raise TokenizerError(f"special token {token!r} is too short; it needs at least 2 characters")
             if token in self._specials:
                 continue
+            self._earlier.append((dict(self._specials), self._vocab_size))
             known = self._base_id(token)
             self._specials[token] = self._vocab_size if known is None else known
             self._vocab_size += known is None

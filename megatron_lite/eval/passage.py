@@ -12,7 +12,7 @@ import numpy as np
 from megatron_lite import log
 from megatron_lite.data.documents import TokenWindows
 from megatron_lite.data.indexed import IndexedReader
-from megatron_lite.data.provenance import read_provenance
+from megatron_lite.data.provenance import check_tokenizer, read_provenance
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import ConfigError, DataError
 
@@ -90,11 +90,7 @@ def passage_of_documents(name: str, windows: TokenWindows, vocab_size: int, toke
     reader = windows.reader
     windows.check_vocabulary(vocab_size)
     facts = read_provenance(reader.prefix, reader.num_tokens)
-    if facts is not None and tokenizer is not None and facts.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise DataError(
-            f"{reader.prefix} was made with another tokenizer ({facts.tokenizer_type} of {facts.vocab_size:,} ids) than "
-            f"the model ({tokenizer.kind} of {tokenizer.vocab_size:,} ids); preprocess the text again with the model's"
-        )
+    check_tokenizer(reader.prefix, facts, tokenizer)
     text_bytes = None
     if tokenizer is None:
         log.warn(f"{name}: bits per byte need a tokenizer, and the checkpoint names none")

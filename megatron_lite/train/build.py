@@ -14,6 +14,7 @@ from megatron_lite.config import check
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.loader import BatchLoader
 from megatron_lite.data.stream import SampleStream, build_stream
+from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import ConfigError, MegatronLiteError, UserError
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.init import initial_value, initialize
@@ -105,8 +106,11 @@ def build_engine(config: RunConfig, model: GPT, mesh: ProcessMesh) -> Engine:
     return ZeroEngine(model, mesh, optimizer, names, deepspeed_config.build(config, mesh.size("data")))
 
 
-def open_stream(config: RunConfig, split: str, vocab_size: int) -> SampleStream:
-    """The samples of "train", "valid" or "test", checked against the vocabulary."""
+def open_stream(
+    config: RunConfig, split: str, vocab_size: int, tokenizer: Tokenizer | None = None, *, scan: bool = True
+) -> SampleStream:
+    """The samples of "train", "valid" or "test", made with that tokenizer; with `scan` their ids are looked through
+    for any beyond the vocabulary, which one rank can do for all."""
     stream = build_stream(
         config.data,
         seed=config.training.seed,
@@ -114,7 +118,8 @@ def open_stream(config: RunConfig, split: str, vocab_size: int) -> SampleStream:
         vocab_size=vocab_size,
         skip_samples=config.training.skip_samples if split == "train" else (),
     )
-    stream.check_vocabulary(vocab_size)
+    if scan:
+        stream.check_vocabulary(vocab_size)
     return stream
 
 
@@ -134,3 +139,4 @@ def close_ranks() -> None:
     """End the process group, once all ranks are here."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        tokenizer=tokenizer,

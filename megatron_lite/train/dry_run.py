@@ -17,7 +17,7 @@ def dry_run(config: RunConfig, world_size: int) -> list[str]:
 
     Raises what a run would for data or a tokenizer that cannot be opened.
     """
-    _, vocab_size = resolve_vocabulary(config)
+    tokenizer, vocab_size = resolve_vocabulary(config)
     data_size = world_size // config.parallel.tensor_model_parallel_size
     samples_per_epoch = None
     if config.data.mock_data or config.data.data_path or config.data.train_data_path:
@@ -26,6 +26,7 @@ def dry_run(config: RunConfig, world_size: int) -> list[str]:
             seed=config.training.seed,
             split="train",
             vocab_size=vocab_size,
+            tokenizer=tokenizer,
             skip_samples=config.training.skip_samples,
         )
         samples_per_epoch = stream.samples_per_epoch

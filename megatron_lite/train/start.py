@@ -72,6 +72,7 @@ def train_on(mesh: ProcessMesh, config: RunConfig, stop: StopRequest, command: s
     with contextlib.ExitStack() as held:
         _claim_folders(config, mesh, held)
         load_libraries(config)
+        build.prepare_kernels(config, mesh)
         run = _assemble(config, mesh, stop, MemoryMeter(mesh.device))
         for resource in (run.sinks, run.train_loader, run.valid_loader):
             if resource is not None:
@@ -223,11 +224,12 @@ class _Data:
 
 def _open_data(config: RunConfig, mesh: ProcessMesh) -> _Data:
     tokenizer, vocab_size = resolve_vocabulary(config)
-    train_stream = build.open_stream(config, "train", vocab_size)
+    first = mesh.global_rank == 0
+    train_stream = build.open_stream(config, "train", vocab_size, tokenizer, scan=first)
     plan = BatchPlan.of(config.training, mesh.size("data"), config.data.seq_length, train_stream.samples_per_epoch)
     valid_stream, eval_batches = None, config.training.eval_iters
     if config.training.eval_interval and eval_batches:
-        valid_stream = build.open_stream(config, "valid", vocab_size)
+        valid_stream = build.open_stream(config, "valid", vocab_size, tokenizer, scan=first)
         batch_size = plan.stages[-1].batch_size
         held = max(1, valid_stream.samples_per_epoch // batch_size)
         if held < eval_batches:

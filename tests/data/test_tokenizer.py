@@ -283,6 +283,16 @@ def test_added_special_tokens_follow_the_vocabulary(sources):
         assert tokenizer.decode(ids, skip_special=False) == "one<extra>two"
 
 
+def test_ids_of_before_an_addition_are_understood_and_no_others(sources):
+    tokenizer = build_tokenizer(sources["gpt2"])
+    of_files = tokenizer.fingerprint
+    tokenizer.add_special_tokens(["<one>"])
+    of_one = tokenizer.fingerprint
+    tokenizer.add_special_tokens(["<two>"])
+    assert all(map(tokenizer.understands, (of_files, of_one, tokenizer.fingerprint)))
+    assert not build_tokenizer(sources["gpt2"]).understands(of_one)
+
+
 def test_added_token_takes_its_role(sources):
     tokenizer = build_tokenizer(dataclasses.replace(sources["bpe"], special_tokens=("<pad>",)))
     assert tokenizer.pad == tokenizer.vocab_size - 1
