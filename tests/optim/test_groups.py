@@ -30,3 +30,13 @@ def test_every_parameter_has_one_group_and_every_rule_a_parameter():
         "no optimizer rule matches the parameter layers.0.mlp.up.bias",
         r"the optimizer rule 'never' (up\.weight$) matches no parameter",
     ]
+
+
+def test_8_bits_are_for_the_matrices_of_the_layers():
+    names = [*NAMES, "embedding.position.weight", "layers.0.attention.query.weight", "head.weight", "final_norm.weight"]
+    groups = parameter_groups(_parameters(names), default_rules(OptimizerConfig(optimizer="adamw8bit")))
+    assert [(group["name"], group["bits"], len(group["params"])) for group in groups] == [
+        ("vectors", 32, 3),
+        ("embeddings", 32, 3),
+        ("matrices", 8, 2),
+    ]
