@@ -5,6 +5,7 @@
 #include "base/binding.h"
 #include "adamw/adamw_bind.h"
 #include "adamw8bit/adamw8bit_bind.h"
+#include "bias_dropout_add/bias_dropout_add_bind.h"
 #include "bias_gelu/bias_gelu_bind.h"
 #include "cross_entropy/cross_entropy_bind.h"
 #include "l2_norm/l2_norm_bind.h"
@@ -40,6 +41,7 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(megatron_lite, CPU, library) {
   register_adamw<Cpu>(library);
   register_adamw8bit<Cpu>(library);
+  register_bias_dropout_add<Cpu>(library);
   register_bias_gelu<Cpu>(library);
   register_cross_entropy<Cpu>(library);
   register_l2_norm<Cpu>(library);

@@ -5,6 +5,7 @@
 #include "base/binding.h"
 #include "adamw/adamw_bind.h"
 #include "adamw8bit/adamw8bit_bind.h"
+#include "bias_dropout_add/bias_dropout_add_bind.h"
 #include "bias_gelu/bias_gelu_bind.h"
 #include "cross_entropy/cross_entropy_bind.h"
 #include "l2_norm/l2_norm_bind.h"
@@ -50,6 +51,7 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(megatron_lite, CUDA, library) {
   register_adamw<Cuda>(library);
   register_adamw8bit<Cuda>(library);
+  register_bias_dropout_add<Cuda>(library);
   register_bias_gelu<Cuda>(library);
   register_cross_entropy<Cuda>(library);
   register_l2_norm<Cuda>(library);

@@ -105,6 +105,19 @@ def _rotary(shape, dtype):
             yield "rotary_", (heads.contiguous(), *rotation)
 
 
+SEED = -0x123456789ABCDEF
+
+
+def _bias_dropout_add(shape, dtype):
+    x, residual, dy = (drawn(*shape, dtype=dtype, seed=i) for i in range(3))
+    bias = drawn(shape[-1], dtype=dtype, seed=3)
+    for probability, first in ((0.25, 0), (0.25, 2**34 + 3), (0.0, 0)):
+        mask = probability, SEED, first
+        yield "bias_dropout_add", (x, bias, residual, *mask)
+        yield "bias_dropout_add", (x, None, None, *mask)
+        yield "bias_dropout_add_backward", (dy, *mask)
+
+
 CODE_MAPS = {True: SIGNED, False: UNSIGNED}
 
 
@@ -151,6 +164,7 @@ CASES: tuple[Callable[..., Iterator[tuple[str, tuple[Any, ...]]]], ...] = (
     _swiglu,
     _bias_gelu,
     _rotary,
+    _bias_dropout_add,
     _quantize_blockwise,
     _adamw,
     _adamw8bit,

@@ -15,21 +15,6 @@ struct Exact {
   static float slope(float z) { return gelu_exact_slope(z); }
 };
 
-// The bias as fp32, zeros where there is none.
-template <class Element>
-class Bias {
- public:
-  Bias(const void* bias, int64_t length) : values_(length) {
-    if (bias) widen(static_cast<const Element*>(bias), values_.data(), length);
-    else std::memset(values_.data(), 0, length * sizeof(float));
-  }
-
-  const float* data() const { return values_.data(); }
-
- private:
-  Buffer values_;
-};
-
 template <class Element, class Gelu>
 void forward_rows(const BiasGeluForward& a, const float* bias, int64_t begin, int64_t end) {
   StripReader<Element> read_input;
@@ -84,7 +69,7 @@ void with_gelu(bool tanh, const Run& run) {
 Status launch(const Context& context, const BiasGeluForward& a) {
   return with_element(a.dtype, [&](auto element) {
     using Element = decltype(element);
-    const Bias<Element> bias(a.bias, a.length);
+    const Line<Element> bias(a.bias, a.length);
     with_gelu(a.tanh, [&](auto gelu) {
       for_ranges(context, a.rows, row_grain(a.length), [&](int64_t begin, int64_t end) {
         forward_rows<Element, decltype(gelu)>(a, bias.data(), begin, end);
@@ -96,7 +81,7 @@ Status launch(const Context& context, const BiasGeluForward& a) {
 Status launch(const Context& context, const BiasGeluBackward& a) {
   return with_element(a.dtype, [&](auto element) {
     using Element = decltype(element);
-    const Bias<Element> bias(a.bias, a.length);
+    const Line<Element> bias(a.bias, a.length);
     with_gelu(a.tanh, [&](auto gelu) {
       for_ranges(context, a.parts, 1, [&](int64_t begin, int64_t end) {
         for (int64_t part = begin; part < end; ++part) backward_part<Element, decltype(gelu)>(a, bias.data(), part);

@@ -17,6 +17,7 @@ CSRC = ROOT / "csrc"
 OPERATIONS = (
     "adamw",
     "adamw8bit",
+    "bias_dropout_add",
     "bias_gelu",
     "cross_entropy",
     "l2_norm",
