@@ -16,7 +16,7 @@ from megatron_lite.errors import CheckpointError
 
 FILES = {
     "rank-00000.safetensors": {"size": 8 + 32, "header_size": 8, "header_crc32": 1},
-    "rank-00001.safetensors": {"size": 8 + 16, "header_size": 8, "header_crc32": 2},
+    "rank-00001.safetensors": {"size": 8 + 16 + 308, "header_size": 8, "header_crc32": 2},
 }
 TENSORS = {
     "weight/a": {
@@ -31,6 +31,12 @@ TENSORS = {
         "dtype": "F64",
         "shape": [2],
         "boxes": [{"start": [0], "shape": [2], "file": "rank-00000.safetensors", "bytes": [24, 40], "crc32": [7]}],
+    },
+    # 300 codes in two blocks, each with an fp32 absmax.
+    "exp_avg/c": {
+        "dtype": "Q8S256",
+        "shape": [300],
+        "boxes": [{"start": [0], "shape": [300], "file": "rank-00001.safetensors", "bytes": [24, 332], "crc32": [8]}],
     },
 }
 
@@ -76,6 +82,8 @@ REFUSED = [
     (("tensors", "weight/a", "dtype"), "O", "dtype is 'O'"),
     (("tensors", "weight/a", "dtype"), ["F32"], "dtype is ['F32']"),
     (("tensors", "weight/a", "dtype"), "BF16", "is [8, 24], not a range of 8 bytes"),
+    (("tensors", "exp_avg/c", "dtype"), "U8", "is [24, 332], not a range of 300 bytes"),
+    (("tensors", "exp_avg/c", "boxes", 0, "bytes"), [24, 324], "not a range of 308 bytes"),
     (("tensors", "weight/a", "shape"), [4, 3], "element [0, 2] lies in no box"),
     (("tensors", "weight/a", "shape"), [4, 0], "shape is 0"),
     (("tensors", "weight/a", "shape"), [2**40, 2**40], "elements"),
