@@ -74,7 +74,8 @@ environment_ensure() { # extra
     stamps=(.venv/installed-"${extra:-}"*) # without an extra, what was installed with one will do
     if ! grep -qsxF "$key" "${stamps[@]}"; then
         command -v g++ >/dev/null || environment_say \
-            "warning: no C++ compiler (g++): DeepSpeed's CPU offload cannot be built; on Debian and Ubuntu: apt install g++"
+            "warning: no C++ compiler (g++): kernels run in plain torch, and DeepSpeed's CPU offload cannot be built;" \
+            "on Debian and Ubuntu: apt install g++"
         rm -f .venv/installed-*
         environment_install "$extra" || {
             environment_say "the installation failed"

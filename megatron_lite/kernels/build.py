@@ -142,7 +142,8 @@ def built(library: Library, versions: str, cache: Path = CACHE) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             return target
-        log.note(f"compiling {library.name} ({len(library.units)} files) into {folder}")
+        # Whichever rank has the lock speaks: the others wait for it.
+        log.every_rank(f"compiling {library.name}, once: {len(library.units)} files, {library.effort}, into {folder}")
         began = time.monotonic()
         written = folder / "build.ninja.new"
         written.write_text(_ninja_file(library, target), encoding="utf-8")
@@ -150,5 +151,5 @@ def built(library: Library, versions: str, cache: Path = CACHE) -> Path:
         done = subprocess.run([ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise KernelError(f"{library.name} does not compile; in {folder} ninja says:\n{done.stdout[-4000:]}")
-        log.note(f"compiled {library.name} in {time.monotonic() - began:.1f} s")
+        log.every_rank(f"compiled {library.name} in {time.monotonic() - began:.1f} s")
     return target

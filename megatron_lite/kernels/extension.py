@@ -43,6 +43,13 @@ def load(device: str) -> bool:
         return device in _libraries
 
 
+def forgo(device: str, reason: str) -> None:
+    """Have the reference run on a device type in this process, for comparisons; before its first kernel is called."""
+    with _lock:
+        assert device not in _libraries, f"the native kernels for {device} are loaded, and stay"
+        _reasons[device] = reason
+
+
 def available(device: str) -> bool:
     """Whether torch itself can use a device type here."""
     return device == "cpu" or torch.cuda.is_available()
@@ -60,6 +67,16 @@ def description(device: str) -> str:
     if device == "cpu":
         return f"{instruction_set()} instructions, {torch.get_num_threads()} threads, {_libraries[device]}"
     return f"CUDA {torch.version.cuda}, {_libraries[device]}"
+
+
+def summary(device: str) -> str:
+    """A few words on a device type that `load` was asked for: "native (cpu avx512, 2 threads)"."""
+    if device not in _libraries:
+        return f"plain torch ({device})"
+    if device == "cpu":
+        threads = torch.get_num_threads()
+        return f"native (cpu {instruction_set()}, {threads} thread{'s' if threads > 1 else ''})"
+    return f"native ({device} {torch.version.cuda})"
 
 
 def instruction_set() -> str:

@@ -61,12 +61,16 @@ class Unit:
 
 @dataclass(frozen=True)
 class Library:
-    """A shared library: its file name, its units, and the command that links them (objects come in between)."""
+    """A shared library: its file name, its units, and the command that links them (objects come in between).
+
+    `effort` says how long compiling it takes.
+    """
 
     name: str
     units: tuple[Unit, ...]
     link: tuple[str, ...]
     link_libraries: tuple[str, ...] = ()
+    effort: str = "a few seconds"
 
 
 def _torch_include(torch: Path) -> tuple[str, ...]:
@@ -96,9 +100,8 @@ def cpu_kernels(compiler: str, torch: Path, extra: tuple[str, ...] = ()) -> Libr
     plain = (compiler, *CPP_FLAGS, "-O2", *extra)
     units.append(Unit(CSRC / "base/instruction_set.cpp", "instruction_set.o", plain))
     units.append(Unit(CSRC / "bind_cpu.cpp", "bind_cpu.o", (*plain, *_torch_include(torch), TORCH_ABI)))
-    return Library(
-        "libmegatron_lite_cpu", tuple(units), (*_shared(compiler), *extra), (f"-L{torch / 'lib'}", "-ltorch_cpu")
-    )
+    link, libraries = (*_shared(compiler), *extra), (f"-L{torch / 'lib'}", "-ltorch_cpu")
+    return Library("libmegatron_lite_cpu", tuple(units), link, libraries, "some 20 s on two cores")
 
 
 def cuda_kernels(
@@ -120,7 +123,7 @@ def cuda_kernels(
     # nvcc links as well: it knows where its own runtime is, and puts it in, so none need be found at load.
     link = (nvcc, f"-ccbin={compiler}", "-shared", "-cudart=static")
     libraries = (f"-L{torch_lib or torch / 'lib'}", f"-L{torch / 'lib'}", "-ltorch_cuda", "-ltorch_cpu")
-    return Library("libmegatron_lite_cuda", tuple(units), link, libraries)
+    return Library("libmegatron_lite_cuda", tuple(units), link, libraries, "a minute or more")
 
 
 def host_module(compiler: str, pybind11: Path) -> Library:

@@ -16,6 +16,8 @@ from megatron_lite.data.loader import BatchLoader
 from megatron_lite.data.stream import SampleStream, build_stream
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import ConfigError, MegatronLiteError, UserError
+from megatron_lite.kernels import extension
+from megatron_lite.model.apex import nvidia_apex_norms
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.init import initial_value, initialize
 from megatron_lite.optim.build import build_optimizer
@@ -49,6 +51,27 @@ def together(mesh: ProcessMesh, action: Callable[[], T]) -> T:
         everywhere = len(texts) == 1 and len(failures.failures) == mesh.world_size
         raise UserError(texts.pop() if everywhere else str(failures)) from None
     return done[0]
+
+
+def prepare_kernels(config: RunConfig, mesh: ProcessMesh) -> None:
+    """Find or compile the kernels of this rank's device before anything waits for them, and say what they are.
+
+    Raises UserError on all ranks where one lacks what --require-native-kernels or --norm-backend apex asks for.
+    """
+    device, kernels = mesh.device.type, config.kernels
+
+    def prepare() -> None:
+        if kernels.require_native_kernels:
+            extension.require_native(device)
+        else:
+            extension.load(device)
+        if kernels.norm_backend == "apex":
+            nvidia_apex_norms(device)
+
+    together(mesh, prepare)
+    log.note(
+        f"kernels: {extension.summary(device)}; norms {kernels.norm_backend}, attention {kernels.attention_backend}"
+    )
 
 
 def build_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int) -> GPT:
@@ -116,6 +139,7 @@ def open_stream(
         seed=config.training.seed,
         split=split,
         vocab_size=vocab_size,
+        tokenizer=tokenizer,
         skip_samples=config.training.skip_samples if split == "train" else (),
     )
     if scan:
@@ -139,4 +163,3 @@ def close_ranks() -> None:
     """End the process group, once all ranks are here."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        tokenizer=tokenizer,
