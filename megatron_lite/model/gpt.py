@@ -69,7 +69,7 @@ class GPT(nn.Module):
         self._rotary = None
         if config.position_embedding_type == "rope":
             width = int(config.head_dim * config.rotary_percent)
-            self._rotary = Rotary(config.head_dim, width, config.rotary_base, interleaved=config.rotary_interleaved)
+            self._rotary = Rotary(width, config.rotary_base, interleaved=config.rotary_interleaved)
 
         options = {"device": device, "dtype": dtype}
         self.embedding = Embedding(config, mesh, self.vocabulary, self.max_positions, **options)
