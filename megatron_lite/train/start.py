@@ -23,6 +23,7 @@ from megatron_lite.data.tokenizer_files import FOLDER as TOKENIZER_FOLDER
 from megatron_lite.data.tokenizer_files import copy_tokenizer
 from megatron_lite.data.vocabulary import resolve_vocabulary
 from megatron_lite.errors import EXIT_LOST_RANK, CheckpointError, LostRankError, MegatronLiteError
+from megatron_lite.monitor import exit_file
 from megatron_lite.monitor.exit_file import remove_exit, write_exit
 from megatron_lite.monitor.memory import MemoryMeter
 from megatron_lite.monitor.metrics import Metrics
@@ -41,6 +42,9 @@ from megatron_lite.train.engine import Engine, load_libraries
 from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.loop import Run, train
 from megatron_lite.train.progress import Progress
+
+#: What a run leaves behind that failed before it began.
+_OF_NO_RUN = (".lock", exit_file.NAME)
 
 
 def run_folder(config: RunConfig) -> Path | None:
@@ -135,9 +139,8 @@ def _leave_exit_file(run: Run, cause: str, code: int, how: str, message: str) ->
 def _claim_folders(config: RunConfig, mesh: ProcessMesh, held: contextlib.ExitStack) -> None:
     """Take the right to write in the run's folders, emptied first where --overwrite says so."""
     options = config.checkpoint
-    if options.save is not None and options.resume == "never":
-        build.together(mesh, lambda: _insist_on_empty(Path(options.save), options.overwrite))
     if options.save is not None:
+        build.together(mesh, lambda: _insist(Path(options.save), options.resume, options.overwrite))
         held.enter_context(store.claim(options.save, mesh))
     build.together(mesh, lambda: _make_ready(config) if mesh.global_rank == 0 else None)
 
@@ -277,10 +280,6 @@ def _what_to_load(config: RunConfig, mesh: ProcessMesh) -> _Found | None:
         manifest = build.together(mesh, lambda: read_manifest(own))
         log.note(f"going on with this run from step {manifest.step} in {own} (--resume {options.resume})")
         return _Found(own, manifest, is_own=True)
-    if options.resume == "must":
-        raise CheckpointError(
-            f"--resume must, but {options.save} holds no complete checkpoint; take --resume auto to start from step 0"
-        )
     if elsewhere is not None:
         folder = find(elsewhere, mesh, options.ckpt_step)
         if folder is None:
@@ -293,17 +292,25 @@ def _what_to_load(config: RunConfig, mesh: ProcessMesh) -> _Found | None:
     return None
 
 
-def _insist_on_empty(folder: Path, overwrite: bool) -> None:
-    held = sorted(path.name for path in folder.iterdir() if path.name != ".lock") if folder.is_dir() else []
-    if held and not overwrite:
+def _insist(folder: Path, resume: str, overwrite: bool) -> None:
+    """Refuse, before anything is written, a folder that --resume forbids. Raises CheckpointError."""
+    if resume == "must" and not store.holds_checkpoint(folder):
+        raise CheckpointError(
+            f"--resume must, but {folder} holds no complete checkpoint; take --resume auto to start from step 0"
+        )
+    held = sorted(path.name for path in folder.iterdir() if path.name not in _OF_NO_RUN) if folder.is_dir() else []
+    if resume != "never" or not held:
+        return
+    if not overwrite:
         raise CheckpointError(
             f"--resume never, but {folder} is not empty ({', '.join(held[:3])}{', ...' if len(held) > 3 else ''}); "
             f"choose another --save folder, --resume auto to go on, or --overwrite to empty it"
         )
-    if held and not _looks_like_a_run(folder):
+    began = (folder / "config.yaml").is_file() and (folder / "versions.json").is_file()
+    if not began and not store.holds_checkpoint(folder):
         raise CheckpointError(
-            f"--overwrite would empty {folder}, which holds neither checkpoints nor metrics.jsonl; "
-            f"empty it by hand if that is meant"
+            f"--overwrite would empty {folder}, which holds neither checkpoints nor the config.yaml and versions.json "
+            f"of a run; empty it by hand if that is meant"
         )
 
 
@@ -313,10 +320,6 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if held:
         log.note(f"emptied {folder} (--overwrite)")
-
-
-def _looks_like_a_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("metrics.jsonl", "config.yaml", "exit.json", "latest"))
 
 
 def _load(

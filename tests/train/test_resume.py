@@ -166,6 +166,7 @@ def test_resume_words(tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(AssertionError, match="holds no complete checkpoint; take --resume auto"):
         run_on_ranks(_train, 1, _config(Case(), folder, resume="must", rampup_batch_size=None))
+    assert not folder.exists()
     run_on_ranks(_train, 1, _config(Case(), folder, train_iters=2, rampup_batch_size=None))
     with pytest.raises(AssertionError, match=r"--resume never, but .* is not empty .* --overwrite to empty it"):
         run_on_ranks(_train, 1, _config(Case(), folder, resume="never", rampup_batch_size=None))
@@ -195,13 +196,17 @@ def test_what_is_said_goes_on_where_a_run_may_not_be_resumed(tmp_path):
     assert config.checkpoint.resume == "auto" and not config.checkpoint.overwrite
 
 
-def test_overwrite_spares_a_folder_that_is_no_run(tmp_path):
+@pytest.mark.parametrize("mine", [("chapter1.tex",), ("config.yaml", "exit.json", "latest", "metrics.jsonl")])
+def test_overwrite_spares_a_folder_that_is_no_run(mine, tmp_path):
     folder = tmp_path / "thesis"
     folder.mkdir()
-    (folder / "chapter1.tex").write_text("years of work")
-    with pytest.raises(AssertionError, match="holds neither checkpoints nor metrics"):
-        run_on_ranks(_train, 1, _config(Case(), folder, resume="never", overwrite=True, rampup_batch_size=None))
-    assert (folder / "chapter1.tex").read_text() == "years of work"
+    for name in mine:
+        (folder / name).write_text("years of work")
+    with pytest.raises(UserError, match="holds neither checkpoints nor"):
+        train_on(
+            ProcessMesh.create(MeshShape()), _config(Case(), folder, resume="never", overwrite=True), StopRequest(), ""
+        )
+    assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(mine, "years of work")
 
 
 def test_finetune_takes_weights_alone(tmp_path):
