@@ -20,4 +20,5 @@ class KernelsConfig:
     memory_efficient_layer_norm: bool = False
     """Norms keep their output, which the next layer keeps anyway, instead of their input for the backward pass."""
     loss_chunk_size: int = 0
-    """Tokens whose logits are held at once for the loss; 0: all of a micro-batch."""
+    """Entries of a rank's vocabulary whose logits are held at once for the loss; 0: all. Saves nearly all of the
+    logits' memory for one more matrix product of the output layer, in backward."""

@@ -7,6 +7,8 @@ this rank's too. Between layers activations are [S, B, H].
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,6 +32,7 @@ from megatron_lite.parallel.vocab import (
     gather_vocabulary,
     vocab_parallel_argmax,
     vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
     vocabulary_weight,
 )
 
@@ -87,7 +90,7 @@ class GPT(nn.Module):
         head_weight = self.embedding.word.weight
         if config.untie_embeddings_and_output_weights:
             head_weight = vocabulary_weight(self.vocabulary, config.hidden_size, mesh, **options)
-        self.head = Head(head_weight)
+        self.head = Head(head_weight, self.vocabulary, mesh, self.kernels.loss_chunk_size)
         if seed is not None and torch.device(device or "cpu").type != "meta":
             initialize(self, config, seed)
 
@@ -104,12 +107,10 @@ class GPT(nn.Module):
         Label smoothing, z-loss and dropout belong to training mode. `dropout_seed` is `micro_batch_seed`'s;
         None is no dropout. The caller divides by the step's number of target tokens.
         """
-        logits_SBV = self._logits(tokens_BS, self._plain_pass(tokens_BS, dropout_seed if self.training else None))
-        loss_SB = vocab_parallel_cross_entropy(
-            logits_SBV,
+        entered_SBH = self._entered(tokens_BS, self._plain_pass(tokens_BS, dropout_seed if self.training else None))
+        loss_SB = self.head(
+            entered_SBH,
             labels_BS.t(),
-            self.vocabulary,
-            self._axis.group,
             label_smoothing=self.config.label_smoothing if self.training else 0.0,
             z_loss=self.config.z_loss if self.training else 0.0,
         )
@@ -121,10 +122,21 @@ class GPT(nn.Module):
 
         fp32 and bool [B, S], equal on all tensor ranks; `correct` says that the label has the largest logit.
         """
-        logits_SBV = self._logits(tokens_BS, self._plain_pass(tokens_BS, None))
-        guess_SB = vocab_parallel_argmax(logits_SBV, self.vocabulary, self._axis.group)
-        loss_SB = vocab_parallel_cross_entropy(logits_SBV, labels_BS.t(), self.vocabulary, self._axis.group)
-        return loss_SB.t(), guess_SB.t() == labels_BS
+        entered_SBH = self._entered(tokens_BS, self._plain_pass(tokens_BS, None))
+        labels_SB = labels_BS.t()
+        # Without a gradient, some tokens' logits over the whole vocabulary take as little memory as a tile of it.
+        chunk = self.kernels.loss_chunk_size or self.vocabulary.length
+        tokens = math.ceil(labels_SB.numel() * chunk / self.vocabulary.length)
+        pieces = zip(entered_SBH.flatten(0, 1).split(tokens), labels_SB.flatten().split(tokens), strict=True)
+        judged = zip(*(self._judged(*piece) for piece in pieces), strict=True)
+        loss_SB, correct_SB = (torch.cat(parts).view(labels_SB.shape) for parts in judged)
+        return loss_SB.t(), correct_SB.t()
+
+    def _judged(self, entered_TH: torch.Tensor, labels_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each token, and whether its label has the largest logit."""
+        logits_TV = self.head(entered_TH)
+        guess_T = vocab_parallel_argmax(logits_TV, self.vocabulary, self._axis.group)
+        return vocab_parallel_cross_entropy(logits_TV, labels_T, self.vocabulary, self._axis.group), guess_T == labels_T
 
     @torch.no_grad()
     def logits(
@@ -152,7 +164,8 @@ class GPT(nn.Module):
             mask = _causal_mask(start, stop, torch.zeros_like(tokens_BS[:1, 0]))
         rotation = self._rotation(start, stop, tokens_BS.device, positions_BS)
         run = ForwardPass(TensorAxis(self._axis.mesh), rotation=rotation, mask=mask, cache=cache)
-        logits_SBV = self._logits(tokens_BS, run, start, positions_BS, last_only=last_only)
+        entered_SBH = self._entered(tokens_BS, run, start, positions_BS, last_only=last_only)
+        logits_SBV = self.head(entered_SBH)
         if cache is not None:
             cache.advance(tokens_BS.shape[1])
         return logits_SBV.transpose(0, 1)
@@ -177,7 +190,7 @@ class GPT(nn.Module):
             return self._rotary.between(start, stop, device)
         return self._rotary.at(positions_BS.t(), stop)
 
-    def _logits(
+    def _entered(
         self,
         tokens_BS: torch.Tensor,
         run: ForwardPass,
@@ -186,13 +199,14 @@ class GPT(nn.Module):
         *,
         last_only: bool = False,
     ) -> torch.Tensor:
+        """The hidden states of the whole sequence, as the head takes them: [S, B, H]."""
         hidden_SBH = self.embedding(tokens_BS, run, start, positions_BS)
         hidden_SBH = run_layers(tuple(self.layers.values()), hidden_SBH, self._recompute, run)
         if last_only:
             hidden_SBH = hidden_SBH[-1:]
         if self.final_norm is not None:
             hidden_SBH = self.final_norm(hidden_SBH, run.axis)
-        return self.head(run.axis.enter(hidden_SBH))
+        return run.axis.enter(hidden_SBH)
 
 
 class Embedding(nn.Module):
@@ -256,14 +270,36 @@ class PositionEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The output layer, split over the vocabulary by its weight [V, H]: [S, B, H] -> [S, B, V]."""
+    """The output layer, split over the vocabulary by its weight [V, H]: [S, B, H] -> [S, B, V], or to the loss.
 
-    def __init__(self, weight: nn.Parameter):
+    With `chunk_size` the loss is made of that many columns' logits at a time, and there are never more of them.
+    """
+
+    def __init__(self, weight: nn.Parameter, part: VocabularyPart, mesh: ProcessMesh, chunk_size: int):
         super().__init__()
         self.weight = weight
+        self._part = part
+        self._mesh = mesh
+        self._chunk_size = chunk_size
 
-    def forward(self, entered: torch.Tensor) -> torch.Tensor:
-        return F.linear(entered, self.weight)
+    def forward(
+        self,
+        entered_SBH: torch.Tensor,
+        labels_SB: torch.Tensor | None = None,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> torch.Tensor:
+        """This rank's logits [S, B, V], or with labels the loss of each token [S, B] in fp32, equal on all ranks."""
+        if labels_SB is None:
+            return F.linear(entered_SBH, self.weight)
+        place = labels_SB, self._part, self._mesh.group("tensor")
+        options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        if 0 < self._chunk_size < self._part.length:
+            return vocab_parallel_linear_cross_entropy(
+                entered_SBH, self.weight, *place, columns=self._chunk_size, **options
+            )
+        return vocab_parallel_cross_entropy(F.linear(entered_SBH, self.weight), *place, **options)
 
 
 def _causal_mask(start: int, stop: int, left_padding_B: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from megatron_lite.kernels.cross_entropy import cross_entropy_gradient_, cross_entropy_statistics
 from megatron_lite.parallel.collectives import Group, all_gather
 from megatron_lite.parallel.layout import split
 from megatron_lite.parallel.linear import TensorAxis, empty_parameter
@@ -41,6 +42,13 @@ class VocabularyPart:
     def held(self) -> int:
         """Ids of the true vocabulary here; may be 0."""
         return max(0, min(self.length, self.vocab_size - self.first))
+
+    def tiles(self, columns: int) -> list[VocabularyPart]:
+        """This part, padding included, as parts of up to so many ids."""
+        return [
+            dataclasses.replace(self, first=self.first + begin, length=min(columns, self.length - begin))
+            for begin in range(0, self.length, columns)
+        ]
 
     def find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, here): the local row of each id, and whether it is here; row 0 where it is not."""
@@ -102,64 +110,131 @@ def vocab_parallel_cross_entropy(
 
     With log-partition Z, target x_t and mean logit m over the true vocabulary, the loss is
     Z - (1 - label_smoothing) x_t - label_smoothing m + z_loss Z^2 (Szegedy et al. 2016; Chowdhery et
-    al. 2022). A negative label is no target: loss and gradient are 0.
+    al. 2022). A negative label is no target: loss and gradient are 0. One of `vocab_size` or more gives NaN.
 
-    One all-gather of a few numbers a token joins the ranks. fp32 `logits` are used up: the softmax,
-    and in backward the gradient, are written over them. Backward runs once.
+    One all-gather of four numbers a token joins the ranks. Backward runs once and uses `logits` up, which must not
+    be a leaf of the graph: their gradient is written over them, in their dtype.
     """
     return _CrossEntropy.apply(logits, labels, part, group, label_smoothing, z_loss)
+
+
+def vocab_parallel_linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    part: VocabularyPart,
+    group: Group,
+    *,
+    columns: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> torch.Tensor:
+    """`vocab_parallel_cross_entropy` of the logits `hidden` weight^T, of which only `columns` are ever there at once.
+
+    hidden: [..., H], as it entered the split region; weight: [V of this rank, H] of the same dtype.
+
+    A tile of the vocabulary is to a rank what a rank is to the whole, so tiles join as ranks do, and one all-gather
+    still serves. Backward makes a tile's logits again, a fourth matrix product beside three: that keeps neither
+    logits nor, from forward to backward, a gradient as large as the weight; the weight's gradient is summed over
+    all tokens within one product. As in Cut Cross-Entropy (Wijmans et al. 2025).
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, part, group, columns, label_smoothing, z_loss)
+
+
+def _join(statistics: torch.Tensor) -> torch.Tensor:
+    """`cross_entropy_statistics` of parts of a vocabulary, [parts, 4, T], as those of their sum, [4, T]."""
+    peaks, partitions, targets, sums = statistics.unbind(1)
+    top = peaks.amax(0)
+    return torch.stack((top, (partitions * (peaks - top).exp()).sum(0), targets.sum(0), sums.sum(0)))
+
+
+def _losses(
+    statistics: torch.Tensor,
+    labels: torch.Tensor,
+    part: VocabularyPart,
+    group: Group,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(losses, top, factor) from this rank's statistics [4, T]; the last two are `cross_entropy_gradient_`'s."""
+    top, partition, target, logit_sum = _join(all_gather(statistics.unsqueeze(0), group)).unbind()
+    # The difference of two logits first: it is small, their sizes need not be.
+    loss = partition.log() + (top - target)
+    factor = partition.reciprocal()
+    if label_smoothing:
+        loss += label_smoothing * (target - logit_sum / part.vocab_size)
+    if z_loss:
+        log_partition = partition.log() + top
+        loss += z_loss * log_partition.square()
+        factor *= 1.0 + 2.0 * z_loss * log_partition
+    return loss.masked_fill_(labels < 0, 0.0).masked_fill_(labels >= part.vocab_size, math.nan), top, factor
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, part, group, label_smoothing, z_loss):
-        exponentials = logits.detach().reshape(-1, part.length)
-        if logits.dtype != torch.float32:
-            exponentials = exponentials.float()
-        exponentials[:, part.held :] = -math.inf
-        rows, here = part.find(labels.reshape(-1))
-        is_target = (labels >= 0).reshape(-1)
-
-        target = exponentials.gather(1, rows.unsqueeze(1)).squeeze(1).masked_fill_(~here, 0.0)
-        # A rank that holds padding alone has no maximum; any finite number will do.
-        peak = exponentials.amax(1).clamp_(min=torch.finfo(torch.float32).min)
-        logit_sum = exponentials[:, : part.held].sum(1) if label_smoothing else torch.zeros_like(peak)
-        partition = exponentials.sub_(peak.unsqueeze(1)).exp_().sum(1)
-
-        peaks, partitions, targets, logit_sums = all_gather(
-            torch.stack((peak, partition, target, logit_sum)).unsqueeze(0), group
-        ).unbind(1)
-        top = peaks.amax(0)
-        total = (partitions * (peaks - top).exp_()).sum(0)
-        log_total = total.log()
-        log_partition = log_total + top
-        # The difference of two logits first: it is small, their sizes need not be.
-        loss = log_total + (top - targets.sum(0))
-        if label_smoothing:
-            loss += label_smoothing * (targets.sum(0) - logit_sums.sum(0) / part.vocab_size)
-        if z_loss:
-            loss += z_loss * log_partition.square()
-
-        ctx.exponentials, ctx.rows, ctx.here, ctx.is_target = exponentials, rows, here, is_target
-        ctx.scale = (peak - top).exp_().div_(total)
-        if z_loss:
-            ctx.scale *= 1.0 + 2.0 * z_loss * log_partition
-        ctx.part, ctx.label_smoothing, ctx.dtype, ctx.shape = part, label_smoothing, logits.dtype, logits.shape
-        return loss.masked_fill_(~is_target, 0.0).view(labels.shape)
+        rows, ids = logits.reshape(-1, part.length).contiguous(), labels.reshape(-1)
+        statistics = cross_entropy_statistics(rows, ids, first=part.first, held=part.held)
+        loss, top, factor = _losses(statistics, ids, part, group, label_smoothing, z_loss)
+        ctx.save_for_backward(rows, ids, top, factor)
+        ctx.part, ctx.label_smoothing, ctx.shape, ctx.done = part, label_smoothing, logits.shape, False
+        return loss.view(labels.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, loss_gradient):
-        if ctx.exponentials is None:
-            raise RuntimeError("the cross-entropy's backward overwrites what it saved, and can run only once")
-        gradient, ctx.exponentials = ctx.exponentials, None
-        per_token = loss_gradient.reshape(-1).float() * ctx.is_target
-        gradient.mul_((ctx.scale * per_token).unsqueeze(1))
-        at_target = per_token * ctx.here * (ctx.label_smoothing - 1.0)
-        gradient.scatter_add_(1, ctx.rows.unsqueeze(1), at_target.unsqueeze(1))
-        if ctx.label_smoothing:
-            gradient[:, : ctx.part.held] -= (ctx.label_smoothing / ctx.part.vocab_size * per_token).unsqueeze(1)
-        return gradient.to(ctx.dtype).view(ctx.shape), None, None, None, None, None
+        if ctx.done:
+            raise RuntimeError("the cross-entropy's backward overwrites the logits, and can run only once")
+        ctx.done = True
+        gradient = _gradient_(*ctx.saved_tensors, loss_gradient.reshape(-1), ctx.part, ctx.label_smoothing)
+        return gradient.view(ctx.shape), None, None, None, None, None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, part, group, columns, label_smoothing, z_loss):
+        hidden_TH, ids = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        statistics = [
+            cross_entropy_statistics(hidden_TH @ rows.t(), ids, first=tile.first, held=tile.held)
+            for tile, rows in zip(part.tiles(columns), weight.split(columns), strict=True)
+        ]
+        loss, top, factor = _losses(_join(torch.stack(statistics)), ids, part, group, label_smoothing, z_loss)
+        ctx.save_for_backward(hidden_TH, weight, ids, top, factor)
+        ctx.part, ctx.columns, ctx.label_smoothing, ctx.shape = part, columns, label_smoothing, hidden.shape
+        return loss.view(labels.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, loss_gradient):
+        hidden_TH, weight, *of_tokens = ctx.saved_tensors
+        # A tile's share is a sum over its columns alone: shares are added in fp32.
+        hidden_gradient = torch.zeros_like(hidden_TH, dtype=torch.float32)
+        weight_gradient = torch.empty_like(weight)
+        for tile, rows, rows_gradient in zip(
+            ctx.part.tiles(ctx.columns), weight.split(ctx.columns), weight_gradient.split(ctx.columns), strict=True
+        ):
+            logits = hidden_TH @ rows.t()
+            gradient = _gradient_(logits, *of_tokens, loss_gradient.reshape(-1), tile, ctx.label_smoothing)
+            torch.mm(gradient.t(), hidden_TH, out=rows_gradient)
+            hidden_gradient += gradient @ rows
+            # Before the next tile's logits are there.
+            del logits, gradient
+        hidden_gradient = hidden_gradient.to(hidden_TH.dtype).view(ctx.shape)
+        return hidden_gradient, weight_gradient, None, None, None, None, None, None
+
+
+def _gradient_(logits, labels, top, factor, loss_gradient, part, label_smoothing):
+    return cross_entropy_gradient_(
+        logits,
+        labels,
+        top,
+        factor,
+        loss_gradient,
+        first=part.first,
+        held=part.held,
+        label_smoothing=label_smoothing,
+        vocab_size=part.vocab_size,
+    )
 
 
 def vocab_parallel_argmax(logits: torch.Tensor, part: VocabularyPart, group: Group) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 After Korthikanti et al. 2022, with what this code saves: a norm keeps its input, linear layers that read
 the same tensor keep it once, `scaled_dot_product_attention` keeps query, key, value, output and a
-log-sum-exp instead of the square that the softmax kernel keeps, and the cross-entropy keeps one fp32 copy of the logits. A test
-holds the formulas to what torch's allocator counts.
+log-sum-exp instead of the square that the softmax kernel keeps, and the cross-entropy keeps the logits, or, made
+of a chunk of them at a time, none. A test holds the formulas to what torch's allocator counts.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from megatron_lite.plan.parameters import padded_vocab_size
 
 FP32 = 4
 TOKEN_ID = 8
-LOSS_BYTES_PER_TOKEN = 14
-"""Row, two masks and a scale that the cross-entropy keeps of each token, beside the logits."""
+LOSS_BYTES_PER_TOKEN = 28
+"""Label, four statistics and a factor that the cross-entropy keeps of each token, beside the logits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Activations:
     layer_temporary: int
     """Most that backward of a layer needs beside what it frees."""
     head_temporary: int
-    """Most that forward and backward of the output layer need for a moment, weight gradient apart."""
+    """Most that backward of the output layer needs for a moment, weight gradient apart."""
 
     @property
     def kept(self) -> int:
@@ -79,8 +79,12 @@ def plan_activations(
     layers, recomputed, sizes = _by_recompute(model.num_layers, plain, residual, training, granularity, again)
 
     rows = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, tensor) // tensor
-    logits = tokens * rows * FP32
-    low_precision_logits = tokens * rows * element if element != FP32 else 0
+    logits, head_temporary = tokens * rows * element, whole
+    if 0 < config.kernels.loss_chunk_size < rows:
+        # Backward has a chunk's logits, the sum of the chunks' hidden gradients in fp32, and one of them.
+        logits = 0
+        chunk = tokens * config.kernels.loss_chunk_size * element
+        head_temporary = chunk + tokens * model.hidden_size * FP32 + whole
     return Activations(
         embedding=tokens * TOKEN_ID + dropout,
         layers=layers,
@@ -88,7 +92,7 @@ def plan_activations(
         group_sizes=sizes,
         head=(norm if model.norm_position == "pre" else 0) + whole + logits + tokens * LOSS_BYTES_PER_TOKEN,
         layer_temporary=whole + max(feed_forward_temporary, core_temporary - second_half),
-        head_temporary=max(low_precision_logits, whole),
+        head_temporary=head_temporary,
     )
 
 

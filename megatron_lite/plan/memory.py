@@ -1,7 +1,7 @@
 """The memory of one rank in closed form: state by ZeRO stage, activations by recompute, and the peak.
 
 The stages as DeepSpeed 0.19 keeps them (Rajbhandari et al. 2020), with p elements on this tensor rank,
-d data ranks, w bytes a weight, n optimizer slots of fp32:
+d data ranks, w bytes a weight, n optimizer slots of fp32 (of 8-bit codes: see optimizer.py):
 
     stage   weights   masters   slots     gradients
     0       4 p       -         4 n p     4 p                     fp32 alone: weights are their own masters
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.plan.activations import FP32, Activations, element_bytes, plan_activations
+from megatron_lite.plan.optimizer import is_coded, slot_bytes
 from megatron_lite.plan.parameters import ParameterShape, padded_vocab_size, parameter_shapes
 
 GRANULARITIES = ("none", "selective", "full")
@@ -59,9 +60,10 @@ class State:
     """At their largest, between backward and step."""
 
 
-def checkpoint_bytes(config: RunConfig, total_parameters: int) -> int:
-    """A checkpoint's size: fp32 masters and slots of every parameter, once."""
-    return FP32 * (1 + (0 if config.checkpoint.no_save_optim else len(config.optimizer.slots))) * total_parameters
+def checkpoint_bytes(config: RunConfig, elements: int, coded: int) -> int:
+    """A checkpoint's size: fp32 masters and slots of every parameter, once; `coded` of them have 8-bit slots."""
+    slots = 0 if config.checkpoint.no_save_optim else slot_bytes(config.optimizer, elements, coded)
+    return FP32 * elements + slots
 
 
 def micro_batches(config: RunConfig, data_size: int) -> int:
@@ -70,17 +72,16 @@ def micro_batches(config: RunConfig, data_size: int) -> int:
     return max(1, (config.training.global_batch_size or per_pass) // per_pass)
 
 
-def plan_state(config: RunConfig, elements: int, data_size: int) -> State:
-    """State of a rank that holds `elements` parameters of its tensor group."""
+def plan_state(config: RunConfig, elements: int, coded: int, data_size: int) -> State:
+    """State of a rank that holds `elements` parameters of its tensor group, `coded` of them with 8-bit slots."""
     stage, width = config.effective_zero_stage, element_bytes(config.precision)
     part = -(-elements // data_size)
-    slots = len(config.optimizer.slots)
     if stage == 0:
-        return State(FP32 * elements, FP32 * slots * elements, FP32 * elements)
+        return State(FP32 * elements, slot_bytes(config.optimizer, elements, coded), FP32 * elements)
     weights = width * (part if stage == 3 else elements)
     gradients = FP32 * (elements if stage == 1 else part)
-    masters = 0 if stage == 1 and width == FP32 else 1
-    return State(weights, FP32 * (masters + slots) * part, gradients)
+    masters = 0 if stage == 1 and width == FP32 else FP32 * part
+    return State(weights, masters + slot_bytes(config.optimizer, part, coded * part // elements), gradients)
 
 
 def moments(
@@ -103,7 +104,8 @@ def moments(
     )
     elements = sum(shape.local_elements for shape in shapes)
     part = -(-elements // data_size)
-    state = plan_state(config, elements, data_size)
+    coded = sum(shape.local_elements for shape in shapes if is_coded(config.optimizer, shape))
+    state = plan_state(config, elements, coded, data_size)
     activations = plan_activations(config, vocab_size=vocab_size, device_type=device_type, granularity=granularity)
     workspace = CUDA_WORKSPACE_BYTES if device_type == "cuda" else 0
     touched = reduce_bucket_size if device_type == "cuda" else min(reduce_bucket_size, elements)
@@ -170,7 +172,7 @@ def _backward(
     per_layer = sum(shape.local_elements for shape in shapes if shape.name.startswith("layers.0."))
     alive = activations.kept
     # A weight's gradient is made in the weight's dtype before it is added to the sum.
-    yield "backward of the output layer", alive, max(activations.head_temporary, width * vocabulary), 0.0
+    yield "backward of the output layer", alive, activations.head_temporary + width * vocabulary, 0.0
     alive -= activations.head
     made = vocabulary
     last = model.num_layers
