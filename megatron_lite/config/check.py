@@ -33,6 +33,11 @@ def problems(config: RunConfig, world_size: int) -> list[str]:
     return found
 
 
+def out_of_range(config: RunConfig) -> set[str]:
+    """Names of fields whose number is outside its range: nothing can be derived from those."""
+    return set(dict(_ranges(config)))
+
+
 def notices(config: RunConfig) -> list[str]:
     """What is allowed and has no effect, one sentence each, for the log."""
     found = []

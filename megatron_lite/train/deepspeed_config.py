@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite import log
+from megatron_lite.config import check
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sources import nearest
 from megatron_lite.errors import ConfigError
@@ -20,6 +21,22 @@ PASSED_THROUGH = frozenset({
     "csv_monitor", "comet", "disable_python_gc", "zero_force_ds_cpu_optimizer",
 })  # fmt: skip
 """Top-level keys whose values are DeepSpeed's own business."""
+
+SECTIONS = frozenset({
+    "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param",
+    "zero_optimization.zenflow", "zero_optimization.leaf_module", "bf16", "fp16", "data_types", "comms_logger",
+    "flops_profiler", "aio", "timers", "tensorboard", "wandb", "csv_monitor", "comet",
+})  # fmt: skip
+"""Keys whose value is an object. What may stand in it DeepSpeed's schemas say, but for the next."""
+
+WITHOUT_SCHEMA = {
+    "flops_profiler": (
+        "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"
+    ).split(),
+    "aio": "block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds".split(),
+    "timers": ["throughput"],
+}
+"""Sections of which DeepSpeed reads these keys and passes over all others."""
 
 REDUCTION_KEYS = frozenset({
     "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients",
@@ -185,7 +202,15 @@ def merge(config: RunConfig, data_size: int, user: Mapping[str, Any]) -> dict[st
             continue
         entries = {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
         for name, inner in entries.items():
-            if name in stated:
+            if name in SECTIONS and not (isinstance(inner, dict) or (inner is None and "." in name)):
+                problems.append(
+                    f"{name} is {json.dumps(inner)} in the DeepSpeed configuration, but should be an object of "
+                    "settings: {...}."
+                )
+            elif key in WITHOUT_SCHEMA and (last := name.partition(".")[2]) not in WITHOUT_SCHEMA[key]:
+                hint = nearest(last, WITHOUT_SCHEMA[key]) or f"; choose among {', '.join(WITHOUT_SCHEMA[key])}"
+                problems.append(f"{name} is not a known key of a DeepSpeed configuration{hint}.")
+            elif name in stated:
                 agreeing, flag = stated[name]
                 if inner not in agreeing:
                     problems.append(
@@ -216,6 +241,18 @@ def _zero_problems(zero: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def problems(config: RunConfig, world_size: int) -> list[str]:
+    """Everything in --deepspeed_config that can be said without DeepSpeed to be wrong, one sentence each."""
+    path = config.parallel.deepspeed_config
+    if path is None or not Path(path).is_file() or check.out_of_range(config):
+        return []
+    try:
+        merge(config, max(1, world_size // config.parallel.tensor_model_parallel_size), read(path))
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
 def read(path: str | Path) -> dict[str, Any]:
     """A user's DeepSpeed JSON. Raises ConfigError if the file is missing or not a JSON object."""
     try:
@@ -234,7 +271,8 @@ def build(config: RunConfig, data_size: int) -> dict[str, Any]:
     path = config.parallel.deepspeed_config
     user = read(path) if path else {}
     merged = merge(config, data_size, user)
-    given = {*user, *(f"zero_optimization.{name}" for name in user.get("zero_optimization", {}))}
+    zero = user.get("zero_optimization")
+    given = {*user, *(f"zero_optimization.{name}" for name in (zero if isinstance(zero, dict) else ()))}
     if for_own_gradients(merged) is not None and (unused := sorted(given & REDUCTION_KEYS)):
         log.warn(f"ZeRO 1 sums gradients in one pass of its own: {', '.join(unused)} in {path} has no effect")
     return merged

@@ -1,6 +1,8 @@
 """The DeepSpeed JSON: derived from flags, merged with a user's, contradictions named on both sides."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 
@@ -204,3 +206,40 @@ def test_what_has_no_effect_in_stage_1_is_said(tmp_path, capfd):
     assert "prescale_gradients, zero_optimization.overlap_comm" in said and "no effect" in said
     deepspeed_config.build(config_of(zero_stage=2, deepspeed_config=str(file)), 1)
     assert "no effect" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("user", "sentence"),
+    [
+        ({"zero_optimization": 3}, "zero_optimization is 3 in the"),
+        ({"zero_optimization": None}, "zero_optimization is null in the"),
+        ({"bf16": True}, "bf16 is true in the"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, 'zero_optimization.offload_optimizer is "cpu" in the'),
+        ({"flops_profiler": {"enabeld": True}}, "flops_profiler.enabeld is not a known key .* meant enabled"),
+        ({"timers": {"all": 1}}, "timers.all is not a known key .* choose among throughput"),
+    ],
+)
+def test_sections_are_objects_of_known_keys(user, sentence, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps(user))
+    config = config_of(deepspeed_config=str(tmp_path / "ds.json"))
+    (problem,) = deepspeed_config.problems(config, 2)
+    assert re.search(sentence, problem)
+    with pytest.raises(ConfigError, match=sentence):
+        deepspeed_config.build(config, 2)
+    assert deepspeed_config.problems(dataclasses.replace(config, parallel=RunConfig().parallel), 2) == []
+
+
+def test_a_number_out_of_range_is_left_to_its_own_message(tmp_path):
+    (tmp_path / "ds.json").write_text("{}")
+    assert deepspeed_config.problems(config_of(deepspeed_config=str(tmp_path / "ds.json"), micro_batch_size=0), 2) == []
+
+
+def test_sections_without_a_schema_are_those_deepspeed_reads_by_name():
+    profiler = pytest.importorskip("deepspeed.profiling.config")
+    aio = pytest.importorskip("deepspeed.runtime.swap_tensor.aio_config")
+    known = {
+        "flops_profiler": vars(profiler.DeepSpeedFlopsProfilerConfig({})).keys(),
+        "aio": aio.get_aio_config({}).keys(),
+    }
+    for section, names in known.items():
+        assert set(deepspeed_config.WITHOUT_SCHEMA[section]) == set(names)
