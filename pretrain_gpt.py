@@ -8,11 +8,14 @@ import sys
 
 from megatron_lite import log
 from megatron_lite.config import check, cli, sources
+from megatron_lite.config.cli import LaunchOptions
+from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data import rules
-from megatron_lite.errors import ConfigError, LostRankError, MegatronLiteError
-from megatron_lite.parallel.launch import Launch, command_line
-from megatron_lite.parallel.mesh_shape import parse_layout
+from megatron_lite.errors import ConfigError, LaunchError, LostRankError, MegatronLiteError
+from megatron_lite.parallel.launch import Launch, command_line, likely_device
+from megatron_lite.parallel.mesh_shape import DEFAULT_SCHEDULE, parse_layout
+from megatron_lite.train import deepspeed_config
 
 
 def main(argv: list[str]) -> int:
@@ -21,49 +24,87 @@ def main(argv: list[str]) -> int:
     try:
         me = Launch.from_environment()
         log.configure(me.rank, me.world_size)
-        config, options = cli.load(argv)
-        world_size = (options.world_size or me.world_size) if options.dry_run else me.world_size
-        if options.layout is not None:
-            config, world_size = at_layout(config, options.layout, options.dry_run)
-        if problems := check.problems(config, world_size) + rules.problems(config):
-            raise ConfigError(problems)
+        config, options = cli.load(argv, shown=me.rank == 0)
+        if options.dry_run:
+            return plan(config, options, me)
+        refuse(options.problems() + problems(config, me.world_size))
         for notice in check.notices(config):
             log.note(notice)
-        if options.dry_run:
-            from megatron_lite.train.dry_run import dry_run
-
-            if me.rank == 0:
-                with contextlib.suppress(BrokenPipeError):
-                    print("\n".join(dry_run(config, world_size)), flush=True)
-            return 0
-        from megatron_lite.train.start import run_training
-
-        run_training(config, me, command_line([sys.argv[0], *argv]))
-        return 0
     except MegatronLiteError as error:
-        if me.rank == 0 or isinstance(error, LostRankError):
+        # Ranks do not know one another yet, and a node may differ from the first: each has its say.
+        if me.local_rank == 0:
             log.every_rank(f"error: {error}")
         return error.exit_code
+    from megatron_lite.train.start import run_training
+
+    try:
+        run_training(config, me, command_line([sys.argv[0], *argv]))
+    except MegatronLiteError as error:
+        if me.rank == 0 or isinstance(error, (LaunchError, LostRankError)):
+            log.every_rank(f"error: {error}")
+        return error.exit_code
+    return 0
 
 
-def at_layout(config: RunConfig, text: str, dry_run: bool) -> tuple[RunConfig, int]:
-    """`config` at the layout that --layout names, and the number of ranks that takes."""
-    layout = parse_layout(text)
-    if not dry_run:
-        raise ConfigError(
-            "--layout goes with --dry-run; a run has its layout from --tensor-model-parallel-size, --zero-stage and "
-            "the number of ranks that are started"
-        )
+def problems(config: RunConfig, world_size: int) -> list[str]:
+    """What the rooms that know rules find wrong with a configuration."""
+    return [
+        *check.problems(config, world_size),
+        *rules.problems(config),
+        *deepspeed_config.problems(config, world_size),
+    ]
+
+
+def refuse(found: list[str]) -> None:
+    """Raise ConfigError for problems, all of them at once."""
+    if found:
+        raise ConfigError(found)
+
+
+def plan(config: RunConfig, options: LaunchOptions, me: Launch) -> int:
+    """Print what the run would come to: --dry-run."""
+    refuse(options.problems())
+    config, world_size = at_layout(config, options, me)
+    refuse(problems(config, world_size))
+    if me.rank == 0:
+        for notice in check.notices(config):
+            log.note(notice)
+        from megatron_lite.train.dry_run import dry_run
+
+        with contextlib.suppress(BrokenPipeError):
+            print("\n".join(dry_run(config, world_size, options.device or likely_device())), flush=True)
+    return 0
+
+
+def at_layout(config: RunConfig, options: LaunchOptions, me: Launch) -> tuple[RunConfig, int]:
+    """`config` at the layout that --layout names, and the number of ranks that are planned for."""
+    if options.layout is None:
+        return config, options.world_size or me.world_size
+    layout = parse_layout(options.layout)
     others = {
         "pp": layout.shape.pipe,
         "vpp": layout.virtual_stages,
         "cp": layout.shape.context,
         "ep": layout.shape.expert,
     }
-    if refused := [f"{axis}={size}" for axis, size in others.items() if size > 1]:
-        raise ConfigError(f"--layout has {', '.join(refused)}, which is not in this version; leave it out")
+    refused = [f"{axis}={size}" for axis, size in others.items() if size > 1]
+    if layout.schedule != DEFAULT_SCHEDULE:
+        refused.append(f"schedule={layout.schedule}")
+    if refused:
+        raise ConfigError(f"--layout has {', '.join(refused)}, which is not in this version; leave it out.")
+    ranks, given = layout.shape.world_size, options.world_size
+    if given not in (None, ranks):
+        tensor = layout.shape.tensor
+        mend = f"write tp={tensor},dp={given // tensor}" if given % tensor == 0 else "change one of them"
+        raise ConfigError(
+            f"--layout {options.layout} is {ranks} ranks = {tensor} x {layout.shape.data}, but --world-size is {given}; "
+            f"{mend}, or leave --world-size out."
+        )
     parallel = {"tensor_model_parallel_size": layout.shape.tensor, "zero_stage": layout.zero}
-    return sources.override(config, {"parallel": parallel}), layout.shape.world_size
+    for name, value in parallel.items():
+        if (asked := getattr(config.parallel, name)) not in (value, getattr(ParallelConfig(), name)):
+            log.note(f"--layout plans {name}={value}, not the {asked} of the configuration")
+    return sources.override(config, {"parallel": parallel}), ranks
 
 
 if __name__ == "__main__":

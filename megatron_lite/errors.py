@@ -82,6 +82,10 @@ class HangError(MegatronLiteError):
     cause = "hang"
 
 
+class LaunchError(UserError):
+    """What keeps a rank from meeting the others: it speaks for itself, since nobody else knows."""
+
+
 class LostRankError(MegatronLiteError):
     """Another rank, or the launcher, is gone."""
 

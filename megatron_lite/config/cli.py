@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 from collections.abc import Sequence
+from typing import Literal
 
-import tyro
-
-from megatron_lite.config import megatron_argv, sources
+from megatron_lite.config import command_line, megatron_argv, sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -33,6 +30,22 @@ class LaunchOptions:
     """With --dry-run: plan for this many ranks; default: the ranks there are."""
     layout: str | None = None
     """With --dry-run: plan this layout, on one line: tp=8,dp=16,zero=1 (axes left out are 1)."""
+    device: Literal["cpu", "cuda"] | None = None
+    """With --dry-run: plan for ranks on this kind of device; default: cuda on a machine with an NVIDIA GPU."""
+
+    def problems(self) -> list[str]:
+        """What cannot be, one sentence each."""
+        found = []
+        if not self.dry_run:
+            given = [name for name in ("world_size", "layout", "device") if getattr(self, name) is not None]
+            found += [
+                f"{command_line.flag_name(name)} goes with --dry-run; a run takes the ranks and devices that are started, and "
+                "its layout from --tensor-model-parallel-size and --zero-stage."
+                for name in given
+            ]
+        if self.world_size is not None and self.world_size < 1:
+            found.append(f"--world-size {self.world_size} is too small; give 1 or more.")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,48 +70,24 @@ def _source(argv: Sequence[str], flag: str) -> str | None:
     return value
 
 
-def _typed(argv: Sequence[str]) -> list[str]:
-    """argv with each value spelled as its field's type: what a YAML file may say, a flag may say too.
-
-    Raises ConfigError with every value of a wrong type at once.
-    """
-    words, given = megatron_argv.split(argv)
-    problems = []
-    for item in given:
-        try:
-            words += [item.flag, *sources.respell(item.name, item.values)]
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return words
-
-
-def load(argv: Sequence[str], prog: str = "pretrain_gpt.py") -> tuple[RunConfig, LaunchOptions]:
+def load(argv: Sequence[str], prog: str = "pretrain_gpt.py", shown: bool = True) -> tuple[RunConfig, LaunchOptions]:
     """The configuration and launch options that a command line asks for.
 
     Raises ConfigError for flags that are unknown, refused or of a wrong type and for bad files, and
-    SystemExit 0 after printing --help.
+    SystemExit 0 for --help, which is printed if `shown`.
     """
     base = RunConfig()
     if preset := _source(argv, "--model"):
         base = sources.override(base, sources.read_preset(preset))
     if path := _source(argv, "--config"):
         base = sources.override(base, sources.read(path))
-    rewritten = _typed(megatron_argv.rewrite(argv, sources.values_of(base), LAUNCH_FLAGS))
-    usage_error = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(usage_error):
-            command = tyro.cli(
-                tyro.conf.OmitArgPrefixes[_CommandLine],
-                args=rewritten,
-                default=_CommandLine(**{section: getattr(base, section) for section in sources.field_types()}),
-                prog=prog,
-                description=DESCRIPTION,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ConfigError(f"The command line cannot be read:\n{usage_error.getvalue().rstrip()}") from None
+    command = command_line.read(
+        _CommandLine,
+        megatron_argv.rewrite(argv, sources.values_of(base), LAUNCH_FLAGS),
+        prog=prog,
+        description=DESCRIPTION,
+        default=_CommandLine(**{section: getattr(base, section) for section in sources.field_types()}),
+        shown=shown,
+    )
     config = RunConfig(**{section: getattr(command, section) for section in sources.field_types()})
     return config, command.launch

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_lite import log
-from megatron_lite.config.megatron_flags import BY_NAME, Flag, field_name
+from megatron_lite.config.command_line import Given, flag_name, split
+from megatron_lite.config.megatron_flags import BY_NAME, Flag
 from megatron_lite.config.sources import nearest
 from megatron_lite.errors import ConfigError
 
@@ -33,41 +33,6 @@ ELSEWHERE = {
     "adam_epsilon": "adam-eps",
 }
 """What other frameworks call it, where the spelling gives no hint: their name to our flag."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Given:
-    """One flag of the command line with its values."""
-
-    flag: str
-    values: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return field_name(self.flag)
-
-    @property
-    def text(self) -> str:
-        return " ".join((self.flag, *self.values))
-
-    @property
-    def words(self) -> list[str]:
-        return [self.flag, *self.values]
-
-
-def split(argv: Sequence[str]) -> tuple[list[str], list[Given]]:
-    """argv as the words before the first flag (there should be none) and flags with their values."""
-    stray: list[str] = []
-    given: list[Given] = []
-    for word in argv:
-        if word.startswith("--") or word == "-h":
-            flag, equals, value = word.partition("=")
-            given.append(Given(flag, (value,) if equals else ()))
-        elif given:
-            given[-1] = dataclasses.replace(given[-1], values=(*given[-1].values, word))
-        else:
-            stray.append(word)
-    return stray, given
 
 
 def _setting(given: Given, defaults: Mapping[str, Any]) -> tuple[str, str]:
@@ -110,11 +75,11 @@ class _Rewriting:
         """The words of our command line that stand for one given flag."""
         row = BY_NAME.get(item.name)
         if row is None:
-            if item.name not in self.own and item.flag not in ("-h", "--help"):
+            if item.name not in self.own and not item.asks_for_help:
                 taken = (name for name, row in BY_NAME.items() if row.kind in ("same", "mapped", "implied"))
-                known = (f"--{name.replace('_', '-')}" for name in {*self.own, *taken})
+                known = map(flag_name, {*self.own, *taken})
                 meant = ELSEWHERE.get(item.name)
-                hint = f"; perhaps you meant --{meant}" if meant else nearest(f"--{item.name.replace('_', '-')}", known)
+                hint = f"; perhaps you meant --{meant}" if meant else nearest(flag_name(item.name), known)
                 hint = hint or "; --help lists all flags"
                 self.problems.append(f"{item.flag} is not a known flag{hint}.")
             return self._set(item.words, item)

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from megatron_lite.config.command_line import field_name
+
 Kind = Literal["same", "mapped", "implied", "silent", "notice", "neutral", "refused"]
 
 KINDS: Mapping[Kind, str] = {
@@ -394,11 +396,6 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
     "Checkpoints": tuple(_CHECKPOINT),
     "Logging": tuple(_LOGGING),
 }
-
-
-def field_name(flag: str) -> str:
-    """A flag's name with its dashes as underscores: --num-layers and --num_layers are num_layers."""
-    return flag.removeprefix("--").replace("-", "_")
 
 
 BY_NAME: Mapping[str, Flag] = {field_name(flag.name): flag for flags in GROUPS.values() for flag in flags}

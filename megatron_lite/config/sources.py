@@ -113,26 +113,24 @@ def _typed(value: Any, expected: Any) -> Any:
     raise _Mismatch("a number" if expected is float else "a whole number")
 
 
-def respell(name: str, words: typing.Sequence[str]) -> list[str]:
-    """The words of a flag's value as Python spells the field's type: 3e11 in digits where it is a whole number.
+def respell(flag: str, words: typing.Sequence[str], expected: Any) -> list[str]:
+    """The words of a flag's value as Python spells the type `expected`: 3e11 in digits where it is a whole number.
 
-    A number of words that the type does not admit is left to the parser of the command line. Raises
-    ConfigError for a word of another type.
+    Raises ConfigError for words of another type, and for more or fewer than the type admits.
     """
-    section = section_of().get(name)
-    if section is None or not words:
-        return list(words)
-    expected = field_types()[section][name]
     is_tuple = any(typing.get_origin(part) is tuple for part in (expected, *typing.get_args(expected)))
-    if expected is bool or (len(words) > 1 and not is_tuple):
-        return list(words)
-    value: Any = words if is_tuple else words[0]
+    text = " ".join(words)
+    if expected is bool:
+        if words:
+            raise ConfigError(f"{flag} takes no value, but {text!r} was given; write {flag} or --no-{flag[2:]}.")
+        return []
+    if not is_tuple and len(words) != 1:
+        raise ConfigError(f"{flag} takes one value, but {text!r} was given." if words else f"{flag} needs a value.")
     try:
-        typed_value = _typed(None if words[-1] == "None" else value, expected)
+        value = _typed(None if words and words[-1] == "None" else words if is_tuple else words[0], expected)
     except _Mismatch as mismatch:
-        text = " ".join(words)
-        raise ConfigError(f"--{name.replace('_', '-')} is {text!r}, but should be {mismatch}.") from None
-    return [str(item) for item in (typed_value if isinstance(typed_value, tuple) else [typed_value])]
+        raise ConfigError(f"{flag} is {text!r}, but should be {mismatch}.") from None
+    return [str(item) for item in (value if isinstance(value, tuple) else [value])]
 
 
 class _Loader(yaml.SafeLoader):

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from megatron_lite import log
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import ConfigError, LaunchError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GRACE_SECONDS = 25.0
@@ -62,6 +62,13 @@ class Launch:
         return self.master_addr is None or self.master_addr in LOOPBACK
 
 
+def likely_device() -> str:
+    """ "cuda" on a machine with an NVIDIA GPU that ranks would be given, else "cpu". Without torch, at once."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    found = any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/proc/driver/nvidia/gpus").glob("*"))
+    return "cuda" if found and not hidden else "cpu"
+
+
 def start(launch: Launch, timeout_minutes: float):
     """The device of this rank, its process group started, its threads shared out.
 
@@ -77,7 +84,7 @@ def start(launch: Launch, timeout_minutes: float):
     if torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank)
         if launch.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
+            raise LaunchError(
                 f"local rank {launch.local_rank} has no GPU: this node has {torch.cuda.device_count()}; "
                 f"start at most that many ranks a node"
             )
@@ -95,7 +102,7 @@ def start(launch: Launch, timeout_minutes: float):
         try:
             dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
         except dist.DistNetworkError as error:
-            raise ConfigError(
+            raise LaunchError(
                 f"the ranks cannot meet at {launch.master_addr}:{os.environ['MASTER_PORT']} "
                 f"({str(error).splitlines()[0]}); if another job on this machine has the port, start with "
                 f"--master_port and another one (both `deepspeed` and `torchrun` take it)"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from megatron_lite.errors import ConfigError
 
 AXES = ("pipe", "data", "context", "expert", "tensor")
+DEFAULT_SCHEDULE = "1F1B"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +105,19 @@ class Layout:
     shape: MeshShape
     zero: int = 1
     virtual_stages: int = 1
-    schedule: str = "1F1B"
+    schedule: str = DEFAULT_SCHEDULE
 
 
 def parse_layout(text: str) -> Layout:
     """The layout that `--layout` names; missing axes are 1. Raises ConfigError."""
     sizes = {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1, "ep": 1, "zero": 1}
-    schedule = "1F1B"
+    schedule = DEFAULT_SCHEDULE
+    named: set[str] = set()
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = item.partition("=")
+        if key in named:
+            raise ConfigError(f"--layout {text} gives {key} twice; give it once")
+        named.add(key)
         if key == "schedule" and value:
             schedule = value
         elif key in sizes and value.isdigit() and (int(value) >= 1 or key == "zero"):

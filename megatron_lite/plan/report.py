@@ -23,14 +23,15 @@ def dry_run_report(
     vocab_size: int,
     *,
     batch_lines: Sequence[str] = (),
+    device_type: str,
     total_samples: int | None = None,
     samples_per_epoch: int | None = None,
-    device_type: str = "cpu",
     reduce_bucket_size: int = 500_000_000,
 ) -> list[str]:
     """Lines of plain text: settings, batch, parameters, FLOPs, memory of a rank, size of a checkpoint.
 
     `batch_lines` are the sums of the batch plan and `total_samples` its length; `samples_per_epoch`
+    `device_type` is "cpu" or "cuda", which keep different things in memory.
     is the size of the training set where it is known. `world_size` is a multiple of the tensor size.
     """
     tensor = config.parallel.tensor_model_parallel_size
@@ -118,8 +119,9 @@ def _compute(
 def _memory(config: RunConfig, vocab_size: int, arguments: dict[str, Any]) -> list[str]:
     precision, stage = config.precision.dtype, config.effective_zero_stage
     lines = [
-        f"memory of a rank at its highest, by recompute ({precision}, ZeRO {stage} over {arguments['data_size']} data "
-        f"ranks, {config.training.micro_batch_size} x {config.data.seq_length:,} tokens; * is chosen)",
+        f"memory of a rank on {_DEVICES[arguments['device_type']]} at its highest, by recompute ({precision}, ZeRO {stage} "
+        f"over {arguments['data_size']} data ranks, {config.training.micro_batch_size} x {config.data.seq_length:,} tokens; "
+        f"* is chosen)",
         f"    {'recompute':<10}" + "".join(f"{name:>13}" for name in (*_PARTS, "peak")) + "  at",
     ]
     for granularity in GRANULARITIES:
@@ -131,6 +133,7 @@ def _memory(config: RunConfig, vocab_size: int, arguments: dict[str, Any]) -> li
 
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "temporary")
+_DEVICES = {"cpu": "a CPU", "cuda": "a GPU"}
 
 
 def memory_comparison(predicted: Moment, measured: int, device_type: str) -> str:

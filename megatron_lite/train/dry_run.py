@@ -12,9 +12,10 @@ from megatron_lite.train import deepspeed_config
 from megatron_lite.train.batch_plan import BatchPlan
 
 
-def dry_run(config: RunConfig, world_size: int) -> list[str]:
+def dry_run(config: RunConfig, world_size: int, device_type: str) -> list[str]:
     """The lines of `--dry-run`: the resolved config, then batch, parameters, compute, memory of a rank.
 
+    `device_type`, "cpu" or "cuda", is what ranks are planned to run on.
     Raises what a run would for data or a tokenizer that cannot be opened.
     """
     tokenizer, vocab_size = resolve_vocabulary(config)
@@ -39,6 +40,7 @@ def dry_run(config: RunConfig, world_size: int) -> list[str]:
         batch_lines=plan.lines(),
         total_samples=plan.total_samples,
         samples_per_epoch=samples_per_epoch,
+        device_type=device_type,
         reduce_bucket_size=_bucket_elements(config, data_size),
     )
     return ["# the resolved config", *sources.dump(config).splitlines(), "", *report]

@@ -6,15 +6,23 @@ from megatron_lite.plan.memory import Moment
 from megatron_lite.plan.report import dry_run_report, flops, memory_comparison, size
 
 
-def report(**training):
+def report(*, adamw8bit=False, **training):
     config = override(RunConfig(), read_preset("gpt2-124m"))
+    if adamw8bit:
+        config = override(config, {"optimizer": {"optimizer": "adamw8bit"}})
     config = dataclasses.replace(
         config,
         parallel=dataclasses.replace(config.parallel, tensor_model_parallel_size=2),
         training=dataclasses.replace(config.training, micro_batch_size=4, global_batch_size=64, **training),
     )
     return dry_run_report(
-        config, 4, 50257, batch_lines=["65,536 tokens a step = ..."], total_samples=64_000, samples_per_epoch=100_000
+        config,
+        4,
+        50257,
+        device_type="cpu",
+        batch_lines=["65,536 tokens a step = ..."],
+        total_samples=64_000,
+        samples_per_epoch=100_000,
     )
 
 
@@ -32,8 +40,18 @@ def test_the_report_says_what_was_chosen_and_what_it_comes_to():
     assert ["total", "124,439,808"] in [line.split() for line in lines]
     assert "854 MFLOP" in text and "56.0 TFLOP = 854 MFLOP x 65,536 tokens; 14.0 TFLOP on each of 4 ranks" in text
     assert "50,257 tokens in 50,432 rows" in text
+    assert "optimizer state is 8 bytes a parameter (2 fp32 slots), masters apart" in lines
     assert "a checkpoint is 1.39 GiB = 12 bytes x 124,439,808 parameters" in text
     assert max(map(len, lines)) <= 130
+
+
+def test_8_bit_state_is_told_with_its_share():
+    lines = report(adamw8bit=True)
+    assert (
+        "optimizer state is 2.03 bytes a parameter for 68.3% of 124,439,808 (8 bits, the layers' matrices), 8 for the "
+        "rest, masters apart"
+    ) in lines
+    assert any(line.startswith("a checkpoint is 941 MiB = 7.926 bytes x 124,439,808") for line in lines)
 
 
 def test_every_recompute_setting_is_shown_and_the_chosen_one_marked():

@@ -25,9 +25,11 @@ def opened_by(rank: int, prefix, **training):
 def test_training_refuses_data_of_another_tokenizer(tmp_path):
     prefix = write_token_set(tmp_path / "set")
     tokens = IndexedReader(prefix).num_tokens
-    facts = Provenance("ByteTokenizer", TOKENIZER.fingerprint, 257, True, 12, tokens, tokens, 1.0, {}, "a test")
+    facts = Provenance(
+        "ByteTokenizer", TOKENIZER.fingerprint, TOKENIZER.vocab_size, True, 12, tokens, tokens, 1.0, {}, "a test"
+    )
     write_provenance(prefix, facts)
-    assert opened_by(0, prefix).vocab_size == 257
+    assert opened_by(0, prefix).vocab_size == TOKENIZER.vocab_size
     write_provenance(prefix, dataclasses.replace(facts, tokenizer_fingerprint="of another"))
     with pytest.raises(DataError, match="made with another tokenizer"):
         opened_by(0, prefix)
