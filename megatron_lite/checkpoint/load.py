@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,14 +114,11 @@ def _fits(there: str, here: str) -> bool:
 
 
 def _tell_conversions(folder: Path, manifest: Manifest, wanted: list[Piece]) -> None:
-    pairs = {
-        piece.name: (manifest.tensors[piece.name].dtype in CODE_DTYPES, piece.absmax is not None) for piece in wanted
-    }
-    for (there, here), count in Counter(pairs.values()).items():
-        if there and not here:
-            log.note(f"{count} tensors of {folder} are 8-bit codes and become fp32 here")
-        elif here and not there:
-            log.note(f"{count} tensors of {folder} are fp32 and become 8-bit codes here")
+    changes = {(manifest.tensors[piece.name].dtype in CODE_DTYPES, piece.absmax is not None) for piece in wanted}
+    if (True, False) in changes:
+        log.note(f"what {folder} holds in 8 bits becomes fp32 here")
+    if (False, True) in changes:
+        log.note(f"fp32 state of {folder} becomes 8-bit codes here")
 
 
 def _mismatch(

@@ -14,7 +14,8 @@ from megatron_lite.plan.memory import (
     checkpoint_bytes,
     peak,
 )
-from megatron_lite.plan.parameters import count_parameters, padded_vocab_size
+from megatron_lite.plan.optimizer import is_coded, slot_line
+from megatron_lite.plan.parameters import count_parameters, padded_vocab_size, parameter_shapes
 
 
 def dry_run_report(
@@ -154,12 +155,15 @@ def memory_comparison(predicted: Moment, measured: int, device_type: str) -> str
 
 
 def _checkpoint(config: RunConfig, vocab_size: int) -> list[str]:
-    total = count_parameters(config.model, vocab_size=vocab_size, seq_length=config.data.seq_length).total
+    shapes = list(parameter_shapes(config.model, vocab_size=vocab_size, seq_length=config.data.seq_length))
+    total = sum(shape.elements for shape in shapes)
+    coded = sum(shape.elements for shape in shapes if is_coded(config.optimizer, shape))
     slots = 0 if config.checkpoint.no_save_optim else len(config.optimizer.slots)
     kept = f" and {slots} optimizer slots" if slots else ""
+    whole = checkpoint_bytes(config, total, coded)
     return [
-        f"a checkpoint is {size(checkpoint_bytes(config, total))} = {4 * (1 + slots)} bytes x {total:,} parameters "
-        f"(fp32 masters{kept})"
+        slot_line(config.optimizer, shapes),
+        f"a checkpoint is {size(whole)} = {whole / total:.4g} bytes x {total:,} parameters (fp32 masters{kept})",
     ]
 
 

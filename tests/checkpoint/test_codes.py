@@ -174,11 +174,17 @@ def test_fp32_becomes_codes_and_codes_fp32(seed, after, one_rank, tmp_path_facto
         assert torch.equal(whole.tensor[piece.rectangle.slices_in(whole.rectangle)], decoded(piece))
 
 
-def test_what_is_converted_is_said(one_rank, tmp_path, capsys):
-    tensor = torch.zeros(SHAPE)
-    folder = save(tmp_path, 1, [Piece("exp_avg/w", SHAPE, (0, 0), tensor, True)], {}, one_rank, **RUN)
-    load(folder, [coded("exp_avg/w", Rectangle((0, 0), SHAPE), tensor)], one_rank)
-    assert "1 tensors of" in (said := capsys.readouterr().err) and "are fp32 and become 8-bit codes here" in said
+@pytest.mark.parametrize("to_codes", [True, False])
+def test_what_is_converted_is_said(to_codes, one_rank, tmp_path, capsys):
+    plain = Piece("exp_avg/w", SHAPE, (0, 0), torch.zeros(SHAPE), True)
+    codes = coded("exp_avg/w", plain.rectangle, plain.tensor)
+    before, after = (plain, codes) if to_codes else (codes, plain)
+    folder = save(tmp_path, 1, [before], {}, one_rank, **RUN)
+    load(folder, [before], one_rank)
+    assert "becomes" not in capsys.readouterr().err
+    load(folder, [after], one_rank)
+    said = f"fp32 state of {folder} becomes 8-bit" if to_codes else f"what {folder} holds in 8 bits becomes fp32"
+    assert said in capsys.readouterr().err
 
 
 def test_maps_and_other_dtypes_are_not_mixed(one_rank, tmp_path):

@@ -20,13 +20,14 @@ from megatron_lite.plan.memory import State, checkpoint_bytes, micro_batches, pe
 VOCAB, BUCKET = 3000, 100_000
 
 
-def run_config(stage, *, bf16=False, accumulate=2, batch=2, **training):
+def run_config(stage, *, bf16=False, accumulate=2, batch=2, optimizer="adamw", **training):
     return RunConfig(
         model=ModelConfig(
             num_layers=4, hidden_size=256, num_attention_heads=4, hidden_dropout=0.0, attention_dropout=0.0
         ),
         parallel=ParallelConfig(zero_stage=stage),
         precision=PrecisionConfig(bf16=bf16),
+        optimizer=OptimizerConfig(optimizer=optimizer),
         data=DataConfig(seq_length=64),
         training=TrainingConfig(micro_batch_size=batch, global_batch_size=batch * accumulate, **training),
     )
@@ -43,6 +44,9 @@ CASES = {
     "stage 1 bf16, large batch": run_config(1, bf16=True, batch=16),
     "stage 2 bf16": run_config(2, bf16=True),
     "stage 3 bf16": run_config(3, bf16=True),
+    "replica, 8-bit state": run_config(0, optimizer="adamw8bit"),
+    "stage 1, 8-bit state": run_config(1, optimizer="adamw8bit"),
+    "stage 3 bf16, 8-bit state": run_config(3, bf16=True, optimizer="adamw8bit"),
 }
 
 
@@ -106,14 +110,17 @@ def test_the_peak_of_a_step(measured, name):
 
 def test_state_shrinks_with_the_data_ranks_as_the_stage_says():
     # 1,000 elements, 4 data ranks: weights, masters and two moments, gradients.
-    state = {stage: plan_state(run_config(stage), 1000, 4) for stage in range(4)}
+    state = {stage: plan_state(run_config(stage), 1000, 0, 4) for stage in range(4)}
     assert state[0] == State(weights=4000, optimizer=8000, gradients=4000)
     assert state[1] == State(weights=4000, optimizer=2000, gradients=4000)
     assert state[2] == State(weights=4000, optimizer=3000, gradients=1000)
     assert state[3] == State(weights=1000, optimizer=3000, gradients=1000)
-    assert plan_state(run_config(0, bf16=True), 1000, 4) == State(weights=2000, optimizer=3000, gradients=4000)
+    assert plan_state(run_config(0, bf16=True), 1000, 0, 4) == State(weights=2000, optimizer=3000, gradients=4000)
     plain = dataclasses.replace(run_config(0), optimizer=OptimizerConfig(optimizer="sgd", sgd_momentum=0.0))
-    assert plan_state(plain, 1000, 1) == State(weights=4000, optimizer=0, gradients=4000)
+    assert plan_state(plain, 1000, 0, 1) == State(weights=4000, optimizer=0, gradients=4000)
+    narrow = run_config(2, optimizer="adamw8bit")
+    # A quarter each: 4 bytes of master, 8 of fp32 slots, 2.03125 of 8-bit ones.
+    assert plan_state(narrow, 1024, 512, 4).optimizer == 256 * 4 + 128 * 8 + 260
 
 
 def test_tensor_ranks_and_sequence_parallelism_share_activations():
@@ -146,5 +153,7 @@ def test_stage_1_reduces_where_the_gradients_are():
 
 
 def test_checkpoints_hold_masters_and_slots():
-    assert checkpoint_bytes(run_config(1), 1000) == 12_000
-    assert checkpoint_bytes(run_config(1, bf16=True), 1000) == 12_000
+    assert checkpoint_bytes(run_config(1), 1000, 0) == 12_000
+    assert checkpoint_bytes(run_config(1, bf16=True), 1000, 0) == 12_000
+    narrow = run_config(1, optimizer="adamw8bit")
+    assert checkpoint_bytes(narrow, 2560, 1280) == 4 * 2560 + 8 * 1280 + 2600

@@ -10,9 +10,10 @@ from megatron_lite.config.optimizer import OptimizerConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sources import override, read_preset
 from megatron_lite.model.gpt import GPT
-from megatron_lite.optim.groups import default_rules
+from megatron_lite.optim.groups import default_rules, parameter_groups
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.plan.optimizer import is_coded
 from megatron_lite.plan.parameters import COMPONENTS, count_parameters, padded_vocab_size, parameter_shapes
 
 PRESETS = sorted(path.stem for path in (Path(__file__).parents[2] / "examples/models").glob("*.yaml"))
@@ -134,3 +135,9 @@ def test_the_closed_form_is_the_model(name, tensor_size):
     }
     vectors = re.compile(default_rules(OptimizerConfig())[0].pattern)
     assert all(shape.is_vector == bool(vectors.search(shape.name)) for shape in planned)
+    narrow = OptimizerConfig(optimizer="adamw8bit")
+    groups = parameter_groups(built.named_parameters(), default_rules(narrow))
+    coded = {id(parameter) for group in groups if group["bits"] == 8 for parameter in group["params"]}
+    assert {shape.name for shape in planned if is_coded(narrow, shape)} == {
+        name for name, parameter in built.named_parameters() if id(parameter) in coded
+    }
