@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,29 +15,39 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sources import nearest
 from megatron_lite.errors import ConfigError
 
-PASSED_THROUGH = frozenset({
-    "zero_optimization", "communication_data_type", "seq_parallel_communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "sparse_gradients", "disable_allgather", "comms_logger", "flops_profiler", "aio",
-    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "tensorboard", "wandb",
-    "csv_monitor", "comet", "disable_python_gc", "zero_force_ds_cpu_optimizer",
-})  # fmt: skip
-"""Top-level keys whose values are DeepSpeed's own business."""
+_WIRE_TYPES = ("fp32", "bf16", "fp16")
 
-SECTIONS = frozenset({
-    "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param",
-    "zero_optimization.zenflow", "zero_optimization.leaf_module", "bf16", "fp16", "data_types", "comms_logger",
-    "flops_profiler", "aio", "timers", "tensorboard", "wandb", "csv_monitor", "comet",
-})  # fmt: skip
-"""Keys whose value is an object. What may stand in it DeepSpeed's schemas say, but for the next."""
+PASSED_THROUGH: Mapping[str, Any] = {
+    "zero_optimization": dict, "communication_data_type": _WIRE_TYPES,
+    "seq_parallel_communication_data_type": _WIRE_TYPES, "prescale_gradients": bool,
+    "gradient_predivide_factor": float, "sparse_gradients": bool, "disable_allgather": bool, "comms_logger": dict,
+    "flops_profiler": dict, "aio": dict, "steps_per_print": int, "wall_clock_breakdown": bool,
+    "memory_breakdown": bool, "dump_state": bool, "timers": dict, "tensorboard": dict, "wandb": dict,
+    "csv_monitor": dict, "comet": dict, "disable_python_gc": bool, "zero_force_ds_cpu_optimizer": bool,
+}  # fmt: skip
+"""Top-level keys whose values are DeepSpeed's own business, and what they are: a type, or one of some words."""
 
-WITHOUT_SCHEMA = {
-    "flops_profiler": (
-        "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"
-    ).split(),
-    "aio": "block_size queue_depth intra_op_parallelism single_submit overlap_events use_gds".split(),
-    "timers": ["throughput"],
+WITHOUT_SCHEMA: Mapping[str, Mapping[str, type]] = {
+    "flops_profiler": {
+        "enabled": bool, "recompute_fwd_factor": float, "profile_step": int, "module_depth": int, "top_modules": int,
+        "detailed": bool, "output_file": str,
+    },
+    "aio": {
+        "block_size": int, "queue_depth": int, "intra_op_parallelism": int, "single_submit": bool,
+        "overlap_events": bool, "use_gds": bool,
+    },
+    "timers": {"throughput": dict},
+}  # fmt: skip
+"""Sections that DeepSpeed takes as they are: it reads these keys and passes over all others in silence."""
+
+_KINDS: Mapping[str, Any] = {
+    **PASSED_THROUGH,
+    **dict.fromkeys(("bf16", "fp16", "data_types"), dict),
+    **{f"zero_optimization.{name}": dict for name in ("offload_optimizer", "offload_param", "zenflow", "leaf_module")},
+    **{f"{section}.{name}": kind for section, kinds in WITHOUT_SCHEMA.items() for name, kind in kinds.items()},
 }
-"""Sections of which DeepSpeed reads these keys and passes over all others."""
+_KIND_WORDS = {dict: "an object of settings: {...}", bool: "true or false", int: "a whole number", float: "a number",
+               str: "text"}  # fmt: skip
 
 REDUCTION_KEYS = frozenset({
     "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients",
@@ -174,6 +185,49 @@ def _stated(config: RunConfig, data_size: int) -> dict[str, tuple[tuple[Any, ...
     return stated
 
 
+def _misfit(name: str, value: Any) -> str | None:
+    """What is wrong with the kind of a value; null within a section is its default."""
+    expected = _KINDS.get(name)
+    if expected is None or (value is None and expected is not dict) or (value is None and "." in name):
+        return None
+    if isinstance(expected, tuple):
+        if value in expected:
+            return None
+        words = f"one of {', '.join(expected)}"
+    else:
+        fits = (int, float) if expected is float else expected
+        if isinstance(value, fits) and not (isinstance(value, bool) and expected is not bool):
+            return None
+        words = _KIND_WORDS[expected]
+    return f"{name} is {json.dumps(value)} in the DeepSpeed configuration, but should be {words}."
+
+
+def _unknown(name: str, hint: str) -> str:
+    return f"{name} is not a known key of a DeepSpeed configuration{hint or '; remove it'}."
+
+
+def schema_problems(user: Mapping[str, Any], schemas: Mapping[str, type]) -> list[str]:
+    """What DeepSpeed's schemas, pydantic models by section, do not admit in a user's JSON, one sentence each."""
+    found = []
+    for section in sorted(user.keys() & schemas.keys()):
+        try:
+            schemas[section](**user[section])
+        except ValueError as error:  # pydantic's, which this room does without
+            found += [_schema_problem(section, entry, schemas[section]) for entry in error.errors(include_url=False)]
+    return found
+
+
+def _schema_problem(section: str, error: Mapping[str, Any], schema: Any) -> str:
+    *parents, last = error["loc"]
+    name = ".".join(map(str, [section, *parents, last]))
+    if error["type"] != "extra_forbidden":
+        return f"{name} is {json.dumps(error['input'])} in the DeepSpeed configuration: {error['msg']}."
+    for parent in parents:
+        annotation = schema.model_fields[parent].annotation
+        schema = next(part for part in (annotation, *typing.get_args(annotation)) if hasattr(part, "model_fields"))
+    return _unknown(name, nearest(str(last), [field.alias or name for name, field in schema.model_fields.items()]))
+
+
 def _without_auto(value: Any) -> Any:
     """`value` without the entries that say "auto": the flags, or else DeepSpeed's defaults, decide them."""
     if isinstance(value, dict):
@@ -191,25 +245,20 @@ def merge(config: RunConfig, data_size: int, user: Mapping[str, Any]) -> dict[st
     stated = _stated(config, data_size)
     owned = {key.partition(".")[0] for key in stated}
     problems: list[str] = []
-    for key, value in _without_auto(dict(user)).items():
+    for key, value in user.items():
         if key in REFUSED:
             if value not in (False, None, {}, {"enabled": False}):
                 problems.append(f"The section {key} of the DeepSpeed configuration is refused: {REFUSED[key]}.")
             continue
-        if key not in owned | PASSED_THROUGH:
-            hint = nearest(key, owned | PASSED_THROUGH | REFUSED.keys()) or "; remove it"
-            problems.append(f"{key} is not a known key of a DeepSpeed configuration{hint}.")
+        if key not in owned | PASSED_THROUGH.keys():
+            problems.append(_unknown(key, nearest(key, owned | PASSED_THROUGH.keys() | REFUSED.keys())))
             continue
         entries = {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
         for name, inner in entries.items():
-            if name in SECTIONS and not (isinstance(inner, dict) or (inner is None and "." in name)):
-                problems.append(
-                    f"{name} is {json.dumps(inner)} in the DeepSpeed configuration, but should be an object of "
-                    "settings: {...}."
-                )
+            if misfit := _misfit(name, inner):
+                problems.append(misfit)
             elif key in WITHOUT_SCHEMA and (last := name.partition(".")[2]) not in WITHOUT_SCHEMA[key]:
-                hint = nearest(last, WITHOUT_SCHEMA[key]) or f"; choose among {', '.join(WITHOUT_SCHEMA[key])}"
-                problems.append(f"{name} is not a known key of a DeepSpeed configuration{hint}.")
+                problems.append(_unknown(name, nearest(last, WITHOUT_SCHEMA[key])))
             elif name in stated:
                 agreeing, flag = stated[name]
                 if inner not in agreeing:
@@ -254,7 +303,7 @@ def problems(config: RunConfig, world_size: int) -> list[str]:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A user's DeepSpeed JSON. Raises ConfigError if the file is missing or not a JSON object."""
+    """A user's DeepSpeed JSON without what it leaves "auto". Raises ConfigError if it is missing or no JSON object."""
     try:
         user = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -263,7 +312,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"The DeepSpeed configuration {path} is not valid JSON: {error}.") from error
     if not isinstance(user, dict):
         raise ConfigError(f"The DeepSpeed configuration {path} must be a JSON object, not {type(user).__name__}.")
-    return user
+    return _without_auto(user)
 
 
 def build(config: RunConfig, data_size: int) -> dict[str, Any]:
@@ -271,8 +320,7 @@ def build(config: RunConfig, data_size: int) -> dict[str, Any]:
     path = config.parallel.deepspeed_config
     user = read(path) if path else {}
     merged = merge(config, data_size, user)
-    zero = user.get("zero_optimization")
-    given = {*user, *(f"zero_optimization.{name}" for name in (zero if isinstance(zero, dict) else ()))}
+    given = {*user, *(f"zero_optimization.{name}" for name in user.get("zero_optimization", {}))}
     if for_own_gradients(merged) is not None and (unused := sorted(given & REDUCTION_KEYS)):
         log.warn(f"ZeRO 1 sums gradients in one pass of its own: {', '.join(unused)} in {path} has no effect")
     return merged

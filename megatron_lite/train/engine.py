@@ -35,7 +35,8 @@ from megatron_lite.optim.state import allocate_state, set_step_count, slot_part,
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.layout import Fragment, ParameterLayout
 from megatron_lite.parallel.process_mesh import ProcessMesh
-from megatron_lite.train.deepspeed_config import for_own_gradients
+from megatron_lite.plan.memory import REPLICA_BUCKET_BYTES
+from megatron_lite.train.deepspeed_config import for_own_gradients, read, schema_problems
 from megatron_lite.train.deepspeed_mesh import MeshForDeepSpeed
 from megatron_lite.train.flat_gradients import FlatGradients
 
@@ -437,12 +438,32 @@ def load_libraries(config: RunConfig) -> None:
 def _import_deepspeed():
     """deepspeed, quiet and without what takes long to load or compile and is not used."""
     if "deepspeed" not in sys.modules:
+        path = config.parallel.deepspeed_config
+        if path and (problems := schema_problems(read(path), _schemas())):
+            raise ConfigError(problems)
+
+
+def _schemas() -> dict[str, type]:
+    """DeepSpeed's own schemas of sections of its JSON, pydantic models."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    monitors = {"tensorboard": TensorBoardConfig, "wandb": WandbConfig, "csv_monitor": CSVConfig, "comet": CometConfig}
+    return {"zero_optimization": DeepSpeedZeroConfig, "comms_logger": CommsLoggerConfig, **monitors}
+
+
+def _no_accelerator_news(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         import deepspeed
     except ImportError as error:
         raise ConfigError(
             f"ZeRO needs deepspeed, which cannot be imported ({error}); `pip install deepspeed`, or --zero-stage 0 in fp32"
+        if not torch.cuda.is_available():
+            # On a machine without a GPU that is no news, and no warning.
+            logging.getLogger("DeepSpeed").addFilter(_no_accelerator_news)
         ) from None
     deepspeed.utils.logging.logger.setLevel(logging.WARNING)
     # DeepSpeed insists on the variable, also where no launcher set it; this rank's device is set already.

@@ -85,6 +85,7 @@ def test_offload_communication_and_profilers_pass_through():
         "comms_logger": {"enabled": True, "verbose": False},
         "flops_profiler": {"enabled": True, "profile_step": 3},
         "aio": {"block_size": 1048576},
+        "steps_per_print": None,
         "communication_data_type": "fp32",
         "wall_clock_breakdown": True,
     }
@@ -110,14 +111,17 @@ def test_a_file_that_agrees_is_accepted_and_accumulation_stays_ours():
     assert merged(user, **flags) == deepspeed_config.derive(config_of(**flags))
 
 
-def test_auto_is_ours_or_deepspeeds_default():
+def test_auto_is_ours_or_deepspeeds_default(tmp_path):
     user = {
         "train_batch_size": "auto",
         "gradient_clipping": "auto",
         "fp16": {"enabled": "auto"},
         "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto"},
     }
-    assert merged(user) == deepspeed_config.derive(RunConfig())
+    (tmp_path / "ds.json").write_text(json.dumps(user))
+    assert deepspeed_config.build(config_of(deepspeed_config=str(tmp_path / "ds.json")), 2) == (
+        deepspeed_config.derive(RunConfig())
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,7 +220,11 @@ def test_what_has_no_effect_in_stage_1_is_said(tmp_path, capfd):
         ({"bf16": True}, "bf16 is true in the"),
         ({"zero_optimization": {"offload_optimizer": "cpu"}}, 'zero_optimization.offload_optimizer is "cpu" in the'),
         ({"flops_profiler": {"enabeld": True}}, "flops_profiler.enabeld is not a known key .* meant enabled"),
-        ({"timers": {"all": 1}}, "timers.all is not a known key .* choose among throughput"),
+        ({"timers": {"all": 1}}, "timers.all is not a known key"),
+        ({"aio": {"queue_depth": True}}, "aio.queue_depth is true .* should be a whole number"),
+        ({"wall_clock_breakdown": "x"}, 'wall_clock_breakdown is "x" .* should be true or false'),
+        ({"gradient_predivide_factor": "x"}, 'gradient_predivide_factor is "x" .* should be a number'),
+        ({"communication_data_type": "fp33"}, 'communication_data_type is "fp33" .* one of fp32, bf16, fp16'),
     ],
 )
 def test_sections_are_objects_of_known_keys(user, sentence, tmp_path):
@@ -243,3 +251,21 @@ def test_sections_without_a_schema_are_those_deepspeed_reads_by_name():
     }
     for section, names in known.items():
         assert set(deepspeed_config.WITHOUT_SCHEMA[section]) == set(names)
+
+
+def test_deepspeeds_own_schemas_say_what_else_is_wrong(tmp_path):
+    pytest.importorskip("deepspeed")
+    from megatron_lite.train.engine import load_libraries
+
+    file = tmp_path / "ds.json"
+    config = config_of(deepspeed_config=str(file))
+    zero = {"stge": 1, "reduce_bucket_size": "many", "overlap_comm": "auto"}
+    file.write_text(json.dumps({"zero_optimization": {**zero, "offload_optimizer": {"devcie": "cpu"}}}))
+    with pytest.raises(ConfigError) as caught:
+        load_libraries(config)
+    told = sorted(caught.value.problems)
+    assert told[0].startswith("zero_optimization.offload_optimizer.devcie is not a known") and "meant device" in told[0]
+    assert told[1].startswith('zero_optimization.reduce_bucket_size is "many" in the') and "integer" in told[1]
+    assert told[2].startswith("zero_optimization.stge is not a known key") and "perhaps you meant stage" in told[2]
+    file.write_text(json.dumps({"zero_optimization": {"stage3_max_live_parameters": 7, "offload_optimizer": None}}))
+    load_libraries(config)
