@@ -32,11 +32,12 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tor
 def _layer_norm(shape, dtype):
     x, dy, length = drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype, seed=1), shape[-1]
     weight, bias = drawn(length, dtype=dtype, seed=2), drawn(length, dtype=dtype, seed=3)
-    _, mean, inverse = torch.ops.megatron_lite.layer_norm(x, weight, bias, 1e-5)
-    yield "layer_norm", (x, weight, bias, 1e-5)
-    yield "residual_layer_norm", (x, dy, weight, bias, 1e-5)
-    yield "layer_norm_backward", (dy, None, x, weight, mean, inverse)
-    yield "layer_norm_backward", (dy, bias.expand(shape), x, weight, mean, inverse)
+    y, mean, inverse = torch.ops.megatron_lite.layer_norm(x, weight, bias, 1e-5, False)
+    yield "layer_norm", (x, weight, bias, 1e-5, False)
+    yield "residual_layer_norm", (x, dy, weight, bias, 1e-5, False)
+    yield "layer_norm_backward", (dy, None, x, weight, None, mean, inverse)
+    yield "layer_norm_backward", (dy, bias.expand(shape), x, weight, None, mean, inverse)
+    yield "layer_norm_backward", (dy, None, y, weight, bias, mean, inverse)
 
 
 def _rms_norm(shape, dtype):
@@ -45,11 +46,12 @@ def _rms_norm(shape, dtype):
         drawn(*shape, dtype=dtype, seed=1),
         drawn(shape[-1], dtype=dtype, seed=2),
     )
-    _, inverse = torch.ops.megatron_lite.rms_norm(x, weight, 1e-5)
-    yield "rms_norm", (x, weight, 1e-5)
-    yield "residual_rms_norm", (x, dy, weight, 1e-5)
-    yield "rms_norm_backward", (dy, None, x, weight, inverse)
-    yield "rms_norm_backward", (dy, weight.expand(shape), x, weight, inverse)
+    y, inverse = torch.ops.megatron_lite.rms_norm(x, weight, 1e-5, False)
+    yield "rms_norm", (x, weight, 1e-5, False)
+    yield "residual_rms_norm", (x, dy, weight, 1e-5, False)
+    yield "rms_norm_backward", (dy, None, x, weight, inverse, False)
+    yield "rms_norm_backward", (dy, weight.expand(shape), x, weight, inverse, False)
+    yield "rms_norm_backward", (dy, None, y, weight, inverse, True)
 
 
 def _l2_norm(shape, dtype):

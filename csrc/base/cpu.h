@@ -232,6 +232,21 @@ class Writer<float> {
   int64_t length_;
 };
 
+// 1 / value of each of some values.
+class Reciprocals {
+ public:
+  Reciprocals(const float* values, int64_t count) : buffer_(count) {
+    float* data = buffer_.data();
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) data[i] = 1 / values[i];
+  }
+
+  float operator[](int64_t index) const { return buffer_.data()[index]; }
+
+ private:
+  Buffer buffer_;
+};
+
 // A sum along a row, kept in 64 lanes: as many as fill the adders of the widest set, and the same number in
 // every set, so that all add in one order.
 constexpr int kLanes = 64;

@@ -9,6 +9,8 @@
 //   dx = r (g - mean(g) - x^ mean(g x^)) (+ the gradient of the sum),    dw = sum of dy x^,    db = sum of dy
 //
 // The mean and r of each row are kept in fp32 for the gradient. Arithmetic is fp32, rounded once at the end.
+//
+// Instead of x, y may be kept: x^ = (y - b) / w, with an error of half a digit of y over w, and NaN where w is 0.
 
 #pragma once
 
@@ -34,8 +36,9 @@ struct LayerNormBackward {
   Dtype dtype;
   const void* gradient;      // [rows, length], of the output
   const void* sum_gradient;  // [rows, length], added to the input's; or null
-  const void* input;         // [rows, length]: x above
+  const void* kept;          // [rows, length]: x above, or y with a bias
   const void* weight;        // [length]
+  const void* bias;          // [length]; null where x is kept
   const float* mean;         // [rows]
   const float* inverse;      // [rows]
   void* input_gradient;      // [rows, length]

@@ -42,7 +42,7 @@ LayerNormOutputs layer_norm_outputs(const Tensor& input, const Tensor* residual,
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const Tensor& weight, const Tensor& bias,
-                                                      double epsilon) {
+                                                      double epsilon, bool /* of autograd alone */) {
   const auto made = layer_norm_outputs<Device>(input, nullptr, weight, bias, epsilon);
   return {made.output, made.mean, made.inverse};
 }
@@ -50,22 +50,24 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& input, const
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_forward(const Tensor& input, const Tensor& residual,
                                                                        const Tensor& weight, const Tensor& bias,
-                                                                       double epsilon) {
+                                                                       double epsilon, bool /* of autograd alone */) {
   const auto made = layer_norm_outputs<Device>(input, &residual, weight, bias, epsilon);
   return {made.output, made.sum, made.mean, made.inverse};
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& gradient, const std::optional<Tensor>& sum_gradient,
-                                                       const Tensor& input, const Tensor& weight, const Tensor& mean,
+                                                       const Tensor& kept, const Tensor& weight,
+                                                       const std::optional<Tensor>& bias, const Tensor& mean,
                                                        const Tensor& inverse) {
-  const Rows shape(input);
-  const Tensor x = prepared(input, input), w = prepared(weight, input), dy = prepared(gradient, input);
-  const Tensor m = prepared(mean, input, ScalarType::Float), r = prepared(inverse, input, ScalarType::Float);
-  const Tensor added = sum_gradient ? prepared(*sum_gradient, input) : dy;
+  const Rows shape(kept);
+  const Tensor x = prepared(kept, kept), w = prepared(weight, kept), dy = prepared(gradient, kept);
+  const Tensor m = prepared(mean, kept, ScalarType::Float), r = prepared(inverse, kept, ScalarType::Float);
+  const Tensor added = sum_gradient ? prepared(*sum_gradient, kept) : dy, b = bias ? prepared(*bias, kept) : w;
   check_elements(dy, x.numel(), "gradient");
   check_elements(added, x.numel(), "sum_gradient");
   check_elements(w, shape.length, "weight");
+  check_elements(b, shape.length, "bias");
   check_elements(m, shape.rows, "mean");
   check_elements(r, shape.rows, "inverse");
   Tensor dx = torch::stable::empty_like(x), dw = torch::stable::empty_like(w), db = torch::stable::empty_like(w);
@@ -76,8 +78,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& gradient, c
                      .dtype = dtype_of(x),
                      .gradient = dy.const_data_ptr(),
                      .sum_gradient = sum_gradient ? added.const_data_ptr() : nullptr,
-                     .input = x.const_data_ptr(),
+                     .kept = x.const_data_ptr(),
                      .weight = w.const_data_ptr(),
+                     .bias = bias ? b.const_data_ptr() : nullptr,
                      .mean = static_cast<const float*>(m.const_data_ptr()),
                      .inverse = static_cast<const float*>(r.const_data_ptr()),
                      .input_gradient = dx.mutable_data_ptr(),

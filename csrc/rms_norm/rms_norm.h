@@ -8,6 +8,8 @@
 //   dx = r (g - x^ mean(g x^)) (+ the gradient of the sum),    dw = sum of dy x^
 //
 // The r of each row is kept in fp32 for the gradient. Arithmetic is fp32, rounded once at the end.
+//
+// Instead of x, y may be kept: x^ = y / w, as exact as y, and NaN where w is 0.
 
 #pragma once
 
@@ -31,7 +33,8 @@ struct RmsNormBackward {
   Dtype dtype;
   const void* gradient;      // [rows, length], of the output
   const void* sum_gradient;  // [rows, length], added to the input's; or null
-  const void* input;         // [rows, length]: x above
+  const void* kept;          // [rows, length]: x above, or y
+  bool from_output;          // y is kept
   const void* weight;        // [length]
   const float* inverse;      // [rows]
   void* input_gradient;      // [rows, length]

@@ -37,25 +37,28 @@ RmsNormOutputs rms_norm_outputs(const Tensor& input, const Tensor* residual, con
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& input, const Tensor& weight, double epsilon) {
+std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& input, const Tensor& weight, double epsilon,
+                                            bool /* of autograd alone */) {
   const auto made = rms_norm_outputs<Device>(input, nullptr, weight, epsilon);
   return {made.output, made.inverse};
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> residual_rms_norm_forward(const Tensor& input, const Tensor& residual,
-                                                             const Tensor& weight, double epsilon) {
+                                                             const Tensor& weight, double epsilon,
+                                                             bool /* of autograd alone */) {
   const auto made = rms_norm_outputs<Device>(input, &residual, weight, epsilon);
   return {made.output, made.sum, made.inverse};
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& gradient, const std::optional<Tensor>& sum_gradient,
-                                             const Tensor& input, const Tensor& weight, const Tensor& inverse) {
-  const Rows shape(input);
-  const Tensor x = prepared(input, input), w = prepared(weight, input), dy = prepared(gradient, input);
-  const Tensor r = prepared(inverse, input, ScalarType::Float);
-  const Tensor added = sum_gradient ? prepared(*sum_gradient, input) : dy;
+                                             const Tensor& kept, const Tensor& weight, const Tensor& inverse,
+                                             bool from_output) {
+  const Rows shape(kept);
+  const Tensor x = prepared(kept, kept), w = prepared(weight, kept), dy = prepared(gradient, kept);
+  const Tensor r = prepared(inverse, kept, ScalarType::Float);
+  const Tensor added = sum_gradient ? prepared(*sum_gradient, kept) : dy;
   check_elements(dy, x.numel(), "gradient");
   check_elements(added, x.numel(), "sum_gradient");
   check_elements(w, shape.length, "weight");
@@ -67,7 +70,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& gradient, const std::
                      .dtype = dtype_of(x),
                      .gradient = dy.const_data_ptr(),
                      .sum_gradient = sum_gradient ? added.const_data_ptr() : nullptr,
-                     .input = x.const_data_ptr(),
+                     .kept = x.const_data_ptr(),
+                     .from_output = from_output,
                      .weight = w.const_data_ptr(),
                      .inverse = static_cast<const float*>(r.const_data_ptr()),
                      .input_gradient = dx.mutable_data_ptr(),

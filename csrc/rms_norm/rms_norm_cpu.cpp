@@ -31,20 +31,24 @@ void forward_rows(const RmsNormForward& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class Element>
+template <class Element, bool kFromOutput>
 void backward_part(const RmsNormBackward& a, int64_t part) {
-  const Reader<Element> read_gradient(a.length), read_input(a.length), read_weight(a.length), read_added(a.length);
+  const Reader<Element> read_gradient(a.length), read_kept(a.length), read_weight(a.length), read_added(a.length);
   const Writer<Element> result(a.length);
   const float* weight = read_weight(a.weight);
+  const Reciprocals reciprocals(weight, kFromOutput ? a.length : 0);
   ColumnSum weight_sum(a.weight_partials + part * a.length, a.length);
   float* weight_sums = weight_sum.values();
   const int64_t end = part_begin(a.rows, a.parts, part + 1);
   for (int64_t row = part_begin(a.rows, a.parts, part); row < end; ++row) {
-    const float *dy = read_gradient(a.gradient, row), *x = read_input(a.input, row);
+    const float *dy = read_gradient(a.gradient, row), *kept = read_kept(a.kept, row);
     const float inverse = a.inverse[row];
+    const auto normal_at = [=, &reciprocals](int64_t i) __attribute__((always_inline)) {
+      return kept[i] * (kFromOutput ? reciprocals[i] : inverse);
+    };
     LaneSum g_normal;
     along(a.length, [&](int64_t i, int lane) {
-      const float normal = x[i] * inverse;
+      const float normal = normal_at(i);
       g_normal.lanes[lane] += dy[i] * weight[i] * normal;
       weight_sums[i] += dy[i] * normal;
     });
@@ -53,7 +57,7 @@ void backward_part(const RmsNormBackward& a, int64_t part) {
     float* dx = result.line(a.input_gradient, row);
 #pragma omp simd
     for (int64_t i = 0; i < a.length; ++i)
-      dx[i] = rms_norm_gradient(dy[i] * weight[i], x[i] * inverse, inverse, mean_g_normal);
+      dx[i] = rms_norm_gradient(dy[i] * weight[i], normal_at(i), inverse, mean_g_normal);
     if (a.sum_gradient) {
       const float* added = read_added(a.sum_gradient, row);
 #pragma omp simd
@@ -76,7 +80,8 @@ Status launch(const Context& context, const RmsNormBackward& a) {
   return with_element(a.dtype, [&](auto element) {
     using Element = decltype(element);
     for_ranges(context, a.parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) backward_part<Element>(a, part);
+      for (int64_t part = begin; part < end; ++part)
+        a.from_output ? backward_part<Element, true>(a, part) : backward_part<Element, false>(a, part);
     });
     sum_parts<Element>(context, a.weight_partials, a.parts, a.length, a.weight_gradient);
   });

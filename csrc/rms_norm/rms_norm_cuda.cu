@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(1024) forward_kernel(const RmsNormForward a) {
 }
 
 // Block `part` takes the rows of one part, threadIdx.y every blockDim.y-th of them.
-template <class Element, int kPacks>
+template <class Element, int kPacks, bool kFromOutput>
 __global__ void __launch_bounds__(512) backward_kernel(const RmsNormBackward a) {
   constexpr int kCount = kWidth<Element, kPacks>;
   // Beside the sums of more than 16 columns registers have no room for the row: it is read again, from the cache.
@@ -54,15 +54,15 @@ __global__ void __launch_bounds__(512) backward_kernel(const RmsNormBackward a) 
     const bool mine = first + threadIdx.y < end;
     const int64_t row = mine ? first + threadIdx.y : first;
     const Row<Element, kPacks, kHeld> dy_row(static_cast<const Element*>(a.gradient) + row * a.length, a.length);
-    const Row<Element, kPacks, kHeld> x_row(static_cast<const Element*>(a.input) + row * a.length, a.length);
+    const Row<Element, kPacks, kHeld> kept_row(static_cast<const Element*>(a.kept) + row * a.length, a.length);
     const float inverse = a.inverse[row];
 
     float g_normal[1] = {};
     each_pack<Element, kPacks>(a.length, [&](int pack, int64_t index) {
-      const auto dy = dy_row(pack, index), x = x_row(pack, index), w = read<Element, kCount>(weight + index);
+      const auto dy = dy_row(pack, index), kept = kept_row(pack, index), w = read<Element, kCount>(weight + index);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const float normal = x[i] * inverse;
+        const float normal = kFromOutput ? __fdividef(kept[i], w[i]) : kept[i] * inverse;
         g_normal[0] += dy[i] * w[i] * normal;
         weight_sums.add(pack, index, i, mine ? dy[i] * normal : 0);
       }
@@ -73,12 +73,14 @@ __global__ void __launch_bounds__(512) backward_kernel(const RmsNormBackward a) 
     const auto* added = static_cast<const Element*>(a.sum_gradient) + row * a.length;
     auto* result = static_cast<Element*>(a.input_gradient) + row * a.length;
     each_pack<Element, kPacks>(a.length, [&](int pack, int64_t index) {
-      const auto dy = dy_row(pack, index), x = x_row(pack, index), w = read<Element, kCount>(weight + index);
+      const auto dy = dy_row(pack, index), kept = kept_row(pack, index), w = read<Element, kCount>(weight + index);
       PackOf<Element, kPacks> dx;
       float values[kCount];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i)
-        values[i] = rms_norm_gradient(dy[i] * w[i], x[i] * inverse, inverse, mean_g_normal);
+      for (int i = 0; i < kCount; ++i) {
+        const float normal = kFromOutput ? __fdividef(kept[i], w[i]) : kept[i] * inverse;
+        values[i] = rms_norm_gradient(dy[i] * w[i], normal, inverse, mean_g_normal);
+      }
       if (a.sum_gradient) {
         const auto more = read_once<Element, kCount>(added + index);
 #pragma unroll
@@ -109,10 +111,12 @@ Status launch(const Context& context, const RmsNormForward& a) {
 Status launch(const Context& context, const RmsNormBackward& a) {
   return with_element(a.dtype, [&](auto element) {
     using Element = decltype(element);
-    const bool whole = aligned({a.gradient, a.sum_gradient, a.input, a.weight, a.input_gradient});
+    const bool whole = aligned({a.gradient, a.sum_gradient, a.kept, a.weight, a.input_gradient});
     const RowPlan plan = plan_rows(a.length, sizeof(Element), whole, 512, 256);
     with_packs(plan.packs, [&](auto packs) {
-      backward_kernel<Element, packs.value><<<grid_of(a.parts), plan.block, 0, stream_of(context)>>>(a);
+      const auto kernel =
+          a.from_output ? backward_kernel<Element, packs.value, true> : backward_kernel<Element, packs.value, false>;
+      kernel<<<grid_of(a.parts), plan.block, 0, stream_of(context)>>>(a);
     });
     sum_parts<Element>(context, a.weight_partials, a.parts, a.length, a.weight_gradient);
   });

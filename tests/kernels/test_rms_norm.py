@@ -127,4 +127,4 @@ def test_refusals_give_the_numbers():
     with pytest.raises(ValueError, match="no dim"):
         rms_norm(torch.tensor(1.0), weight)
     with pytest.raises(RuntimeError, match="weight has 5 elements where 6 belong"):
-        torch.ops.megatron_lite.rms_norm(x, torch.zeros(5), 1e-5)
+        torch.ops.megatron_lite.rms_norm(x, torch.zeros(5), 1e-5, False)
