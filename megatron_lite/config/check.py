@@ -20,7 +20,13 @@ def problems(config: RunConfig, world_size: int) -> list[str]:
         tensor_problems: ("tensor_model_parallel_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
         _lengths: ("seq_length", "max_position_embeddings", "tensor_model_parallel_size"),
         _recompute: ("recompute_num_layers", "num_layers"),
-        _batch: ("tensor_model_parallel_size", "micro_batch_size", "global_batch_size", "rampup_batch_size"),
+        _batch: (
+            "tensor_model_parallel_size",
+            "micro_batch_size",
+            "global_batch_size",
+            "gradient_accumulation_steps",
+            "rampup_batch_size",
+        ),
         _run_length: (),
         _learning_rate: ("lr", "min_lr"),
         _precision: ("initial_loss_scale",),
@@ -88,7 +94,7 @@ _AT_LEAST = {
         "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size "
         "max_position_embeddings vocab_size make_vocab_size_divisible_by tensor_model_parallel_size "
         "loss_scale_window hysteresis min_loss_scale lr_decay_iters lr_decay_samples seq_length sample_stride "
-        "micro_batch_size global_batch_size train_iters train_samples train_tokens recompute_num_layers eval_iters "
+        "micro_batch_size global_batch_size gradient_accumulation_steps train_iters train_samples train_tokens recompute_num_layers eval_iters "
         "early_stopping_patience exit_interval save_interval keep_last log_interval log_histograms_interval"
     ),
     0: (
@@ -199,10 +205,16 @@ def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
         return
     data_size = world_size // tensor
     unit = training.micro_batch_size * data_size
-    batch = unit if training.global_batch_size is None else training.global_batch_size
+    batch, steps = training.batch_size(data_size), training.gradient_accumulation_steps
     sum_text = f"micro_batch_size x data size = {training.micro_batch_size} x {data_size} = {unit}"
     if batch % unit:
         yield f"global_batch_size={batch} is not a multiple of {sum_text}; choose {_multiples_around(batch, unit)}."
+    elif steps is not None and batch != unit * steps:
+        yield (
+            f"global_batch_size={batch} contradicts gradient_accumulation_steps={steps}: micro_batch_size x data size x "
+            f"steps = {training.micro_batch_size} x {data_size} x {steps} = {unit * steps}; leave one out, or give "
+            f"gradient_accumulation_steps={batch // unit}."
+        )
     if training.rampup_batch_size is None:
         return
     start, increment, _ = training.rampup_batch_size
@@ -227,11 +239,11 @@ def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
 def _run_length(config: RunConfig, world_size: int) -> Iterator[str]:
     names = ("train_iters", "train_samples", "train_tokens", "train_epochs")
     given = [name for name in names if getattr(config.training, name) is not None]
-    if len(given) != 1:
+    if len(given) != 1 and given != ["train_samples", "train_tokens"]:
         flags = one_of(f"--{name.replace('_', '-')}" for name in names)
         if given:
             values = " and ".join(f"{name}={getattr(config.training, name)}" for name in given)
-            yield f"The length of the run is given {len(given)} times, {values}; give exactly one of {flags}."
+            yield f"The length of the run is given {len(given)} times, {values}; give one of {flags}, or samples and tokens, of which the shorter counts."
         else:
             yield f"The length of the run is not given; give one of {flags}."
 

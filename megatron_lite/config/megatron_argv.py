@@ -27,7 +27,6 @@ ELSEWHERE = {
     "warmup_steps": "lr-warmup-iters",
     "batch_size": "global-batch-size",
     "per_device_train_batch_size": "micro-batch-size",
-    "gradient_accumulation_steps": "global-batch-size",
     "output_dir": "save",
     "tp": "tensor-model-parallel-size",
     "adam_epsilon": "adam-eps",

@@ -13,7 +13,9 @@ class TrainingConfig:
     micro_batch_size: int = 1
     """Sequences of one forward pass on one data rank."""
     global_batch_size: int | None = None
-    """Sequences of one step over all data ranks; default: micro_batch_size x data size."""
+    """Sequences of one step over all data ranks; default: micro_batch_size x data size x accumulation steps."""
+    gradient_accumulation_steps: int | None = None
+    """Micro-batches of one step on each data rank; default: what global_batch_size leaves, or 1."""
     rampup_batch_size: tuple[int, int, int] | None = None
     """Start, increment and samples of a linear growth to global_batch_size."""
     train_iters: int | None = None
@@ -44,3 +46,8 @@ class TrainingConfig:
     """Save and stop at a multiple of this many steps."""
     exit_duration_in_mins: float | None = None
     """Save and stop after this many minutes."""
+
+    def batch_size(self, data_size: int) -> int:
+        """Sequences of one step, behind a ramp-up, over that many data ranks."""
+        steps = self.gradient_accumulation_steps or 1
+        return self.global_batch_size or self.micro_batch_size * data_size * steps

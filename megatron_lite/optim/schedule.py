@@ -45,6 +45,17 @@ class Schedule:
         left = 1 - passed if self.style == "linear" else (1 + math.cos(math.pi * passed)) / 2
         return self.floor + (self.peak - self.floor) * left
 
+    def shortfall(self, total_iterations: int, total_samples: int) -> str | None:
+        """What to say of a run of that length which ends before the warm-up does; None for any other."""
+        total = total_iterations if self.unit == "iterations" else total_samples
+        if self.warmup <= total:
+            return None
+        last = self.learning_rate(total_iterations - 1, total_samples * (total_iterations - 1) // total_iterations)
+        return (
+            f"the warm-up is {self.warmup:,.0f} {self.unit} and the run {total:,}: the learning rate ends at {last:.3g} "
+            f"and never reaches its peak; shorten the warm-up or lengthen the run"
+        )
+
     def _vaswani(self, step: int) -> float:
         """Vaswani et al. 2017, section 5.3; the floor holds after the warm-up alone."""
         scale = self.peak / math.sqrt(self.hidden_size)

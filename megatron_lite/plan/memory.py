@@ -68,8 +68,7 @@ def checkpoint_bytes(config: RunConfig, elements: int, coded: int) -> int:
 
 def micro_batches(config: RunConfig, data_size: int) -> int:
     """Micro-batches of one step on each data rank, at the full batch size."""
-    per_pass = config.training.micro_batch_size * data_size
-    return max(1, (config.training.global_batch_size or per_pass) // per_pass)
+    return max(1, config.training.batch_size(data_size) // (config.training.micro_batch_size * data_size))
 
 
 def plan_state(config: RunConfig, elements: int, coded: int, data_size: int) -> State:

@@ -103,8 +103,7 @@ def _compute(
     shape = {"vocab_size": vocab_size, "seq_length": config.data.seq_length}
     token = flops_per_token(config.model, **shape)
     causal = flops_per_token(config.model, **shape, causal=True)
-    batch = config.training.global_batch_size or config.training.micro_batch_size * data_size
-    tokens = batch * config.data.seq_length
+    tokens = config.training.batch_size(data_size) * config.data.seq_length
     lines = [
         "model FLOPs (forward and backward, attention as a full square; recompute not counted)",
         f"  a token  {flops(token)}  ({flops(causal)} with the causal half of attention alone)",

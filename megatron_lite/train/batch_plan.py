@@ -66,8 +66,7 @@ class BatchPlan:
         shorter than one step.
         """
         per_micro_step = training.micro_batch_size * data_size
-        final = training.global_batch_size or per_micro_step
-        stages = _stages(training, final)
+        stages = _stages(training, training.batch_size(data_size))
         assert not any(stage.batch_size % per_micro_step for stage in stages), "config/check.py admits no such batch"
         plan = cls(training.micro_batch_size, data_size, seq_length, stages, 0, 0)
         asked = _samples_asked(training, seq_length, samples_per_epoch)
@@ -109,7 +108,8 @@ class BatchPlan:
                     "vocab_size": vocab_size,
                     "max_position_embeddings": config.model.max_position_embeddings or config.data.seq_length,
                 },
-                "training": {"global_batch_size": self.stages[-1].batch_size},
+                # As a number of sequences the batch is the same on another number of ranks.
+                "training": {"global_batch_size": self.stages[-1].batch_size, "gradient_accumulation_steps": None},
             },
         )
 
@@ -133,12 +133,12 @@ class BatchPlan:
 
 
 def _samples_asked(training: TrainingConfig, seq_length: int, samples_per_epoch: int | None) -> int:
-    """The length of the run in samples, before rounding to steps; 0 for a length in iterations."""
-    if training.train_samples is not None:
-        return training.train_samples
-    if training.train_tokens is not None:
-        return training.train_tokens // seq_length
+    """The length of the run in samples, before rounding to steps; 0 for a length in iterations.
+
+    Samples and tokens may both be given, as to Megatron-DeepSpeed: the run ends at what comes first.
+    """
     if training.train_epochs is not None:
         assert samples_per_epoch is not None, "a length in epochs needs the number of samples of one"
         return int(training.train_epochs * samples_per_epoch)
-    return 0
+    in_tokens = None if training.train_tokens is None else training.train_tokens // seq_length
+    return min((given for given in (training.train_samples, in_tokens) if given is not None), default=0)

@@ -141,7 +141,7 @@ def for_own_gradients(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 def _stated(config: RunConfig, data_size: int) -> dict[str, tuple[tuple[Any, ...], str]]:
     """Dotted JSON key to the values that agree with the flags and the flag to name otherwise."""
     training, precision = config.training, config.precision
-    batch = training.global_batch_size or training.micro_batch_size * data_size
+    batch = training.batch_size(data_size)
     micro_batches = batch // (training.micro_batch_size * data_size)
     stated: dict[str, tuple[tuple[Any, ...], str]] = {
         "train_batch_size": ((batch,), f"--global-batch-size {batch}"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from megatron_lite import log
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.stream import build_stream
 from megatron_lite.data.vocabulary import resolve_vocabulary
+from megatron_lite.optim.schedule import schedule
 from megatron_lite.plan.memory import Moment, peak
 from megatron_lite.plan.report import dry_run_report
 from megatron_lite.train import deepspeed_config
@@ -33,6 +35,9 @@ def dry_run(config: RunConfig, world_size: int, device_type: str) -> list[str]:
         samples_per_epoch = stream.samples_per_epoch
     plan = BatchPlan.of(config.training, data_size, config.data.seq_length, samples_per_epoch)
     config = plan.resolve(config, vocab_size)
+    curve = schedule(config.optimizer, plan.total_iterations, plan.total_samples, config.model.hidden_size)
+    if shortfall := curve.shortfall(plan.total_iterations, plan.total_samples):
+        log.warn(shortfall)
     report = dry_run_report(
         config,
         world_size,

@@ -164,7 +164,10 @@ def _assemble(config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: M
     curve = schedule(config.optimizer, plan.total_iterations, plan.total_samples, config.model.hidden_size)
     start = _Start(Progress(), curve, config.training.seed)
     if found is not None:
-        start = _load(config, mesh, engine, found, start, data.facts)
+        with build.alike():
+            start = _load(config, mesh, engine, found, start, data.facts)
+    if shortfall := start.schedule.shortfall(plan.total_iterations, plan.total_samples):
+        log.warn(shortfall)
     device_name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
     made_with = versions([device_name])
     run_dir = run_folder(config)

@@ -133,8 +133,16 @@ def test_a_sound_configuration_has_no_problems():
         (
             {"train_tokens": 9},
             1,
-            "The length of the run is given 2 times, train_iters=10 and train_tokens=9; give exactly one of "
-            "--train-iters, --train-samples, --train-tokens or --train-epochs.",
+            "The length of the run is given 2 times, train_iters=10 and train_tokens=9; give one of --train-iters, "
+            "--train-samples, --train-tokens or --train-epochs, or samples and tokens, of which the shorter counts.",
+        ),
+        ({"train_iters": None, "train_tokens": 9, "train_samples": 9}, 1, None),
+        ({"global_batch_size": 16, "micro_batch_size": 2, "gradient_accumulation_steps": 2}, 4, None),
+        (
+            {"global_batch_size": 32, "micro_batch_size": 2, "gradient_accumulation_steps": 2},
+            4,
+            "global_batch_size=32 contradicts gradient_accumulation_steps=2: micro_batch_size x data size x steps = 2 x "
+            "4 x 2 = 16; leave one out, or give gradient_accumulation_steps=4.",
         ),
         ({"min_lr": 1e-3, "lr": 1e-4}, 1, "min_lr=0.001 is above lr=0.0001; give a min_lr of at most lr."),
         (

@@ -86,3 +86,15 @@ def test_samples_count_where_the_batch_grows():
 
 def test_a_longer_run_with_a_given_decay_changes_nothing_earlier():
     assert curve(100, total=100, lr_decay_iters=90) == curve(100, total=900, lr_decay_iters=90)
+
+
+def test_a_run_that_ends_within_its_warm_up_is_told_with_numbers():
+    def shortfall(**fields):
+        made = schedule(OptimizerConfig(lr=0.5, **fields), total_iterations=100, total_samples=800, hidden_size=64)
+        return made.shortfall(100, 800)
+
+    assert shortfall(lr_warmup_iters=100) is shortfall(lr_warmup_samples=800) is shortfall(lr_warmup_fraction=0.9) is None
+    assert shortfall() is None
+    told = shortfall(lr_warmup_iters=1000)
+    assert "the warm-up is 1,000 iterations and the run 100: the learning rate ends at 0.0495" in told
+    assert "801 samples and the run 800" in shortfall(lr_warmup_samples=801)

@@ -20,6 +20,11 @@ from megatron_lite.plan.memory import State, checkpoint_bytes, micro_batches, pe
 VOCAB, BUCKET = 3000, 100_000
 
 
+def test_accumulation_is_planned_by_either_flag():
+    for given in ({"global_batch_size": 24}, {"gradient_accumulation_steps": 4}):
+        assert micro_batches(RunConfig(training=TrainingConfig(micro_batch_size=2, **given)), 3) == 4
+
+
 def run_config(stage, *, bf16=False, accumulate=2, batch=2, optimizer="adamw", **training):
     return RunConfig(
         model=ModelConfig(

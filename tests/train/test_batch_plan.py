@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_lite.config.run import RunConfig
+from megatron_lite.config.sources import override
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.train.batch_plan import BatchPlan
@@ -61,6 +63,9 @@ def test_a_longer_run_changes_nothing_earlier():
         ({"train_samples": 71}, 8),
         ({"train_tokens": 71 * 16 + 15}, 8),
         ({"train_epochs": 2.5}, 31),
+        ({"train_samples": 71, "train_tokens": 72 * 16}, 8),
+        ({"train_samples": 73, "train_tokens": 72 * 16 - 1}, 8),
+        ({"train_samples": 73, "train_tokens": 72 * 16}, 9),
     ],
 )
 def test_a_length_is_rounded_down_to_whole_steps(length, iterations):
@@ -82,6 +87,15 @@ def test_a_run_shorter_than_one_step_is_an_error():
 def test_the_batch_defaults_to_one_micro_batch_a_data_rank():
     plan = BatchPlan.of(TrainingConfig(micro_batch_size=3, train_iters=1), 4, 16)
     assert plan.global_batch_size(0) == 12 and plan.micro_batches(0) == 1
+
+
+def test_accumulation_steps_make_the_batch_and_a_resolved_one_is_in_sequences():
+    training = TrainingConfig(micro_batch_size=3, gradient_accumulation_steps=5, train_iters=1)
+    plan = BatchPlan.of(training, 4, 16)
+    assert plan.global_batch_size(0) == 60 and plan.micro_batches(0) == 5
+    resolved = plan.resolve(override(RunConfig(), {"training": dataclasses.asdict(training)}), 100).training
+    assert (resolved.global_batch_size, resolved.gradient_accumulation_steps) == (60, None)
+    assert BatchPlan.of(resolved, 2, 16).micro_batches(0) == 10
 
 
 def test_numbers_are_told_as_sums():

@@ -111,6 +111,14 @@ def test_a_file_that_agrees_is_accepted_and_accumulation_stays_ours():
     assert merged(user, **flags) == deepspeed_config.derive(config_of(**flags))
 
 
+def test_accumulation_steps_of_a_file_are_held_to_those_of_the_flags():
+    flags = {"gradient_accumulation_steps": 4, "micro_batch_size": 2}
+    merged({"gradient_accumulation_steps": 4, "train_batch_size": 16}, **flags)
+    assert "--global-batch-size 16 = --micro-batch-size 2 x 2 data ranks x 4" in (
+        refused({"gradient_accumulation_steps": 8}, **flags)[0]
+    )
+
+
 def test_auto_is_ours_or_deepspeeds_default(tmp_path):
     user = {
         "train_batch_size": "auto",
