@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -10,22 +11,27 @@ from torch import nn
 
 from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig
-from megatron_lite.kernels.layer_norm import layer_norm
-from megatron_lite.kernels.rms_norm import rms_norm
+from megatron_lite.errors import KernelError
+from megatron_lite.kernels.layer_norm import layer_norm, residual_layer_norm
+from megatron_lite.kernels.rms_norm import residual_rms_norm, rms_norm
 from megatron_lite.model.apex import nvidia_apex_norms
 from megatron_lite.parallel.layout import replicated
 from megatron_lite.parallel.linear import TensorAxis, empty_parameter
 from megatron_lite.parallel.process_mesh import ProcessMesh
 
-NormFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, float], torch.Tensor]
-"""(hidden, weight, bias, epsilon) to the layer norm of the last dim, or to the RMS norm without a bias."""
+NormFunction = Callable[
+    [torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, float], tuple[torch.Tensor, torch.Tensor]
+]
+"""(hidden, residual or None, weight, bias, epsilon) to the norm of hidden + residual, and that sum: the layer norm of
+the last dim, or the RMS norm where the bias is None."""
 
 
 class Norm(nn.Module):
     """A norm over the last dim with a learned scale, and with a learned shift for "LayerNorm".
 
-    [S, B, H] -> [S, B, H]; weights are replicated over tensor ranks. LayerNorm: Ba et al. 2016;
-    RMSNorm: Zhang and Sennrich 2019. Raises KernelError where the backend is apex and cannot be had.
+    [S, B, H] -> [S, B, H]; with a residual of that shape, the norm of its sum with the input, and the sum. Weights are
+    replicated over tensor ranks. LayerNorm: Ba et al. 2016; RMSNorm: Zhang and Sennrich 2019. Raises KernelError
+    where the backend is apex and cannot be had, and where one that keeps its output has a weight of 0.
     """
 
     def __init__(
@@ -41,42 +47,61 @@ class Norm(nn.Module):
         layout = replicated((config.hidden_size,), mesh.rank("tensor"))
         self._epsilon = config.norm_epsilon
         self._norm = norm_function(kernels, torch.device(device or "cpu").type)
+        self._divides_by_weight = kernels.memory_efficient_layer_norm and kernels.norm_backend != "torch"
         self.weight = empty_parameter(layout, device=device, dtype=dtype)
         self.bias = None
         if config.normalization == "LayerNorm":
             self.bias = empty_parameter(layout, device=device, dtype=dtype)
 
-    def forward(self, hidden: torch.Tensor, axis: TensorAxis) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, axis: TensorAxis, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        weight = axis.shared(self.weight)
         bias = None if self.bias is None else axis.shared(self.bias)
-        return self._norm(hidden, axis.shared(self.weight), bias, self._epsilon)
+        if self._divides_by_weight and torch.is_grad_enabled():
+            self._refuse_zeros()
+        normal, total = self._norm(hidden, residual, weight, bias, self._epsilon)
+        return normal if residual is None else (normal, total)
+
+    def _refuse_zeros(self) -> None:
+        """Once, at the first step: to look halts a GPU. A weight that becomes 0 later gives a NaN, which stops the run."""
+        self._divides_by_weight = False
+        zeros = 0 if self.weight.is_meta else self.weight.numel() - int(self.weight.count_nonzero())
+        if zeros:
+            raise KernelError(
+                f"--memory-efficient-layer-norm divides by the weights of norms, and {zeros} of the "
+                f"{self.weight.numel()} weights of one are 0; leave it out"
+            )
 
 
 def norm_function(kernels: KernelsConfig, device_type: str) -> NormFunction:
     """The norms of --norm-backend. Raises KernelError for apex where NVIDIA's cannot be had."""
-    if kernels.norm_backend == "native":
-        return _native
     if kernels.norm_backend == "torch":
         return _torch
-    return _apex(kernels, device_type)
+    lean = {"memory_efficient": kernels.memory_efficient_layer_norm}
+    if kernels.norm_backend == "native":
+        return functools.partial(_native, **lean)
+    return functools.partial(_apex, nvidia_apex_norms(device_type), **lean)
 
 
-def _native(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, epsilon: float) -> torch.Tensor:
-    return rms_norm(hidden, weight, epsilon) if bias is None else layer_norm(hidden, weight, bias, epsilon)
+def _native(hidden, residual, weight, bias, epsilon, *, memory_efficient):
+    vectors = (weight,) if bias is None else (weight, bias)
+    if residual is None:
+        norm = rms_norm if bias is None else layer_norm
+        return norm(hidden, *vectors, epsilon, memory_efficient=memory_efficient), hidden
+    norm = residual_rms_norm if bias is None else residual_layer_norm
+    return norm(hidden, residual, *vectors, epsilon, memory_efficient=memory_efficient)
 
 
-def _torch(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, epsilon: float) -> torch.Tensor:
+def _torch(hidden, residual, weight, bias, epsilon):
+    total = hidden if residual is None else hidden + residual
     if bias is None:
-        return F.rms_norm(hidden, weight.shape, weight, epsilon)
-    return F.layer_norm(hidden, weight.shape, weight, bias, epsilon)
+        return F.rms_norm(total, weight.shape, weight, epsilon), total
+    return F.layer_norm(total, weight.shape, weight, bias, epsilon), total
 
 
-def _apex(kernels: KernelsConfig, device_type: str) -> NormFunction:
-    norms = nvidia_apex_norms(device_type)
-    lean = kernels.memory_efficient_layer_norm
-
-    def norm(hidden, weight, bias, epsilon):
-        if bias is None:
-            return norms.fused_rms_norm_affine(hidden, weight, weight.shape, epsilon, lean)
-        return norms.fused_layer_norm_affine(hidden, weight, bias, weight.shape, epsilon, lean)
-
-    return norm
+def _apex(norms, hidden, residual, weight, bias, epsilon, *, memory_efficient):
+    total = hidden if residual is None else hidden + residual
+    if bias is None:
+        return norms.fused_rms_norm_affine(total, weight, weight.shape, epsilon, memory_efficient), total
+    return norms.fused_layer_norm_affine(total, weight, bias, weight.shape, epsilon, memory_efficient), total

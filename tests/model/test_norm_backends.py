@@ -1,4 +1,4 @@
-"""NVIDIA's apex is used if it is there, and another project of its name is not mistaken for it."""
+"""Norms by native kernels, torch and apex: each adds a residual alike, and refuses what it cannot do."""
 
 import sys
 from pathlib import Path
@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from megatron_lite.config.kernels import KernelsConfig
+from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import KernelError
-from megatron_lite.model.norm import norm_function
+from megatron_lite.model.norm import Norm, norm_function
+from megatron_lite.parallel.linear import TensorAxis
+from megatron_lite.parallel.mesh_shape import MeshShape
+from megatron_lite.parallel.process_mesh import ProcessMesh
 
 NVIDIA = {
     "apex/__init__.py": "",
@@ -58,10 +62,11 @@ def chosen(device_type: str = "cuda", lean: bool = False):
 def test_nvidias_is_called(installed, lean):
     installed(NVIDIA)
     norm, hidden, weight, bias = chosen(lean=lean), torch.randn(3, 8), torch.randn(8), torch.randn(8)
-    output, said = norm(hidden, weight, bias, 1e-3)
-    assert torch.equal(output, F.layer_norm(hidden, (8,), weight, bias, 1e-3)) and said is lean
-    output, said = norm(hidden, weight, None, 1e-3)
-    assert torch.equal(output, F.rms_norm(hidden, (8,), weight, 1e-3)) and said is lean
+    (output, said), total = norm(hidden, None, weight, bias, 1e-3)
+    assert torch.equal(output, F.layer_norm(hidden, (8,), weight, bias, 1e-3)) and said is lean and total is hidden
+    (output, said), total = norm(hidden, 2 * hidden, weight, None, 1e-3)
+    assert torch.equal(output, F.rms_norm(total, (8,), weight, 1e-3)) and said is lean
+    assert torch.equal(total, 3 * hidden)
 
 
 @pytest.mark.parametrize(
@@ -80,3 +85,29 @@ def test_anything_else_is_refused_with_the_way_out(installed, files, device_type
         chosen(device_type)
     assert "leave --norm-backend at native" in str(caught.value) and caught.value.exit_code == 2
     assert files is not PYPI or str(folder / "apex" / "__init__.py") in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_residual_is_added_before(kind, backend, lean):
+    mesh = ProcessMesh.create(MeshShape())
+    kernels = KernelsConfig(norm_backend=backend, memory_efficient_layer_norm=lean)
+    norm = Norm(ModelConfig(hidden_size=24, normalization=kind), mesh, kernels)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    hidden, residual = torch.randn(2, 5, 3, 24, generator=torch.Generator().manual_seed(0))
+    normal, total = norm(hidden, TensorAxis(mesh), residual)
+    assert torch.equal(total, hidden + residual)
+    assert torch.equal(normal, norm(total, TensorAxis(mesh)))
+
+
+def test_a_norm_that_divides_by_its_weight_refuses_zeros():
+    mesh = ProcessMesh.create(MeshShape())
+    norm = Norm(ModelConfig(hidden_size=24), mesh, KernelsConfig(memory_efficient_layer_norm=True))
+    with torch.no_grad():
+        norm.weight.fill_(1)[[3, 5]] = 0
+        norm(torch.ones(2, 1, 24), TensorAxis(mesh))
+    with pytest.raises(KernelError, match="2 of the 24 weights of one are 0; leave it out"):
+        norm(torch.ones(2, 1, 24), TensorAxis(mesh))
