@@ -10,14 +10,14 @@ from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.kernels.softmax import causal_softmax, masked_softmax
 from megatron_lite.model.forward_pass import ForwardPass, Site
-from megatron_lite.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_lite.parallel.linear import ColumnParallelLinear, RowParallelLinear, Unbiased
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import dropout, seed_device
 from megatron_lite.parallel.recompute import recomputed
 
 
 class Attention(nn.Module):
-    """Causal self-attention: [S, B, H] -> [S, B, H], heads split over tensor ranks.
+    """Causal self-attention: [S, B, H] -> [S, B, H] and a bias to add, heads split over tensor ranks.
 
     `query.weight` is [N D, H], `key_value.weight` [2 K D, H] with all keys first, `output.weight`
     [H, N D]. Where tensor ranks outnumber key/value heads, neighbours hold the same one. Raises
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         )
         self.output = RowParallelLinear(query_width, config.hidden_size, mesh, bias=config.add_bias_linear, **options)
 
-    def forward(self, hidden_SBH: torch.Tensor, run: ForwardPass) -> torch.Tensor:
+    def forward(self, hidden_SBH: torch.Tensor, run: ForwardPass) -> Unbiased:
         entered = run.axis.enter(hidden_SBH)
         query_SBND = self.query(entered).unflatten(-1, (-1, self._head_dim))
         key_SBKD, value_SBKD = self.key_value(entered).unflatten(-1, (2, -1, self._head_dim)).unbind(-3)

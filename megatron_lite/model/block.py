@@ -11,6 +11,7 @@ from megatron_lite.model.attention import Attention
 from megatron_lite.model.forward_pass import ForwardPass, Site
 from megatron_lite.model.mlp import MLP
 from megatron_lite.model.norm import Norm
+from megatron_lite.parallel.linear import Unbiased
 from megatron_lite.parallel.process_mesh import ProcessMesh
 
 
@@ -44,14 +45,28 @@ class Block(nn.Module):
 
     def forward(self, hidden_SBH: torch.Tensor, run: ForwardPass) -> torch.Tensor:
         if self._post_norm:
-            added = hidden_SBH + self._drop(self.attention(hidden_SBH, run), Site.ATTENTION_OUTPUT, run)
-            hidden_SBH = self.attention_norm(added, run.axis)
-            added = hidden_SBH + self._drop(self.mlp(hidden_SBH, run.axis), Site.MLP_OUTPUT, run)
-            return self.mlp_norm(added, run.axis)
+            hidden_SBH, _ = self._normal_of_sum(
+                self.attention_norm, self.attention(hidden_SBH, run), hidden_SBH, Site.ATTENTION_OUTPUT, run
+            )
+            hidden_SBH, _ = self._normal_of_sum(
+                self.mlp_norm, self.mlp(hidden_SBH, run.axis), hidden_SBH, Site.MLP_OUTPUT, run
+            )
+            return hidden_SBH
         normal = self.attention_norm(hidden_SBH, run.axis)
-        hidden_SBH = hidden_SBH + self._drop(self.attention(normal, run), Site.ATTENTION_OUTPUT, run)
-        normal = self.mlp_norm(hidden_SBH, run.axis)
-        return hidden_SBH + self._drop(self.mlp(normal, run.axis), Site.MLP_OUTPUT, run)
+        normal, hidden_SBH = self._normal_of_sum(
+            self.mlp_norm, self.attention(normal, run), hidden_SBH, Site.ATTENTION_OUTPUT, run
+        )
+        return self._sum(self.mlp(normal, run.axis), hidden_SBH, Site.MLP_OUTPUT, run)
 
-    def _drop(self, output_SBH: torch.Tensor, site: Site, run: ForwardPass) -> torch.Tensor:
-        return run.dropout(output_SBH, self._dropout, self._layer, site)
+    def _sum(self, output: Unbiased, residual_SBH: torch.Tensor, site: Site, run: ForwardPass) -> torch.Tensor:
+        return run.bias_dropout_add(*output, residual_SBH, self._dropout, self._layer, site)
+
+    def _normal_of_sum(
+        self, norm: Norm, output: Unbiased, residual_SBH: torch.Tensor, site: Site, run: ForwardPass
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum's norm, and the sum; in one pass where nothing else is between them."""
+        output_SBH, bias = output
+        if bias is None and not run.drops(self._dropout):
+            return norm(output_SBH, run.axis, residual_SBH)
+        total_SBH = self._sum(output, residual_SBH, site, run)
+        return norm(total_SBH, run.axis), total_SBH

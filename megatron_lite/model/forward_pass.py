@@ -7,10 +7,11 @@ import enum
 
 import torch
 
+from megatron_lite.kernels.bias_dropout_add import bias_dropout_add
 from megatron_lite.model.cache import KeyValueCache
 from megatron_lite.model.rotary import Rotation
 from megatron_lite.parallel.linear import TensorAxis
-from megatron_lite.parallel.random import dropout, mix
+from megatron_lite.parallel.random import mix
 
 
 class Site(enum.IntEnum):
@@ -42,8 +43,29 @@ class ForwardPass:
             return None
         return mix(self.dropout_seed, layer, site, 1 + self.axis.rank if differs else 0)
 
+    def drops(self, probability: float) -> bool:
+        """Whether dropout with a probability does anything in this pass."""
+        return self.dropout_seed is not None and probability > 0.0
+
+    def bias_dropout_add(
+        self,
+        output_SBH: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual_SBH: torch.Tensor | None,
+        probability: float,
+        layer: int,
+        site: Site,
+    ) -> torch.Tensor:
+        """residual + dropout(output + bias) between split regions, by the mask that a serial model would draw:
+        a rank that has a part of the sequence draws that part of it."""
+        if not self.drops(probability):
+            return bias_dropout_add(output_SBH, bias, residual_SBH, 0.0, 0)
+        seed = self.seed(layer, site, differs=False)
+        first = self.axis.rank * output_SBH.numel() if self.axis.sequence_parallel else 0
+        return bias_dropout_add(output_SBH, bias, residual_SBH, probability, seed, first=first)
+
     def dropout(self, hidden_SBH: torch.Tensor, probability: float, layer: int, site: Site) -> torch.Tensor:
-        """Dropout between split regions: the same on all tensor ranks unless each has a part of the sequence."""
-        if probability == 0.0:
+        """Dropout alone, as in `bias_dropout_add`."""
+        if not self.drops(probability):
             return hidden_SBH
-        return dropout(hidden_SBH, probability, self.seed(layer, site, differs=self.axis.sequence_parallel))
+        return self.bias_dropout_add(hidden_SBH, None, None, probability, layer, site)

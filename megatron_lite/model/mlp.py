@@ -9,12 +9,12 @@ from torch import nn
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.kernels.bias_gelu import bias_gelu
 from megatron_lite.kernels.swiglu import swiglu
-from megatron_lite.parallel.linear import ColumnParallelLinear, RowParallelLinear, TensorAxis
+from megatron_lite.parallel.linear import ColumnParallelLinear, RowParallelLinear, TensorAxis, Unbiased
 from megatron_lite.parallel.process_mesh import ProcessMesh
 
 
 class MLP(nn.Module):
-    """Up, activation, down: [S, B, H] -> [S, B, H]. With `swiglu`, silu(gate) * up (Shazeer 2020).
+    """Up, activation, down: [S, B, H] -> [S, B, H] and a bias to add. With `swiglu`, silu(gate) * up (Shazeer 2020).
 
     `up.weight` is [F, H], or `gate_up.weight` [2 F, H] with the gate's rows first; `down.weight` [H, F].
     """
@@ -38,7 +38,7 @@ class MLP(nn.Module):
         self._gated = config.swiglu
         self.down = RowParallelLinear(inner, hidden, mesh, **options)
 
-    def forward(self, hidden_SBH: torch.Tensor, axis: TensorAxis) -> torch.Tensor:
+    def forward(self, hidden_SBH: torch.Tensor, axis: TensorAxis) -> Unbiased:
         entered = axis.enter(hidden_SBH)
         inner = swiglu(self.gate_up(entered)) if self._gated else self.up(entered, self._activation)
         return self.down(inner, axis)

@@ -27,6 +27,8 @@ from megatron_lite.parallel.process_mesh import ProcessMesh
 
 Activation = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 """(product, bias or None) to the activation of their sum."""
+Unbiased = tuple[torch.Tensor, torch.Tensor | None]
+"""What a layer gives whose bias is yet to be added, and that bias."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +132,8 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """A linear layer whose inputs are split over tensor ranks: [S, B, input / size] -> [S, B, output].
 
-    Its output has left the split region by `axis`; the bias is added once, after the sum.
-    Raises ValueError when the ranks do not divide the input.
+    Gives its output, which has left the split region by `axis`, and its bias or None, which is not added: what comes
+    next adds it in the same pass. Raises ValueError when the ranks do not divide the input.
     """
 
     def __init__(
@@ -151,6 +153,6 @@ class RowParallelLinear(nn.Module):
         if bias:
             self.bias = empty_parameter(replicated((output_size,), rank), device=device, dtype=dtype)
 
-    def forward(self, split_input: torch.Tensor, axis: TensorAxis) -> torch.Tensor:
+    def forward(self, split_input: torch.Tensor, axis: TensorAxis) -> Unbiased:
         output = axis.leave(F.linear(split_input, self.weight))
-        return output if self.bias is None else output + axis.shared(self.bias)
+        return output, None if self.bias is None else axis.shared(self.bias)

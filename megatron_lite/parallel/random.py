@@ -1,16 +1,18 @@
-"""Dropout without stored random state: every mask's seed is arithmetic.
+"""Dropout without stored random state: every mask is arithmetic.
 
 A micro-batch has a seed made of (run seed, step, global micro-batch); a dropout site adds its layer,
-its name and, where activations differ between tensor ranks, the rank. The device's default generator
-is seeded anew at each site, because attention kernels draw from that one. So recomputed
-activations see the same masks, and a resumed run goes on with the masks it would have had, with
-nothing saved. Whoever else draws from the default generator during a forward pass shares its state.
+its name and, in attention, whose heads differ between tensor ranks, the rank. A mask is a function of its seed and
+of the elements' places, but for that within torch's attention kernels: those draw from the device's default
+generator, which is seeded anew each time. So recomputed activations see the same masks, and a resumed run goes on
+with the masks it would have had, with nothing saved. Whoever else draws from the default generator during a forward
+pass shares its state.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+from megatron_lite.kernels.bias_dropout_add import bias_dropout_add
 
 _MASK = (1 << 64) - 1
 
@@ -32,7 +34,7 @@ def micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
 
 
 def seed_device(device: torch.device, seed: int) -> None:
-    """Seed the default generator of `device`, which torch's dropout and attention draw from.
+    """Seed the default generator of `device`, which torch's attention draws from.
 
     The CPU's generator takes the low 32 bits, of which `mix` makes as good a hash as of all 64.
     """
@@ -47,5 +49,4 @@ def dropout(tensor: torch.Tensor, probability: float, seed: int | None) -> torch
     """`tensor` with elements zeroed with `probability` and the rest scaled up; whole if `seed` is None."""
     if seed is None or probability == 0.0:
         return tensor
-    seed_device(tensor.device, seed)
-    return F.dropout(tensor, probability)
+    return bias_dropout_add(tensor, None, None, probability, seed)

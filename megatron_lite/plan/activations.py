@@ -1,7 +1,7 @@
 """What one micro-batch keeps for backward on one rank, in closed form, for this model's layers.
 
 After Korthikanti et al. 2022, with what this code saves: a norm keeps its input, linear layers that read
-the same tensor keep it once, `scaled_dot_product_attention` keeps query, key, value, output and a
+the same tensor keep it once, dropout and its bias nothing, `scaled_dot_product_attention` keeps query, key, value, output and a
 log-sum-exp instead of the square that the softmax kernel keeps, and the cross-entropy keeps the logits, or, made
 of a chunk of them at a time, none. A test holds the formulas to what torch's allocator counts.
 """
@@ -61,16 +61,13 @@ def plan_activations(
     tokens = training.micro_batch_size * config.data.seq_length
     whole = tokens * model.hidden_size * element
     residual = whole // tensor if config.parallel.sequence_parallel else whole
-    # Noise in the activations' dtype on a CPU, a mask of bytes on a GPU.
-    mask = residual if device_type == "cpu" else residual // element
     norm = residual + _norm_statistics(model, element, residual, device_type)
-    dropout = mask if model.hidden_dropout else 0
     granularity = granularity or training.recompute_granularity
 
     projected, core, core_temporary = _attention(config, element, device_type)
     feed_forward, feed_forward_temporary = _feed_forward(model, tokens, element, tensor)
-    first_half = norm + whole + dropout + projected
-    second_half = norm + whole + dropout + feed_forward
+    first_half = norm + whole + projected
+    second_half = norm + whole + feed_forward
     if granularity == "selective":
         # The core is made again once the second half is gone.
         plain, again = first_half + second_half, max(0, core + core_temporary - second_half)
@@ -86,7 +83,7 @@ def plan_activations(
         chunk = tokens * config.kernels.loss_chunk_size * element
         head_temporary = chunk + tokens * model.hidden_size * FP32 + whole
     return Activations(
-        embedding=tokens * TOKEN_ID + dropout,
+        embedding=tokens * TOKEN_ID,
         layers=layers,
         recomputed=recomputed,
         group_sizes=sizes,
@@ -121,9 +118,8 @@ def _attention(config: RunConfig, element: int, device_type: str) -> tuple[int, 
         inputs += keys
     kept = (inputs + query) * element
     if fused_softmax:
-        noise = square * (element if device_type == "cpu" else 1)
         if dropout:
-            return kept, 2 * square * element + noise, square * element
+            return kept, 2 * square * element, square * element
         return kept, square * element, 2 * square * element
     if device_type == "cpu" and dropout:
         # torch's CPU kernel has no dropout: probabilities, noise and their product are kept, all in fp32.

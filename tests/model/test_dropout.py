@@ -1,4 +1,4 @@
-"""Dropout over tensor ranks: agrees where activations are replicated, differs where they are split; recompute repeats it."""
+"""Dropout over tensor ranks: the masks of a serial model, but for attention's own; recompute repeats them."""
 
 import dataclasses
 
@@ -46,8 +46,13 @@ def test_masks_between_split_regions():
     hidden = torch.ones(8, 2, 32)
     whole = [run.dropout(hidden, 0.2, 1, Site.MLP_OUTPUT) for run in _passes(False)]
     assert torch.equal(whole[0], whole[1]) and (whole[0] == 0).any()
-    parts = [run.dropout(hidden, 0.2, 1, Site.MLP_OUTPUT) for run in _passes(True)]
-    assert not torch.equal(parts[0], parts[1])
+    parts = [run.dropout(hidden[:4], 0.2, 1, Site.MLP_OUTPUT) for run in _passes(True)]
+    assert torch.equal(torch.cat(parts), whole[0])
+    added = _passes(False)[0].bias_dropout_add(hidden, 3 * hidden[0, 0], hidden, 0.2, 1, Site.MLP_OUTPUT)
+    assert torch.equal(added, 1 + 4 * whole[0])
+    nothing = ForwardPass(_passes(False)[0].axis)
+    assert nothing.dropout(hidden, 0.2, 1, Site.MLP_OUTPUT) is hidden
+    assert torch.equal(nothing.bias_dropout_add(hidden, None, hidden, 0.2, 1, Site.MLP_OUTPUT), 2 * hidden)
 
 
 def test_every_site_layer_and_head_split_has_its_own_seed():
@@ -89,9 +94,10 @@ def test_recompute_gives_the_same_bits():
 def _on_two_ranks(serial_loss):
     mesh = ProcessMesh.create(MeshShape(tensor=2))
     no_attention_dropout = dataclasses.replace(CONFIG, attention_dropout=0.0)
-    # Without sequence parallelism hidden dropout draws the masks of a serial model.
-    assert abs(_loss(_model(mesh, no_attention_dropout), 1) - serial_loss) <= 1e-5 * serial_loss
     for sequence_parallel in (False, True):
+        # Hidden dropout draws the masks of a serial model.
+        alone = _model(mesh, no_attention_dropout, sequence_parallel=sequence_parallel)
+        assert abs(_loss(alone, 1) - serial_loss) <= 1e-5 * serial_loss
         model = _model(mesh, sequence_parallel=sequence_parallel)
         model.train()
         losses = mesh.gather_json(_loss(model, 1))

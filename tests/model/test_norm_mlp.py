@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.block import Block
-from megatron_lite.model.forward_pass import ForwardPass
+from megatron_lite.model.forward_pass import ForwardPass, Site
 from megatron_lite.model.mlp import ACTIVATIONS, MLP
 from megatron_lite.model.norm import Norm
 from megatron_lite.parallel.linear import TensorAxis
@@ -98,21 +98,41 @@ def test_the_layer_is_its_formula(activation):
     else:
         inner = ACTIVATIONS[activation](inner, None)
     expected = F.linear(inner, mlp.down.weight, mlp.down.bias)
-    torch.testing.assert_close(mlp(hidden, TensorAxis(mesh)), expected, rtol=1e-4, atol=1e-4)
+    output, bias = mlp(hidden, TensorAxis(mesh))
+    assert bias is mlp.down.bias
+    torch.testing.assert_close(output if bias is None else output + bias, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_post_norm_comes_after_the_addition():
-    config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, norm_position="post")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_post_norm_comes_after_the_addition_and_pre_norm_before(seed, bias):
+    config = ModelConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        norm_position="post",
+        add_bias_linear=bias,
+        hidden_dropout=0.5,
+        attention_dropout=0.0,
+    )
     mesh = ProcessMesh.create(MeshShape())
-    block = Block(config, mesh, 0, KernelsConfig())
+    post = Block(config, mesh, 0, KernelsConfig())
     with torch.no_grad():
-        for parameter in block.parameters():
+        for parameter in post.parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(0))
-    hidden, run = torch.randn(6, 2, 16), ForwardPass(TensorAxis(mesh))
-    middle = block.attention_norm(hidden + block.attention(hidden, run), run.axis)
-    expected = block.mlp_norm(middle + block.mlp(middle, run.axis), run.axis)
-    assert torch.equal(block(hidden, run), expected)
-
     pre = Block(dataclasses.replace(config, norm_position="pre"), mesh, 0, KernelsConfig())
-    pre.load_state_dict(block.state_dict())
-    assert not torch.allclose(pre(hidden, run), expected)
+    pre.load_state_dict(post.state_dict())
+    hidden = torch.randn(6, 2, 16, generator=torch.Generator().manual_seed(1))
+    run = ForwardPass(TensorAxis(mesh), seed)
+
+    def dropped(output, bias, site):
+        return run.dropout(output if bias is None else output + bias, 0.5, 0, site)
+
+    middle = post.attention_norm(hidden + dropped(*post.attention(hidden, run), Site.ATTENTION_OUTPUT), run.axis)
+    expected = post.mlp_norm(middle + dropped(*post.mlp(middle, run.axis), Site.MLP_OUTPUT), run.axis)
+    torch.testing.assert_close(post(hidden, run), expected)
+
+    normal = pre.attention_norm(hidden, run.axis)
+    middle = hidden + dropped(*pre.attention(normal, run), Site.ATTENTION_OUTPUT)
+    expected = middle + dropped(*pre.mlp(pre.mlp_norm(middle, run.axis), run.axis), Site.MLP_OUTPUT)
+    torch.testing.assert_close(pre(hidden, run), expected)

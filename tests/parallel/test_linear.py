@@ -39,7 +39,8 @@ def _check_pair():
         for name, parameter in layers.named_parameters():
             parameter.data.copy_(parameter.mesh_layout.cut(weights[name]))
         leaf = axis.part_of_sequence(hidden).clone().requires_grad_()
-        output = layers["down"](layers["up"](axis.enter(leaf)).relu(), axis)
+        output, bias = layers["down"](layers["up"](axis.enter(leaf)).relu(), axis)
+        output = output + bias
         assert torch.allclose(output, axis.part_of_sequence(expected.detach()), atol=1e-5)
         output.backward(axis.part_of_sequence(cotangent))
         assert torch.allclose(leaf.grad, axis.part_of_sequence(dense_input.grad), atol=1e-5)
