@@ -30,8 +30,8 @@ __device__ __forceinline__ float largest_magnitude(const float (&values)[kLaneVa
 
 template <bool kSigned>
 __device__ __forceinline__ uint8_t code_of(float value, float absmax) {
-  if constexpr (kSigned) return static_cast<uint8_t>(quantize_signed(value, absmax, kSignedSteps));
-  else return static_cast<uint8_t>(quantize_unsigned(value, absmax, kUnsignedSteps));
+  if constexpr (kSigned) return static_cast<uint8_t>(quantize_signed(value / absmax, kSignedSteps));
+  else return static_cast<uint8_t>(quantize_unsigned(value / absmax, kUnsignedSteps));
 }
 
 template <bool kSigned>

@@ -47,21 +47,22 @@ MEGATRON_LITE_LAUNCHERS(QuantizeBlockwise)
 MEGATRON_LITE_LAUNCHERS(DequantizeBlockwise)
 
 // The step from 0 that x in [0, 1] has reached, or one less. `codes` is the top decade's n, `first` 1 if unsigned.
+// The cell's number is continuous in x, and from decade to decade its slope falls: the decade of x is the one whose
+// line is the least.
 MEGATRON_LITE_INLINE int32_t quantize_guess(float x, float codes, float first) {
-  // n and n 10^(d+1) / 9, of the decade whose lower end is the first that x reaches.
-  float n = codes / 64, slope = codes / 64 * (1e7f / 9);
-  n = x >= 1e-6f ? codes / 32 : n, slope = x >= 1e-6f ? codes / 32 * (1e6f / 9) : slope;
-  n = x >= 1e-5f ? codes / 16 : n, slope = x >= 1e-5f ? codes / 16 * (1e5f / 9) : slope;
-  n = x >= 1e-4f ? codes / 8 : n, slope = x >= 1e-4f ? codes / 8 * (1e4f / 9) : slope;
-  n = x >= 1e-3f ? codes / 4 : n, slope = x >= 1e-3f ? codes / 4 * (1e3f / 9) : slope;
-  n = x >= 1e-2f ? codes / 2 : n, slope = x >= 1e-2f ? codes / 2 * (1e2f / 9) : slope;
-  n = x >= 1e-1f ? codes : n, slope = x >= 1e-1f ? codes * (1e1f / 9) : slope;
-  return static_cast<int32_t>(n * (8.0f / 9) + x * slope - (0.25f + first));
+  float least = codes * (8.0f / 9) + x * (codes * (1e1f / 9)), line;
+  line = codes / 2 * (8.0f / 9) + x * (codes / 2 * (1e2f / 9)), least = line < least ? line : least;
+  line = codes / 4 * (8.0f / 9) + x * (codes / 4 * (1e3f / 9)), least = line < least ? line : least;
+  line = codes / 8 * (8.0f / 9) + x * (codes / 8 * (1e4f / 9)), least = line < least ? line : least;
+  line = codes / 16 * (8.0f / 9) + x * (codes / 16 * (1e5f / 9)), least = line < least ? line : least;
+  line = codes / 32 * (8.0f / 9) + x * (codes / 32 * (1e6f / 9)), least = line < least ? line : least;
+  line = codes / 64 * (8.0f / 9) + x * (codes / 64 * (1e7f / 9)), least = line < least ? line : least;
+  return static_cast<int32_t>(least - (0.25f + first));
 }
 
-// The code of a value by its block's absmax. What is no number gets the code of 0.
-MEGATRON_LITE_INLINE int32_t quantize_signed(float value, float absmax, const float* steps) {
-  const float x = value / absmax, magnitude = x < 0 ? -x : x;
+// The code of x, a value divided by its block's absmax. What is no number gets the code of 0.
+MEGATRON_LITE_INLINE int32_t quantize_signed(float x, const float* steps) {
+  const float magnitude = x < 0 ? -x : x;
   const float known = magnitude <= 1 ? magnitude : 0;
   const int32_t guess = quantize_guess(known, 64, 0);
   const int32_t step = guess + (known >= steps[guess + (x < 0 ? 128 : 0)] ? 1 : 0);
@@ -69,8 +70,7 @@ MEGATRON_LITE_INLINE int32_t quantize_signed(float value, float absmax, const fl
 }
 
 // The same for values from 0 on; one below gets the code of 0.
-MEGATRON_LITE_INLINE int32_t quantize_unsigned(float value, float absmax, const float* steps) {
-  const float x = value / absmax;
+MEGATRON_LITE_INLINE int32_t quantize_unsigned(float x, const float* steps) {
   const float known = x > 0 && x <= 1 ? x : 0;
   const int32_t guess = quantize_guess(known, 128, 1);
   return guess + (known >= steps[guess] ? 1 : 0);

@@ -50,6 +50,18 @@ def test_the_nearest_code_around_every_middle_decade_and_code(signed, instructio
     assert np.array_equal(codes_of(shares, signed), nearest_codes(shares, signed))
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_share_is_rounded_as_by_division_whatever_the_absmax(signed, instruction_set):
+    values = np.array(CODE_MAPS[signed])
+    middles = torch.from_numpy((values[1:] + values[:-1]) / 2)[None]
+    exponents = torch.arange(-140.0, 127.0, dtype=torch.float64)[:, None]
+    absmax = ((1 + torch.rand(267, 1, generator=torch.Generator().manual_seed(1))).double() * 2**exponents).float()
+    shares = torch.cat([(absmax.double() * middles).float(), absmax], 1)  # products next to a middle, on either side
+    codes, largest = quantize_blockwise(shares, signed=signed)
+    assert torch.equal(largest, absmax.flatten())
+    assert np.array_equal(codes.numpy(), nearest_codes(shares / absmax, signed))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("signed", [True, False])
 def test_what_codes_stand_for_is_kept(signed, dtype, instruction_set):
