@@ -118,6 +118,7 @@ def _by_name(pieces: list[Held]) -> dict[str, torch.Tensor]:
 def test_every_zero_stage_is_the_serial_run(serial):
     """At these sizes every cut is between blocks; what differs is the rounding of gradients."""
     cases = [_of("adamw8bit", 1, 2, zero) for zero in range(4)]
+    coded = {piece.name.split("/")[1] for piece in serial.pieces if piece.absmax is not None}
     by_rank = run_on_ranks(_train_cases, 2, cases)
     for index, case in enumerate(cases):
         _compare(by_rank[0][index].curve, serial.curve, 2e-6)
@@ -125,9 +126,11 @@ def test_every_zero_stage_is_the_serial_run(serial):
         ours, theirs = _by_name(pieces), _by_name(serial.pieces)
         assert ours.keys() == theirs.keys()
         for name in theirs:
-            # Rounding may carry an element over the middle between two codes.
-            apart = (ours[name] - theirs[name]).norm() / theirs[name].norm()
-            assert apart < 1e-3, f"{case}: {name}"
+            apart = ours[name] - theirs[name]
+            assert apart.norm() < 3e-3 * theirs[name].norm(), f"{case}: {name}"
+            if name.split("/")[1] in coded:
+                # Rounding carries a few elements over the middle between two codes.
+                assert (apart.abs() > 1e-3 * theirs[name].abs()).float().mean() < 1e-2, f"{case}: {name}"
 
 
 def test_tensor_ranks_follow_the_serial_run(serial):
