@@ -277,7 +277,7 @@ _OPTIMIZER = [
     ),
     *_refused(
         "--use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype",
-        f"masters, gradients and optimizer state are fp32; other formats are {_LATER}",
+        f"masters and gradients are fp32; so is optimizer state, or 8 bits by --optimizer adamw8bit; others are {_LATER}",
     ),
 ]
 

@@ -273,20 +273,34 @@ def merge(config: RunConfig, data_size: int, user: Mapping[str, Any]) -> dict[st
                     merged.setdefault(key, {})[name.partition(".")[2]] = inner
             elif merged.get(key, {}).get("enabled", True):
                 problems.append(f"{name} cannot be set by a DeepSpeed configuration here; leave it out of the file.")
-    problems += _zero_problems(merged["zero_optimization"])
+    problems += _zero_problems(merged["zero_optimization"], config.optimizer.optimizer)
     if problems:
         raise ConfigError(problems)
     return merged
 
 
-def _zero_problems(zero: Mapping[str, Any]) -> list[str]:
-    """What of DeepSpeed's ZeRO section does not go with its stage."""
+def _zero_problems(zero: Mapping[str, Any], optimizer: str) -> list[str]:
+    """What of DeepSpeed's ZeRO section does not go with its stage or with the optimizer."""
     stage = zero["stage"]
     problems = []
     for section, least in (("offload_optimizer", 1), ("offload_param", 3)):
         device = (zero.get(section) or {}).get("device", "none")
         if device != "none" and stage < least:
             problems.append(f"zero_optimization.{section} needs --zero-stage {least} or more, but it is {stage}.")
+    if optimizer == "adamw8bit":
+        offload = zero.get("offload_optimizer") or {}
+        # Each of these has DeepSpeed move or update optimizer state itself, and it knows only that of 32 bits.
+        held = {
+            "offload_optimizer.device": offload.get("device") == "nvme",
+            "offload_optimizer.ratio": offload.get("ratio", 1) != 1,
+            "offload_optimizer.super_offload": bool(offload.get("super_offload")),
+            "zenflow": bool(zero.get("zenflow")),
+        }
+        problems += [
+            f"zero_optimization.{name} does not go with --optimizer adamw8bit; leave it out, or take --optimizer adamw."
+            for name, is_set in held.items()
+            if is_set
+        ]
     return problems
 
 

@@ -161,6 +161,19 @@ def test_sections_that_would_act_beside_the_flags_are_refused():
         assert merged({section: {"enabled": False}}) == deepspeed_config.derive(RunConfig())
 
 
+def test_8_bit_state_is_not_deepspeeds_to_move():
+    def text(zero):
+        problems = refused({"zero_optimization": zero}, zero_stage=3, optimizer="adamw8bit")
+        return " ".join(problems)
+
+    for offload in ({"device": "nvme"}, {"device": "cpu", "ratio": 0.5}, {"device": "cpu", "super_offload": True}):
+        merged({"zero_optimization": {"offload_optimizer": offload}}, zero_stage=3)
+        last = list(offload)[-1]
+        assert f"offload_optimizer.{last} does not go with --optimizer adamw8bit" in text({"offload_optimizer": offload})
+    assert "zenflow" in text({"zenflow": {"topk_ratio": 0.1}})
+    merged({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, zero_stage=3, optimizer="adamw8bit")
+
+
 def test_unknown_keys_suggest_the_nearest():
     assert "perhaps you meant zero_optimization" in refused({"zero_optimisation": {}})[0]
     assert "fp16.auto_cast cannot be set" in refused({"fp16": {"auto_cast": True}}, fp16=True)[0]

@@ -153,12 +153,12 @@ def test_optimizer_state_on_the_host_trains_alike(tmp_path):
     configs = {
         (name, zero): _config(
             tmp_path / f"{name}{zero}",
-            Case(1, 2, zero, dtype="bf16"),
+            Case(1, 2, zero, dtype="bf16", optimizer=optimizer),
             deepspeed_config=str(tmp_path / f"{name}{zero}.json"),
             train_iters=4,
         )
         for name in ("here", "offloaded")
-        for zero in (2, 3)
+        for zero, optimizer in ((2, "adamw"), (3, "adamw8bit"))
     }
     halves = [sources.override(c, {"training": {"exit_interval": 2}}) for c in configs.values()]
     run_on_ranks(_train, 2, *halves, *configs.values())
