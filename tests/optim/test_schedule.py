@@ -93,7 +93,9 @@ def test_a_run_that_ends_within_its_warm_up_is_told_with_numbers():
         made = schedule(OptimizerConfig(lr=0.5, **fields), total_iterations=100, total_samples=800, hidden_size=64)
         return made.shortfall(100, 800)
 
-    assert shortfall(lr_warmup_iters=100) is shortfall(lr_warmup_samples=800) is shortfall(lr_warmup_fraction=0.9) is None
+    assert (
+        shortfall(lr_warmup_iters=100) is shortfall(lr_warmup_samples=800) is shortfall(lr_warmup_fraction=0.9) is None
+    )
     assert shortfall() is None
     told = shortfall(lr_warmup_iters=1000)
     assert "the warm-up is 1,000 iterations and the run 100: the learning rate ends at 0.0495" in told

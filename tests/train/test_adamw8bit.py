@@ -111,7 +111,9 @@ def _by_name(pieces: list[Held]) -> dict[str, torch.Tensor]:
         ends = zip(*(map(sum, zip(*piece.rectangle, strict=True)) for piece in mine), strict=True)
         whole[name] = torch.full(tuple(map(max, ends)), float("nan"))
         for piece in mine:
-            whole[name][piece.rectangle.slices_in(Rectangle((0,) * whole[name].dim(), whole[name].shape))] = piece.values
+            whole[name][piece.rectangle.slices_in(Rectangle((0,) * whole[name].dim(), whole[name].shape))] = (
+                piece.values
+            )
     return whole
 
 
@@ -162,7 +164,10 @@ def _go_on(folder: Path, cases: list[Case], steps: int) -> list[tuple[list[Held]
 
 def test_another_layout_takes_whole_blocks_as_they_are_and_the_others_to_half_a_code(tmp_path, serial):
     saved = [p for held in run_on_ranks(_save, 2, tmp_path, _of("adamw8bit", 2, 1, 1), 2) for p in held]
-    stored = {name: read_tensor(tmp_path / "step-00000002", name) for name in read_manifest(tmp_path / "step-00000002").tensors}
+    stored = {
+        name: read_tensor(tmp_path / "step-00000002", name)
+        for name in read_manifest(tmp_path / "step-00000002").tensors
+    }
     targets = [_of("adamw8bit", 1, 2, 3), _of("adamw8bit", 1, 2, 0), _of("adamw8bit", 2, 1, 3)]
     by_rank = run_on_ranks(_go_on, 2, tmp_path / "step-00000002", targets, 2)
     alike, anew = set(), set()
@@ -216,7 +221,10 @@ def test_the_other_adamw_goes_on_from_a_checkpoint(before, after, tmp_path, seri
                 assert torch.equal(piece.tensor, values)
             else:
                 _assert_within_half_a_gap(piece, values)
-    assert {(piece.absmax is not None) for ((loaded, _),) in by_rank for piece in loaded} == {False, after == "adamw8bit"}
+    assert {(piece.absmax is not None) for ((loaded, _),) in by_rank for piece in loaded} == {
+        False,
+        after == "adamw8bit",
+    }
 
 
 def _measure(case: Case) -> tuple[int, int, int]:
