@@ -88,6 +88,8 @@ class Engine:
         self.slots = tuple(slots)
         #: A step may be skipped because an fp16 gradient overflowed.
         self.scales_loss = False
+        #: Gradients of a step are there, from `gradients` to a `step` that used them up.
+        self.holds_gradients = False
         self._optimizer = optimizer
 
     def gradients(self, count: int) -> contextlib.AbstractContextManager[Backward]:
@@ -132,7 +134,7 @@ class Engine:
         """Bring the model's weights in line with masters that were written by a load."""
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """This tensor rank's whole gradients, summed over data ranks, between `gradients` and `step`.
+        """This tensor rank's whole gradients, summed over data ranks; none unless `holds_gradients`.
 
         A collective call over the data ranks at each parameter: iterate to the end on all of them.
         """
@@ -180,10 +182,11 @@ class ReplicaEngine(Engine):
     @contextlib.contextmanager
     def gradients(self, count: int) -> Iterator[Backward]:
         self._optimizer.zero_grad(set_to_none=True)
+        self.holds_gradients = True
         yield lambda loss: loss.backward()
         self._sum_over_data_ranks()
 
-    def _sum_over_data_ranks(self, bucket_bytes: int = 64 * 2**20) -> None:
+    def _sum_over_data_ranks(self, bucket_bytes: int = REPLICA_BUCKET_BYTES) -> None:
         group = self.mesh.group("data")
         if group is None:
             return
@@ -209,11 +212,12 @@ class ReplicaEngine(Engine):
             torch._foreach_mul_([parameter.grad for parameter in held], factor)
         self._set_learning_rate(learning_rate)
         self._optimizer.step()
+        self.holds_gradients = False
         return StepOutcome(norm, skipped=False, loss_scale=1.0)
 
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.module.named_parameters():
-            if parameter.grad is not None:
+            if self.holds_gradients and parameter.grad is not None:
                 yield name, parameter.grad
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -267,7 +271,6 @@ class ZeroEngine(Engine):
         self._zero = wrapped
         self.stage = int(self._deepspeed.zero_optimization_stage())
         self._names = names
-        self._holds_gradients = False
         self._clip_grad = deepspeed_config["gradient_clipping"]
         self._flat_gradients = None
         if own is not None:
@@ -291,7 +294,7 @@ class ZeroEngine(Engine):
 
     @contextlib.contextmanager
     def gradients(self, count: int) -> Iterator[Backward]:
-        self._holds_gradients = True
+        self.holds_gradients = True
         if self._flat_gradients is not None:
             with self._deepspeed.no_sync():
                 yield self._deepspeed.backward
@@ -315,7 +318,6 @@ class ZeroEngine(Engine):
 
     def step(self, learning_rate: float) -> StepOutcome:
         scale = float(self._zero.loss_scale)
-        self._holds_gradients = False
         own_norm = None
         if self._flat_gradients is not None:
             own_norm = self._global_norm(self._flat_gradients.owned, ("data",), ("pipe", "tensor")) / scale
@@ -323,6 +325,7 @@ class ZeroEngine(Engine):
                 self._flat_gradients.multiply(clip_factor(own_norm, self._clip_grad))
             elif not self.scales_loss:
                 return StepOutcome(own_norm, skipped=True, loss_scale=scale)
+        self.holds_gradients = False
         self._set_learning_rate(learning_rate)
         self._deepspeed.set_gradient_accumulation_boundary(True)
         self._deepspeed.step()
@@ -353,7 +356,7 @@ class ZeroEngine(Engine):
     def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed.utils import safe_get_full_grad
 
-        if not self._holds_gradients:
+        if not self.holds_gradients:
             return
         for name, parameter, _ in self._names:
             gradient = safe_get_full_grad(parameter)
@@ -430,14 +433,11 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 
 
 def load_libraries(config: RunConfig) -> None:
-    """Import deepspeed now if this run will use it, so that measures taken from here on leave it out."""
+    """Import what an engine needs now, so that measures of time and memory from here on leave it out."""
+    import torch._dynamo  # noqa: F401  torch's optimizers do so when the first one is made: 70 MB
+
     if config.effective_zero_stage > 0:
         _import_deepspeed()
-
-
-def _import_deepspeed():
-    """deepspeed, quiet and without what takes long to load or compile and is not used."""
-    if "deepspeed" not in sys.modules:
         path = config.parallel.deepspeed_config
         if path and (problems := schema_problems(read(path), _schemas())):
             raise ConfigError(problems)
@@ -455,15 +455,20 @@ def _schemas() -> dict[str, type]:
 
 def _no_accelerator_news(record: logging.LogRecord) -> bool:
     return "Setting accelerator to CPU" not in record.getMessage()
+
+
+def _import_deepspeed():
+    """deepspeed, quiet and without what takes long to load or compile and is not used."""
+    if "deepspeed" not in sys.modules:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if not torch.cuda.is_available():
+            # On a machine without a GPU that is no news, and no warning.
+            logging.getLogger("DeepSpeed").addFilter(_no_accelerator_news)
     try:
         import deepspeed
     except ImportError as error:
         raise ConfigError(
             f"ZeRO needs deepspeed, which cannot be imported ({error}); `pip install deepspeed`, or --zero-stage 0 in fp32"
-        if not torch.cuda.is_available():
-            # On a machine without a GPU that is no news, and no warning.
-            logging.getLogger("DeepSpeed").addFilter(_no_accelerator_news)
         ) from None
     deepspeed.utils.logging.logger.setLevel(logging.WARNING)
     # DeepSpeed insists on the variable, also where no launcher set it; this rank's device is set already.
@@ -474,6 +479,6 @@ def _no_accelerator_news(record: logging.LogRecord) -> bool:
     communication.build_shm_op = lambda: None
     # It would load torch's compiler, a second or more, for the functions of an optimizer that is not used.
     sys.modules["deepspeed.runtime.compiler"].compile = lambda: lambda function: function
-    if not deepspeed.comm.is_initialized():
+    if dist.is_initialized() and not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
     return deepspeed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_lite.data.loader import BatchLoader, MicroBatch
 from megatron_lite.errors import NonFiniteError
-from megatron_lite.monitor.health import describe
+from megatron_lite.monitor.health import Hurt, describe, first_hurt
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import micro_batch_seed
 from megatron_lite.train.engine import Engine, StepOutcome
@@ -54,13 +54,13 @@ def train_step(
             loss += share.detach()
     value = _sum_over_data_ranks(loss, mesh)
     if not math.isfinite(value):
-        raise_non_finite(engine, mesh, step, value, loss.item())
+        raise_non_finite(engine, mesh, step, value, share=loss.item())
     if look is not None:
         look(engine)
     outcome = engine.step(learning_rate)
     # ---------------------------------------------------------------------------------------
     if not math.isfinite(outcome.grad_norm) and not (outcome.skipped and engine.scales_loss):
-        raise_non_finite(engine, mesh, step, outcome.grad_norm, outcome.grad_norm, what="gradient norm")
+        raise_non_finite(engine, mesh, step, outcome.grad_norm, what="gradient norm")
     return StepResult(value, outcome)
 
 
@@ -108,26 +108,25 @@ def _sum_over_data_ranks(value: torch.Tensor, mesh: ProcessMesh) -> float:
 
 
 def raise_non_finite(
-    engine: Engine, mesh: ProcessMesh, step: int, value: float, local: float, what: str = "loss"
+    engine: Engine, mesh: ProcessMesh, step: int, value: float, *, share: float | None = None, what: str = "loss"
 ) -> NoReturn:
     """Say on every rank alike which rank and parameter a non-finite value comes from.
 
-    Called on all ranks together: all look through weights and gradients, which is collective, and the
-    first rank whose own value is not finite is the one that is named.
+    Called on all ranks together: all look through weights and gradients, which is collective. `share` is
+    what this rank added to `value`.
     """
-    weights = _first_hurt(engine.named_weights())
-    gradients = _first_hurt(engine.named_gradients())
-    mine = None
-    if not math.isfinite(local):
-        mine = describe(local, what=what, step=step, rank=mesh.global_rank, weights=weights, gradients=gradients)
-    said = [text for text in mesh.gather_json(mine) if text]
-    raise NonFiniteError(said[0] if said else f"step {step}: the {what} over all data ranks is {value}")
-
-
-def _first_hurt(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
-    """The first tensor that is not finite, if there is one; goes through all of them."""
-    found: list[tuple[str, torch.Tensor]] = []
-    for name, tensor in tensors:
-        if not found and not bool(torch.isfinite(tensor).all()):
-            found.append((name, tensor.clone()))
-    return found
+    rank = mesh.global_rank
+    weight = first_hurt(engine.named_weights(), rank, is_gradient=False)
+    gradient = first_hurt(engine.named_gradients(), rank, is_gradient=True)
+    told = mesh.gather_json([share is not None and not math.isfinite(share), weight or gradient])
+    raise NonFiniteError(
+        describe(
+            value,
+            step=step,
+            what=what,
+            ranks=[there for there, (is_odd, _) in enumerate(told) if is_odd],
+            hurt=min((Hurt(*found) for _, found in told if found), default=None),
+            data_size=mesh.size("data"),
+            holds_gradients=engine.holds_gradients,
+        )
+    )

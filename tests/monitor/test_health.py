@@ -4,22 +4,35 @@ import pytest
 import torch
 
 from megatron_lite.monitor.exit_file import remove_exit, write_exit
-from megatron_lite.monitor.health import describe
-from megatron_lite.monitor.memory import MemoryMeter, peak_resident_bytes, resident_bytes
-from megatron_lite.monitor.metrics import METRICS
+from megatron_lite.monitor.health import describe, first_hurt
 from megatron_lite.monitor.versions import git_commit, versions
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
 def test_the_first_offending_tensor_is_named(loss):
     sound, odd = torch.ones(4), torch.tensor([1.0, float("nan"), float("inf")])
-    weights = [("a", sound), ("layers.3.mlp.up.weight", odd), ("z", odd)]
-    text = describe(loss, step=120, rank=3, weights=weights)
-    assert text.startswith(f"step 120: the loss is {loss} on rank 3; the first non-finite weight is layers.3.mlp.up")
-    assert "(2 of 3 elements)" in text and "--skip-samples" in text
-    text = describe(loss, step=1, rank=0, weights=[("a", sound)], gradients=[("a", None), ("b", odd)])
-    assert "non-finite gradient is b (2 of 3" in text
-    assert "an activation overflowed" in describe(loss, step=1, rank=0, weights=[("a", sound)])
+    looked_at = []
+
+    def weights(*tensors):
+        for name, tensor in zip("abcd", tensors, strict=False):
+            looked_at.append(name)
+            yield name, tensor
+
+    first = first_hurt(weights(sound, odd, odd), 3, is_gradient=False)
+    assert looked_at == ["a", "b", "c"], "getting a tensor is collective: all ranks go through all"
+    assert first == (False, 1, 3, "b", 2, 3) and first_hurt(weights(sound), 0, is_gradient=False) is None
+    earlier_rank = first_hurt(weights(sound, odd), 2, is_gradient=False)
+    gradient = first_hurt(weights(odd), 0, is_gradient=True)
+    later = first_hurt(weights(sound, sound, odd), 0, is_gradient=False)
+    assert min(first, gradient, later, earlier_rank) == earlier_rank
+
+    text = describe(loss, step=120, ranks=[1, 3], hurt=first)
+    assert text.startswith(f"step 120: the loss is {loss} on rank 1; the first non-finite weight is b on rank 3 (2 of 3")
+    assert "--skip-samples" in text and "data ranks" not in text
+    text = describe(loss, step=1, what="gradient norm", hurt=gradient, data_size=4)
+    assert f"the gradient norm is {loss}; the first non-finite gradient is a on rank 0 (2 of 3 elements, summed" in text
+    assert "finite, so what became the loss overflowed" in describe(loss, step=1)
+    assert "gradients are not held any more" in describe(loss, step=1, holds_gradients=False)
 
 
 def test_exit_file(tmp_path):
@@ -58,15 +71,3 @@ def test_the_commit_is_read_from_every_form_git_keeps_it_in(tmp_path):
     (private / "HEAD").write_text(commit + "\n")
     assert git_commit(worktree) == commit
     assert git_commit(tmp_path) is None
-
-
-def test_the_peak_grows_with_what_is_allocated():
-    meter = MemoryMeter("cpu")
-    # Fresh memory can come from what the process already held, so more than it could hide is taken.
-    held = torch.ones(64 * 2**20, dtype=torch.float32)
-    assert resident_bytes() >= held.nbytes
-    assert peak_resident_bytes() >= resident_bytes() - 2**20
-    used = meter.metrics()
-    assert set(used) <= set(METRICS) and used["memory_allocated"] > held.nbytes
-    del held
-    assert meter.peak_growth() >= 0

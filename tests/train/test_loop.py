@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_on_ranks
-from train.layouts import Case, config_of
+from train.layouts import BATCH, LENGTH, VOCABULARY, Case, config_of
 
 from megatron_lite.checkpoint import store
 from megatron_lite.checkpoint.manifest import read_manifest
@@ -18,7 +19,9 @@ from megatron_lite.errors import CheckpointError, NonFiniteError
 from megatron_lite.parallel.launch import StopRequest
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.train import build
 from megatron_lite.train.start import train_on
+from megatron_lite.train.step import train_step
 
 
 def _config(folder: Path, case: Case | None = None, **fields) -> RunConfig:
@@ -116,12 +119,16 @@ def test_non_finite_loss_stops_all_ranks_and_names_the_weight(case, tmp_path):
     assert run_on_ranks(_poisoned, 2, config) == ["NonFiniteError"] * 2
     told = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert told["code"] == 3 and told["step"] == 2
-    assert "step 3: the loss is nan on rank 0; the first non-finite weight is final_norm.weight" in told["message"]
+    hurt = "layers.0.mlp.up.weight on rank 1" if case.tensor == 2 else "final_norm.weight on rank 0"
+    assert f"step 3: the loss is nan on rank 0; the first non-finite weight is {hurt}" in told["message"]
     assert list(store.steps(tmp_path / "run")) == [1, 2], "the last good checkpoint is intact"
 
 
 def _poisoned(config: RunConfig) -> str:
-    """Train two steps, put a NaN into the weights as they are loaded, go on."""
+    """Train two steps, put a NaN into the weights as they are loaded, go on.
+
+    A weight that is split over tensor ranks is hurt on the second of them alone.
+    """
     from megatron_lite.train import start
 
     _train(config)
@@ -129,8 +136,10 @@ def _poisoned(config: RunConfig) -> str:
 
     def load_with_a_nan(folder, pieces, mesh, **options):
         state = load(folder, pieces, mesh, **options)
+        is_split = mesh.size("tensor") > 1
+        name = "weight/layers.0.mlp.up.weight" if is_split else "weight/final_norm.weight"
         for piece in pieces:
-            if piece.name == "weight/final_norm.weight":
+            if piece.name == name and mesh.rank("tensor") == mesh.size("tensor") - 1:
                 piece.tensor[...] = float("nan")
         return state
 
@@ -142,6 +151,36 @@ def _poisoned(config: RunConfig) -> str:
     finally:
         start.load = load
     return "nothing happened"
+
+
+def _step_with_a_hurt_gradient(cases: list[Case]) -> list[str]:
+    """What is said of a step in which rank 1 alone makes a gradient NaN."""
+    said = []
+    for case in cases:
+        mesh = ProcessMesh.create(MeshShape(data=case.data, tensor=case.tensor))
+        config = config_of(case)
+        engine = build.build_engine(config, build.build_model_to_train(config, mesh, VOCABULARY), mesh)
+        if mesh.global_rank == 1:
+            engine.module.get_parameter("layers.1.mlp.up.weight").register_hook(lambda gradient: gradient * math.nan)
+        loader = build.open_loader(config, build.open_stream(config, "train", VOCABULARY), mesh, VOCABULARY)
+        numbers = {"target_tokens": BATCH * LENGTH, "step": 1, "seed": None, "learning_rate": 1e-2}
+        with pytest.raises(NonFiniteError) as caught:
+            train_step(engine, mesh, loader.step(0, BATCH), **numbers)
+        said.append(str(caught.value))
+    return said
+
+
+def test_a_gradient_that_is_not_finite_is_named_while_it_is_there():
+    cases = [Case(2, 1, 0), *(Case(1, 2, zero) for zero in (0, 1, 2, 3)), Case(1, 2, 1, dtype="bf16")]
+    mine, theirs = run_on_ranks(_step_with_a_hurt_gradient, 2, cases)
+    assert mine == theirs
+    for case, text in zip(cases, mine, strict=True):
+        if case.zero < 2:
+            where = "on rank 1" if case.tensor == 2 else "on rank 0"
+            assert f"gradient norm is nan; the first non-finite gradient is layers.1.mlp.up.weight {where}" in text
+            assert ("summed over 2 data ranks" in text) == (case.data == 2)
+        else:
+            assert "all weights are finite, and gradients are not held any more" in text
 
 
 def test_optimizer_state_on_the_host_trains_alike(tmp_path):
