@@ -12,7 +12,7 @@ from megatron_lite.config.cli import LaunchOptions
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data import rules
-from megatron_lite.errors import ConfigError, LaunchError, LostRankError, MegatronLiteError
+from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.parallel.launch import Launch, command_line, likely_device
 from megatron_lite.parallel.mesh_shape import DEFAULT_SCHEDULE, parse_layout
 from megatron_lite.train import deepspeed_config
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     try:
         run_training(config, me, command_line([sys.argv[0], *argv]))
     except MegatronLiteError as error:
-        if me.rank == 0 or isinstance(error, (LaunchError, LostRankError)):
+        if me.rank == 0 or not error.on_all_ranks:
             log.every_rank(f"error: {error}")
         return error.exit_code
     return 0

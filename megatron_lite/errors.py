@@ -1,8 +1,15 @@
 """The errors a run can end with, and the exit code each stands for.
 
-Exit codes of a rank: 0 done, or stopped by request; 2 a user's error; 3 a non-finite loss;
-4 a hang; 5 a lost rank. Launchers change codes on the way, so `exit.json` in the run folder
-is what tools read.
+    code   cause in exit.json                        a rank ended
+    0      done, early_stopping, exit_interval, ...  done, or stopped by request, its state saved
+    1      checkpoint_not_saved                      done or stopped, its last state lost
+    1      error                                     by anything else, out of memory among it
+    2      user_error                                by a mistake in flags or files
+    3      non_finite                                by a NaN or infinite loss or gradient
+    4      hang                                      since a collective did not end in time
+    5      lost_rank                                 since another rank is gone
+
+Launchers change codes on the way, so `exit.json` in the run folder is what tools read.
 """
 
 from __future__ import annotations
@@ -10,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 EXIT_DONE = 0
+EXIT_ERROR = 1
 EXIT_USER_ERROR = 2
 EXIT_NON_FINITE = 3
 EXIT_HANG = 4
@@ -19,8 +27,10 @@ EXIT_LOST_RANK = 5
 class MegatronLiteError(Exception):
     """An error with an exit code, printed without a traceback."""
 
-    exit_code = 1
+    exit_code = EXIT_ERROR
     cause = "error"
+    on_all_ranks = False
+    """Raised on every rank alike, so that rank 0 tells it for all."""
 
 
 class UserError(MegatronLiteError):
@@ -73,6 +83,7 @@ class NonFiniteError(MegatronLiteError):
 
     exit_code = EXIT_NON_FINITE
     cause = "non_finite"
+    on_all_ranks = True
 
 
 class HangError(MegatronLiteError):

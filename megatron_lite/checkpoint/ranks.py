@@ -34,6 +34,8 @@ class Failure(NamedTuple):
     text: str
     is_io: bool
     """The operating system refused (disk full, I/O error), rather than the program or its input."""
+    is_explained: bool
+    """A known error, rather than a mistake in the program."""
 
 
 class RankFailures(Exception):
@@ -73,7 +75,7 @@ def together(ranks: Ranks, action: Callable[[], Value]) -> list[Value]:
         cause = error
         explained = isinstance(error, (OSError, MegatronLiteError))
         text = str(error) if explained else f"{type(error).__name__}: {error}"
-        answer = [False, text, isinstance(error, OSError)]
+        answer = [False, text, isinstance(error, OSError), explained]
     answers = ranks.gather_json(answer)
     failures = [Failure(rank, *told) for rank, (done, *told) in enumerate(answers) if not done]
     if failures:

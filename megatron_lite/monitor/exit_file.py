@@ -11,15 +11,15 @@ NAME = "exit.json"
 
 
 def write_exit(
-    run_dir: str | os.PathLike, cause: str, code: int, step: int, how_to_go_on: str, message: str = ""
+    run_dir: str | os.PathLike, cause: str, code: int, step: int | None, how_to_go_on: str, message: str = ""
 ) -> Path:
     """Write `exit.json` into `run_dir`, whole or not at all, and return its path.
 
     `cause` is one word ("done", "signal", or the `cause` of an error), `code` the exit code of the
-    ranks, `step` the last step done, `how_to_go_on` a command or sentence. Raises OSError.
+    ranks, `step` the last step done (None where a run never began), `how_to_go_on` a command or
+    sentence. Raises OSError.
     """
     path = Path(run_dir) / NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "cause": cause,
         "code": code,
@@ -36,6 +36,11 @@ def write_exit(
         os.fsync(file.fileno())
     os.replace(written, path)
     return path
+
+
+def is_there(run_dir: str | os.PathLike | None) -> bool:
+    """Whether this run has told already how it ended."""
+    return run_dir is not None and (Path(run_dir) / NAME).exists()
 
 
 def remove_exit(run_dir: str | os.PathLike) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
@@ -40,17 +41,35 @@ def start_ranks(me: launch.Launch, *, tensor: int, timeout_minutes: float) -> Pr
 
 
 def together(mesh: ProcessMesh, action: Callable[[], T]) -> T:
-    """`action()`; an error of the user's on one rank is raised on all of them, so that none waits."""
+    """`action()`; an error on one rank is raised on all of them, so that none waits.
+
+    It is a UserError where each rank that failed knows why.
+    """
     done: list[T] = []
-    try:
-        ranks.together(mesh, lambda: done.append(action()))
-    except ranks.RankFailures as failures:
-        if not isinstance(failures.__cause__, (MegatronLiteError, OSError, type(None))):
-            raise failures.__cause__ from None
-        texts = {failure.text for failure in failures.failures}
-        everywhere = len(texts) == 1 and len(failures.failures) == mesh.world_size
-        raise UserError(texts.pop() if everywhere else str(failures)) from None
+    with alike():
+        try:
+            ranks.together(mesh, lambda: done.append(action()))
+        except ranks.RankFailures as failures:
+            texts = {failure.text for failure in failures.failures}
+            everywhere = len(texts) == 1 and len(failures.failures) == mesh.world_size
+            kind = UserError if all(failure.is_explained for failure in failures.failures) else MegatronLiteError
+            # What nobody foresaw is told where it happened, with its traceback.
+            unforeseen = failures.__cause__ if not isinstance(failures.__cause__, _EXPLAINED) else None
+            raise unforeseen or kind(texts.pop() if everywhere else str(failures)) from None
     return done[0]
+
+
+_EXPLAINED = (MegatronLiteError, OSError, type(None))
+
+
+@contextlib.contextmanager
+def alike() -> Iterator[None]:
+    """What every rank does alike: an error of ours in here is raised on all of them, and rank 0 tells it."""
+    try:
+        yield
+    except MegatronLiteError as error:
+        error.on_all_ranks = True
+        raise
 
 
 def prepare_kernels(config: RunConfig, mesh: ProcessMesh) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lite import log
-from megatron_lite.checkpoint import store
 from megatron_lite.checkpoint.save import save
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointNotSaved
 from megatron_lite.optim.schedule import Schedule
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.train.build import alike
 from megatron_lite.train.engine import Engine
 from megatron_lite.train.progress import Progress
 
@@ -35,36 +35,46 @@ class Keeper:
     versions: dict[str, Any]
     saved_step: int | None = None
 
-    def save(self, engine: Engine, progress: Progress, *, best: bool = False, deadline: float | None = None) -> None:
+    def save(
+        self,
+        engine: Engine,
+        progress: Progress,
+        *,
+        is_best: bool = False,
+        is_last: bool = False,
+        deadline: float | None = None,
+    ) -> None:
         """Write a checkpoint of this step, unless it is there already.
 
-        A failure is said and the run goes on. `best` keeps this one apart from pruning.
+        `is_best` keeps this one apart from pruning. A failure is said and the run goes on; where `is_last`
+        says that there is nothing to go on with, CheckpointNotSaved is raised.
         """
-        if self.root is None:
-            return
-        if self.saved_step == progress.step:
-            if best and self.mesh.global_rank == 0:
-                store.point(self.root, "best", progress.step, store.new_token())
+        if self.root is None or self.saved_step == progress.step:
             return
         began = time.perf_counter()
         optimizer = not self.config.checkpoint.no_save_optim
         try:
-            save(
-                self.root,
-                progress.step,
-                engine.pieces(optimizer=optimizer),
-                self.state(engine, progress),
-                self.mesh,
-                layout=f"{self.mesh.shape},zero={self.config.parallel.zero_stage}",
-                config=sources.plain(self.config),
-                versions={name: _text(value) for name, value in self.versions.items()},
-                keep_last=self.config.checkpoint.keep_last,
-                best=best,
-                deadline=deadline,
-            )
+            with alike():
+                save(
+                    self.root,
+                    progress.step,
+                    engine.pieces(optimizer=optimizer),
+                    self.state(engine, progress),
+                    self.mesh,
+                    layout=f"{self.mesh.shape},zero={self.config.parallel.zero_stage}",
+                    config=sources.plain(self.config),
+                    versions={name: _text(value) for name, value in self.versions.items()},
+                    keep_last=self.config.checkpoint.keep_last,
+                    best=is_best,
+                    deadline=deadline,
+                )
         except CheckpointNotSaved as error:
-            log.warn(f"{error}; training goes on")
-            return
+            if not is_last:
+                log.warn(f"{error}; training goes on")
+                return
+            held = "none" if self.saved_step is None else f"that of step {self.saved_step} the newest"
+            with alike():
+                raise CheckpointNotSaved(f"{error}. It was the last of this run; {self.root} holds {held}") from error
         self.saved_step = progress.step
         log.note(f"saved step {progress.step} in {time.perf_counter() - began:.2f} s under {self.root}")
 

@@ -12,7 +12,7 @@ import torch
 
 from megatron_lite import log
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.loader import BatchLoader
+from megatron_lite.data.loader import BatchLoader, MicroBatch
 from megatron_lite.monitor.histograms import histograms
 from megatron_lite.monitor.memory import MemoryMeter
 from megatron_lite.monitor.metrics import Metrics, throughput
@@ -20,11 +20,13 @@ from megatron_lite.monitor.sinks import Sinks
 from megatron_lite.optim.schedule import Schedule
 from megatron_lite.parallel.launch import StopRequest
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.plan.memory import Moment
 from megatron_lite.train.batch_plan import BatchPlan
 from megatron_lite.train.engine import Engine
 from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.progress import Progress
-from megatron_lite.train.step import StepResult, train_step, validate
+from megatron_lite.train.reading import read
+from megatron_lite.train.step import StepResult, raise_non_finite, train_step, validate
 
 
 @dataclasses.dataclass
@@ -49,41 +51,54 @@ class Run:
     flops_per_token: float
     peak_flops: float | None
     run_dir: Path | None
+    predicted_peak: Moment
 
 
 def train(run: Run) -> str:
     """Train to the end of the plan or until a reason to stop; returns that reason.
 
-    The state is saved at the end whatever the reason. Raises NonFiniteError.
+    The state is saved at the end whatever the reason. Raises NonFiniteError, CheckpointNotSaved where that
+    last save failed, and UserError for samples that cannot be read.
     """
-    progress = run.progress
-    started, first_step = time.monotonic(), progress.step
-    reason = "done"
-    while progress.step < run.plan.total_iterations:
-        if found := _one_step(run, started):
-            reason = found
-            break
-        if _is_due(progress.step, run.config.training.eval_interval) and run.valid_loader is not None:
-            _evaluate(run)
-            patience = run.config.training.early_stopping_patience
-            if patience is not None and progress.validations_without_better >= patience:
-                reason = "early stopping"
-                log.note(
-                    f"no better validation loss than {progress.best_valid_loss:.4f} (step {progress.best_step}) "
-                    f"in {patience} validations: stopping"
-                )
-                break
-        if _is_due(progress.step, run.config.checkpoint.save_interval):
-            run.keeper.save(run.engine, progress)
-        if _is_due(progress.step, run.config.training.exit_interval):
-            reason = "exit interval"
-            break
-    # A complete run that is started again has its last validation behind it.
-    is_behind = progress.step == first_step or _is_due(progress.step, run.config.training.eval_interval)
-    if reason == "done" and run.valid_loader and not is_behind:
+    started = time.monotonic()
+    # A run that stopped early and is started again has no step before it.
+    reason = _early_stop(run)
+    while reason is None and run.progress.step < run.plan.total_iterations:
+        reason = _one_step(run, started) or _between_steps(run)
+    _save(run, is_last=True)
+    return reason or "done"
+
+
+def _between_steps(run: Run) -> str | None:
+    """Evaluate and save where that is due; a reason to stop."""
+    config, step = run.config, run.progress.step
+    is_last = step >= run.plan.total_iterations
+    if run.valid_loader is not None and (is_last or _is_due(step, config.training.eval_interval)):
         _evaluate(run)
-    run.keeper.save(run.engine, progress, deadline=run.stop.deadline())
+    reason = _early_stop(run)
+    if reason is None and not is_last:
+        if _is_due(step, config.training.exit_interval):
+            return "exit interval"
+        if _is_due(step, config.checkpoint.save_interval):
+            _save(run)
     return reason
+
+
+def _early_stop(run: Run) -> str | None:
+    progress, patience = run.progress, run.config.training.early_stopping_patience
+    if patience is None or progress.validations_without_better < patience:
+        return None
+    log.note(
+        f"no better validation loss than {progress.best_valid_loss:.4f} (step {progress.best_step}) in "
+        f"{progress.validations_without_better} validations (--early-stopping-patience {patience}): stopping"
+    )
+    return "early stopping"
+
+
+def _save(run: Run, *, is_best: bool = False, is_last: bool = False) -> None:
+    # Records of steps up to the checkpoint must be there if a run goes on from it.
+    run.sinks.flush()
+    run.keeper.save(run.engine, run.progress, is_best=is_best, is_last=is_last, deadline=run.stop.deadline())
 
 
 def _one_step(run: Run, started: float) -> str | None:
@@ -94,10 +109,15 @@ def _one_step(run: Run, started: float) -> str | None:
     if limit is not None and time.monotonic() - started >= 60 * limit:
         run.stop.ask("exit duration")
     batch_size = plan.global_batch_size(progress.consumed_samples)
-    micro_batches = run.train_loader.step(progress.consumed_samples, batch_size)
     counts_here = mesh.rank("tensor") == 0 and mesh.rank("pipe") == 0 and mesh.rank("context") == 0
-    tokens_here = sum(int(batch.loss_mask.sum()) for batch in micro_batches) if counts_here else 0
-    target_tokens, asked = mesh.sum_numbers([tokens_here, run.stop.reason is not None])
+
+    def tokens_and_stops(batches: list[MicroBatch]) -> list[float]:
+        tokens = sum(int(batch.loss_mask.sum()) for batch in batches) if counts_here else 0
+        return [tokens, run.stop.reason is not None]
+
+    micro_batches, (target_tokens, asked) = read(
+        run.train_loader, mesh, progress.consumed_samples, batch_size, tokens_and_stops
+    )
     if asked:
         return next(reason for reason in mesh.gather_json(run.stop.reason) if reason)
     rate = run.schedule.learning_rate(progress.step, progress.consumed_samples)
@@ -182,12 +202,14 @@ def _evaluate(run: Run) -> None:
     if loss is None:
         log.note(f"the validation after step {run.progress.step} is broken off: this run is asked to stop")
         return
+    if not math.isfinite(loss):
+        raise_non_finite(run.engine, run.mesh, run.progress.step, loss, what="validation loss")
     run.metrics.record("step", run.progress.step)
     run.metrics.record("valid_loss", loss)
     run.metrics.record("valid_perplexity", math.exp(min(loss, 700.0)))
     run.sinks.write(run.metrics.collect())
     if run.progress.note_validation(loss):
-        run.keeper.save(run.engine, run.progress, best=True)
+        _save(run, is_best=True)
 
 
 def _is_due(step: int, interval: int | None) -> bool:

@@ -22,9 +22,8 @@ from megatron_lite.data.stream import SampleStream
 from megatron_lite.data.tokenizer_files import FOLDER as TOKENIZER_FOLDER
 from megatron_lite.data.tokenizer_files import copy_tokenizer
 from megatron_lite.data.vocabulary import resolve_vocabulary
-from megatron_lite.errors import EXIT_LOST_RANK, CheckpointError, LostRankError, MegatronLiteError
+from megatron_lite.errors import CheckpointError
 from megatron_lite.monitor import exit_file
-from megatron_lite.monitor.exit_file import remove_exit, write_exit
 from megatron_lite.monitor.memory import MemoryMeter
 from megatron_lite.monitor.metrics import Metrics
 from megatron_lite.monitor.sinks import open_sinks
@@ -34,10 +33,10 @@ from megatron_lite.parallel.launch import Launch, StopRequest
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.devices import dense_peak_flops
 from megatron_lite.plan.flops import flops_per_token
-from megatron_lite.plan.report import memory_comparison
 from megatron_lite.train import build, checkpoint_fit
 from megatron_lite.train.batch_plan import BatchPlan
 from megatron_lite.train.dry_run import planned_peak
+from megatron_lite.train.ending import tell_end, tell_failure
 from megatron_lite.train.engine import Engine, load_libraries
 from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.loop import Run, train
@@ -75,65 +74,22 @@ def train_on(mesh: ProcessMesh, config: RunConfig, stop: StopRequest, command: s
     """A run from its beginning, or from where it was left, to its end, on a live mesh."""
     with contextlib.ExitStack() as held:
         _claim_folders(config, mesh, held)
-        load_libraries(config)
-        build.prepare_kernels(config, mesh)
-        run = _assemble(config, mesh, stop, MemoryMeter(mesh.device))
-        for resource in (run.sinks, run.train_loader, run.valid_loader):
-            if resource is not None:
-                held.callback(resource.close)
-        _train_and_tell(run, command)
+        run = None
+        try:
+            build.together(mesh, lambda: load_libraries(config))
+            build.prepare_kernels(config, mesh)
+            run = _assemble(config, mesh, stop, MemoryMeter(mesh.device))
+            for resource in (run.sinks, run.train_loader, run.valid_loader):
+                if resource is not None:
+                    held.callback(resource.close)
+            reason = train(run)
+        except Exception as error:
+            told = tell_failure(error, mesh, run_folder(config), run, command)
+            if told is error:
+                raise
+            raise told from error
+        tell_end(run, reason, command)
     return run
-
-
-def _train_and_tell(run: Run, command: str) -> None:
-    """Train, and leave `exit.json` however that ends."""
-    try:
-        reason = train(run)
-    except MegatronLiteError as error:
-        _leave_exit_file(run, error.cause, error.exit_code, _how_to_go_on(run, command), str(error))
-        raise
-    except RuntimeError as error:
-        if not is_lost_connection(error):
-            raise
-        lost = LostRankError(f"another rank is gone, seen by rank {run.mesh.global_rank}: {str(error).splitlines()[0]}")
-        _leave_exit_file(run, lost.cause, lost.exit_code, _how_to_go_on(run, command), str(lost))
-        raise lost from None
-    predicted = planned_peak(run.config, run.mesh.size("data"), run.mesh.device.type)
-    log.note(memory_comparison(predicted, run.memory.peak_growth(), run.mesh.device.type))
-    how = _how_to_go_on(run, command)
-    log.note(f"stopped at step {run.progress.step} of {run.plan.total_iterations}: {reason}; {how}")
-    _leave_exit_file(run, reason.replace(" ", "_"), 0, how, "")
-
-
-def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because a rank at the other end is gone."""
-    text = str(error)
-    return any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe"))
-
-
-def _how_to_go_on(run: Run, command: str) -> str:
-    if run.progress.step >= run.plan.total_iterations:
-        return "the run is complete"
-    if run.keeper.root is None:
-        return "nothing was saved (no --save folder), so the run starts again from step 0"
-    if run.keeper.saved_step is None:
-        return f"no checkpoint was saved, so the same command starts again from step 0: {command}"
-    step, options = run.keeper.saved_step, run.config.checkpoint
-    if options.resume == "never":
-        # Given again as it is, the command would refuse the folder, or empty it.
-        keep = " --no-overwrite" if options.overwrite else ""
-        return f"the same command, but for --resume, goes on from step {step}: {command} --resume auto{keep}"
-    return f"the same command goes on from step {step}: {command}"
-
-
-def _leave_exit_file(run: Run, cause: str, code: int, how: str, message: str) -> None:
-    # After a lost rank nobody knows whether rank 0 is there: each survivor writes the same.
-    if run.run_dir is None or (run.mesh.global_rank != 0 and code != EXIT_LOST_RANK):
-        return
-    try:
-        write_exit(run.run_dir, cause, code, run.progress.step, how, message)
-    except OSError as error:
-        log.warn(f"exit.json could not be written: {error}")
 
 
 def _claim_folders(config: RunConfig, mesh: ProcessMesh, held: contextlib.ExitStack) -> None:
@@ -151,14 +107,16 @@ def _make_ready(config: RunConfig) -> None:
         _empty(Path(options.save))
     if run_dir is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        remove_exit(run_dir)
+        exit_file.remove_exit(run_dir)
 
 
 def _assemble(config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: MemoryMeter) -> Run:
-    found = _what_to_load(config, mesh)
+    with build.alike():
+        found = _what_to_load(config, mesh)
     data = build.together(mesh, lambda: _open_data(config, mesh))
     plan = data.plan
     config = plan.resolve(config, data.vocab_size)
+    predicted_peak = build.together(mesh, lambda: planned_peak(config, mesh.size("data"), mesh.device.type))
     model = build.build_model_to_train(config, mesh, data.vocab_size)
     engine = build.build_engine(config, model, mesh)
     curve = schedule(config.optimizer, plan.total_iterations, plan.total_samples, config.model.hidden_size)
@@ -174,6 +132,18 @@ def _assemble(config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: M
     build.together(mesh, lambda: _write_run_folders(config, made_with) if mesh.global_rank == 0 else None)
     for line in [*data.train_stream.describe(), *plan.lines()]:
         log.note(line)
+    sinks = build.together(
+        mesh,
+        lambda: open_sinks(
+            config.logging,
+            run_dir,
+            rank=mesh.global_rank,
+            world_size=mesh.world_size,
+            total_steps=plan.total_iterations,
+            resume_step=start.progress.step,
+            settings=sources.plain(config),
+        ),
+    )
     peak = dense_peak_flops(device_name, config.precision.dtype)
     if peak is None:
         log.note(f"MFU: unknown device {device_name!r}, so it is not given")
@@ -188,15 +158,7 @@ def _assemble(config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: M
         train_loader=build.open_loader(config, data.train_stream, mesh, data.vocab_size),
         valid_loader=data.valid_stream and build.open_loader(config, data.valid_stream, mesh, data.vocab_size),
         eval_batches=data.eval_batches,
-        sinks=open_sinks(
-            config.logging,
-            run_dir,
-            rank=mesh.global_rank,
-            world_size=mesh.world_size,
-            total_steps=plan.total_iterations,
-            resume_step=start.progress.step,
-            settings=sources.plain(config),
-        ),
+        sinks=sinks,
         metrics=Metrics(),
         memory=memory,
         keeper=Keeper(
@@ -213,6 +175,7 @@ def _assemble(config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: M
         flops_per_token=flops_per_token(config.model, vocab_size=data.vocab_size, seq_length=config.data.seq_length),
         peak_flops=peak,
         run_dir=run_dir,
+        predicted_peak=predicted_peak,
     )
 
 

@@ -16,6 +16,7 @@ from megatron_lite.monitor.health import Hurt, describe, first_hurt
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import micro_batch_seed
 from megatron_lite.train.engine import Engine, StepOutcome
+from megatron_lite.train.reading import read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +88,11 @@ def validate(
     engine.module.eval()
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for batch in range(batches):
-        if mesh.sum_numbers([asked()])[0]:
+        micro_batches, (stops,) = read(loader, mesh, batch * batch_size, batch_size, lambda _: [asked()])
+        if stops:
             engine.module.train()
             return None
-        for micro_batch in loader.step(batch * batch_size, batch_size):
+        for micro_batch in micro_batches:
             total[0] += forward(engine, mesh, micro_batch, step=0, seed=None)
             total[1] += micro_batch.loss_mask.sum()
     if (group := mesh.group("data")) is not None:

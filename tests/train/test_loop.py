@@ -69,7 +69,13 @@ def test_early_stopping_keeps_the_best_checkpoint(tmp_path):
     assert json.loads((folder / "exit.json").read_text())["cause"] == "early_stopping"
     assert store.best(folder).name == f"step-{best:08d}"
     assert sorted(store.steps(folder)) == [best, best + 4], "all but the newest and the best are pruned"
-    progress = read_manifest(folder / f"step-{best + 4:08d}").state["progress"]
+    # Started again it ends at once and says so; with more patience it goes on.
+    for patience, last in ((2, best + 4), (3, best + 6)):
+        (folder / "exit.json").unlink()
+        run_on_ranks(_train, 1, sources.override(config, {"training": {"early_stopping_patience": patience}}))
+        assert _records(folder)[-1]["step"] == last
+        assert json.loads((folder / "exit.json").read_text())["cause"] == "early_stopping"
+    progress = read_manifest(folder / f"step-{best + 6:08d}").state["progress"]
     assert progress["best_step"] == best and progress["best_valid_loss"] == losses[best]
 
 

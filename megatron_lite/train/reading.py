@@ -1,0 +1,38 @@
+"""Reading the micro-batches of a step on all ranks, so that what one rank cannot read stops all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_lite.data.loader import BatchLoader, MicroBatch
+from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.train.build import together
+
+
+def read(
+    loader: BatchLoader,
+    mesh: ProcessMesh,
+    consumed_samples: int,
+    global_batch_size: int,
+    count: Callable[[list[MicroBatch]], list[float]],
+) -> tuple[list[MicroBatch], list[float]]:
+    """This rank's micro-batches, and the numbers that `count` makes of them, summed over all ranks.
+
+    Whether a rank failed goes along in that sum, which a step makes anyway. Raises on all ranks then, as
+    `together` does.
+    """
+    micro_batches: list[MicroBatch] = []
+    failure: Exception | None = None
+    try:
+        micro_batches = loader.step(consumed_samples, global_batch_size)
+    except Exception as error:
+        failure = error
+    *sums, failures = mesh.sum_numbers([*count(micro_batches), failure is not None])
+    if failures:
+        together(mesh, lambda: _raise(failure))
+    return micro_batches, sums
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error

@@ -1,0 +1,249 @@
+"""However a run ends, `exit.json` says so, and what happened on one rank is told by all or by that one."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from train.layouts import Case, config_of
+
+import pretrain_gpt
+from megatron_lite import log
+from megatron_lite.checkpoint import store
+from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.config import sources
+from megatron_lite.config.run import RunConfig
+from megatron_lite.data.loader import BatchLoader
+from megatron_lite.errors import (
+    CheckpointNotSaved,
+    DataError,
+    HangError,
+    LostRankError,
+    NonFiniteError,
+    UserError,
+)
+from megatron_lite.parallel.launch import Launch, StopRequest
+from megatron_lite.parallel.mesh_shape import MeshShape
+from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.train import loop, start
+from megatron_lite.train.ending import explained
+
+
+def _config(folder: Path, case: Case | None = None, **fields) -> RunConfig:
+    config = config_of(
+        case or Case(),
+        training={"eval_interval": 0, "train_iters": 4},
+        checkpoint={"save": str(folder), "save_interval": 2},
+        logging={"tensorboard_dir": "none"},
+    )
+    for name, value in fields.items():
+        config = sources.override(config, {sources.section_of()[name]: {name: value}})
+    return config
+
+
+def _train(config: RunConfig, timeout: timedelta = timedelta(minutes=1)) -> None:
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    mesh = ProcessMesh.create(MeshShape.of_world(size), timeout=timeout)
+    start.train_on(mesh, config, StopRequest(), "the command")
+
+
+def _told(folder: Path) -> dict:
+    return json.loads((folder / "exit.json").read_text())
+
+
+def _outcomes(jobs: list[tuple[RunConfig, str]]) -> list[tuple[str, str, bool]]:
+    """Kind, text and `on_all_ranks` of the error that each run ends with, rank 1 alone being sabotaged."""
+    found = []
+    step, train_step = BatchLoader.step, loop.train_step
+    sys.modules["wandb"] = None
+    for config, sabotage in jobs:
+        if dist.get_rank() == 1:
+            _SABOTAGE[sabotage]()
+        try:
+            _train(config, timedelta(seconds=1 if sabotage == "is late" else 60))
+        except Exception as error:
+            found.append((type(error).__name__, str(error), getattr(error, "on_all_ranks", False)))
+        BatchLoader.step, loop.train_step = step, train_step
+    return found
+
+
+def _lose_a_sample(number: int, time: int) -> None:
+    """The batch that begins at that sample cannot be read the time-th time that one does."""
+    step, asked = BatchLoader.step, []
+
+    def lost(self, consumed_samples, global_batch_size):
+        asked.append(consumed_samples)
+        if consumed_samples == number and asked.count(number) == time:
+            raise DataError(f"sample {number} cannot be read")
+        return step(self, consumed_samples, global_batch_size)
+
+    BatchLoader.step = lost
+
+
+def _run_out_of_memory() -> None:
+    def overflow(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
+
+    loop.train_step = overflow
+
+
+def _sleep() -> None:
+    step = BatchLoader.step
+
+    def late(self, *where):
+        time.sleep(2.5)
+        return step(self, *where)
+
+    BatchLoader.step = late
+
+
+_SABOTAGE: dict[str, Callable[[], None]] = {
+    "loses a sample": lambda: _lose_a_sample(8, 1),
+    # A validation begins at sample 0, as the first step does.
+    "loses a sample of validation": lambda: _lose_a_sample(0, 2),
+    "runs out of memory": _run_out_of_memory,
+    "is late": _sleep,
+    "nothing": lambda: None,
+}
+
+
+def test_what_one_rank_cannot_do_stops_all_of_them(tmp_path):
+    jobs = {
+        "loses a sample": _config(tmp_path / "training", Case(data=2)),
+        "loses a sample of validation": _config(tmp_path / "valid", Case(data=2), eval_interval=1, eval_iters=2),
+        "nothing": _config(tmp_path / "tracked", Case(data=2), wandb_project="mine"),
+    }
+    mine, theirs = run_on_ranks(_outcomes, 2, [(config, sabotage) for sabotage, config in jobs.items()])
+    assert mine == theirs and mine[:2] == [
+        ("UserError", "rank 1: sample 8 cannot be read", True),
+        ("UserError", "rank 1: sample 0 cannot be read", True),
+    ]
+    assert mine[2][0] == "UserError" and "pip install wandb" in mine[2][1] and mine[2][2]
+    for folder, step in (("training", 2), ("valid", 1), ("tracked", None)):
+        told = _told(tmp_path / folder)
+        assert (told["cause"], told["code"], told["step"]) == ("user_error", 2, step)
+    assert _told(tmp_path / "training")["how_to_go_on"] == "the same command goes on from step 2: the command"
+    assert (
+        _told(tmp_path / "tracked")["how_to_go_on"] == "nothing was trained; the same command tries again: the command"
+    )
+
+
+def test_what_ends_one_rank_is_told_by_it_and_not_by_those_it_leaves(tmp_path):
+    out_of_memory = [(_config(tmp_path / "run", Case(data=2)), "runs out of memory")]
+    (left, *_), (ended, *_) = run_on_ranks(_outcomes, 2, out_of_memory)
+    assert left[0] == "LostRankError" and ended == (
+        "OutOfMemoryError",
+        "CUDA out of memory. Tried to allocate 1 TiB",
+        False,
+    )
+    told = _told(tmp_path / "run")
+    assert (told["cause"], told["code"], told["step"]) == ("error", 1, 0)
+    assert told["message"].startswith("OutOfMemoryError: CUDA out of memory")
+
+
+def test_a_rank_that_does_not_come_is_a_hang(tmp_path):
+    (waited, *_), _ = run_on_ranks(_outcomes, 2, [(_config(tmp_path / "run", Case(data=2)), "is late")])
+    assert waited[0] == "HangError" and "--distributed-timeout-minutes" in waited[1] and not waited[2]
+    assert (_told(tmp_path / "run")["cause"], _told(tmp_path / "run")["code"]) == ("hang", 4)
+
+
+def test_an_error_before_the_first_step_is_told(tmp_path, monkeypatch):
+    def overflow(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(start.build, "build_engine", overflow)
+    with pytest.raises(torch.OutOfMemoryError):
+        _train(_config(tmp_path / "run"))
+    assert (_told(tmp_path / "run")["cause"], _told(tmp_path / "run")["code"]) == ("error", 1)
+    # Such a folder is no run yet: --resume never begins in it.
+    monkeypatch.undo()
+    _train(_config(tmp_path / "run", resume="never"))
+    assert _told(tmp_path / "run")["cause"] == "done"
+
+
+def test_a_last_save_that_fails_is_no_success(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    usage = shutil.disk_usage
+
+    def full(path):
+        return SimpleNamespace(total=1, free=0) if (folder / "step-00000002").exists() else usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    with pytest.raises(CheckpointNotSaved, match=r"free some space.*; .* holds that of step 2 the newest") as caught:
+        _train(_config(folder))
+    assert caught.value.on_all_ranks
+    told = _told(folder)
+    assert (told["cause"], told["code"], told["step"]) == ("checkpoint_not_saved", 1, 4)
+    assert told["how_to_go_on"] == "the same command goes on from step 2: the command"
+    assert sorted(store.steps(folder)) == [2]
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "validate", lambda *arguments: math.nan)
+    with pytest.raises(NonFiniteError, match="step 2: the validation loss is nan; all weights are finite"):
+        _train(_config(tmp_path / "run", eval_interval=2, eval_iters=1))
+    assert (_told(tmp_path / "run")["cause"], _told(tmp_path / "run")["code"]) == ("non_finite", 3)
+
+
+def test_the_last_validation_is_in_the_last_checkpoint(tmp_path, monkeypatch):
+    folder, losses = tmp_path / "run", [1.0, 2.0]
+    monkeypatch.setattr(loop, "validate", lambda *arguments: losses.pop())
+    _train(_config(folder, train_iters=3, eval_interval=2, eval_iters=1, save_interval=1))
+    progress = read_manifest(folder / "step-00000003").state["progress"]
+    assert progress["best_step"] == 3 and store.best(folder) == folder / "step-00000003"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        (RuntimeError, "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1", LostRankError),
+        (
+            RuntimeError,
+            "[gloo/unbound_buffer.cc:78] Timed out waiting 1000ms for recv operation to complete",
+            HangError,
+        ),
+        (
+            dist.DistBackendError,
+            "NCCL error in: x.cpp:1\nncclRemoteError: A call failed possibly due to",
+            LostRankError,
+        ),
+        (dist.DistBackendError, "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(", HangError),
+        (dist.DistBackendError, "NCCL error\nncclUnhandledCudaError: Call to CUDA function failed.", None),
+        (dist.DistNetworkError, "failed to recv, got 0 bytes", LostRankError),
+        (dist.DistStoreError, "wait timeout after 600000ms, keys: /default_pg/0//3", HangError),
+        (RuntimeError, "mat1 and mat2 shapes cannot be multiplied", None),
+        (RuntimeError, "", None),
+    ],
+)
+def test_errors_of_other_ranks_are_recognised(kind, text, expected):
+    error = kind(text)
+    found = explained(error, 3)
+    if expected is None:
+        assert found is error
+    else:
+        assert type(found) is expected and "rank 3" in str(found)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_door_tells_an_error_once(rank, monkeypatch, capsys):
+    monkeypatch.setattr(log, "_rank", 0), monkeypatch.setattr(log, "_world_size", 1)
+    monkeypatch.setattr(Launch, "from_environment", lambda: Launch(rank, 2, rank, 2, "localhost"))
+    monkeypatch.setattr(start, "run_training", lambda *arguments: (_ for _ in ()).throw(errors.pop()))
+    of_all, of_this = UserError("known to all"), UserError("known here")
+    of_all.on_all_ranks = True
+    errors = [of_this, of_all]
+    flags = ["--mock-data", "--vocab-size", "64", "--train-iters", "1"]
+    assert [pretrain_gpt.main(flags), pretrain_gpt.main(flags)] == [2, 2]
+    said = capsys.readouterr().err
+    assert "error: known here" in said and ("error: known to all" in said) == (rank == 0)
