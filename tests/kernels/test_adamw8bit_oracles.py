@@ -116,6 +116,6 @@ def test_the_update_is_bitsandbytes(bitsandbytes):
     ):
         torch.testing.assert_close(absmax, their_absmax, rtol=1e-6, atol=0)
         ours, other = (dequantize_blockwise(c, absmax, signed=signed) for c in (codes, their_codes))
-        # On a CPU its quantiser takes a neighbour of the nearest code for many.
-        assert ((codes.int() - their_codes.int()).abs() <= 1).float().mean() > 0.98
-        assert ((ours - other).norm() / ours.norm()).item() < 0.02
+        # On a CPU its quantiser is coarse where values are small beside their block's largest.
+        assert ((ours - other).abs() <= 0.02 * absmax.repeat_interleave(256)).all()
+        assert (ours - other).norm() < 0.02 * ours.norm()
