@@ -1,9 +1,10 @@
 """What one micro-batch keeps for backward on one rank, in closed form, for this model's layers.
 
-After Korthikanti et al. 2022, with what this code saves: a norm keeps its input, linear layers that read
-the same tensor keep it once, dropout and its bias nothing, `scaled_dot_product_attention` keeps query, key, value, output and a
-log-sum-exp instead of the square that the softmax kernel keeps, and the cross-entropy keeps the logits, or, made
-of a chunk of them at a time, none. A test holds the formulas to what torch's allocator counts.
+After Korthikanti et al. 2022, with what this code saves: a norm keeps its input, or its output, linear layers
+that read the same tensor keep it once, dropout and its bias nothing, `scaled_dot_product_attention` keeps query,
+key, value, output and a log-sum-exp instead of the square that the softmax kernel keeps, and the cross-entropy
+keeps the logits, or, made of a chunk of them at a time, none. A test holds the formulas to what torch's allocator
+counts.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def plan_activations(
     tokens = training.micro_batch_size * config.data.seq_length
     whole = tokens * model.hidden_size * element
     residual = whole // tensor if config.parallel.sequence_parallel else whole
-    norm = residual + _norm_statistics(model, element, residual, device_type)
+    norm, input_kept = _norm(config, element, residual, device_type)
     granularity = granularity or training.recompute_granularity
 
     projected, core, core_temporary = _attention(config, element, device_type)
@@ -73,7 +74,9 @@ def plan_activations(
         plain, again = first_half + second_half, max(0, core + core_temporary - second_half)
     else:
         plain, again = first_half + core + second_half, 0
-    layers, recomputed, sizes = _by_recompute(model.num_layers, plain, residual, training, granularity, again)
+    layers, recomputed, sizes = _by_recompute(
+        model.num_layers, plain, residual, training, granularity, again, input_kept
+    )
 
     rows = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, tensor) // tensor
     logits, head_temporary = tokens * rows * element, whole
@@ -93,11 +96,22 @@ def plan_activations(
     )
 
 
-def _norm_statistics(model: ModelConfig, element: int, residual: int, device_type: str) -> int:
+def _norm(config: RunConfig, element: int, residual: int, device_type: str) -> tuple[int, int]:
+    """Bytes a norm keeps, and those of them that are a layer's input, its first norm's."""
+    model, kernels = config.model, config.kernels
     tokens = residual // (model.hidden_size * element)
-    if model.normalization == "RMSNorm":
-        return tokens * FP32
-    return 2 * tokens * (element if device_type == "cpu" else FP32)
+    by_torch = kernels.norm_backend == "torch"
+    statistics = tokens * (1 if model.normalization == "RMSNorm" else 2) * FP32
+    if by_torch and device_type == "cpu":
+        if model.normalization == "LayerNorm":
+            return residual + 2 * tokens * element, residual
+        # Torch's RMS norm for a CPU is a chain: input and normalised input are kept in fp32.
+        return 2 * tokens * model.hidden_size * FP32 + statistics, residual if element == FP32 else 0
+    if not kernels.memory_efficient_layer_norm or by_torch:
+        return residual + statistics, residual
+    # The output is what the linear layers keep, unless they keep it gathered from the tensor ranks.
+    gathered = config.parallel.sequence_parallel and config.parallel.tensor_model_parallel_size > 1
+    return statistics + (residual if gathered else 0), residual if model.norm_position == "post" else 0
 
 
 def _attention(config: RunConfig, element: int, device_type: str) -> tuple[int, int, int]:
@@ -136,16 +150,16 @@ def _feed_forward(model: ModelConfig, tokens: int, element: int, tensor: int) ->
 
 
 def _by_recompute(
-    num_layers: int, plain: int, residual: int, training: TrainingConfig, granularity: str, again: int
+    num_layers: int, plain: int, residual: int, training: TrainingConfig, granularity: str, again: int, input_kept: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """(kept of each layer, made again by each group, layers of each group)."""
+    """(kept of each layer, made again by each group, layers of each group); `input_kept` of `plain` is the input."""
     length = min(training.recompute_num_layers, num_layers)
     if granularity != "full":
         return (plain,) * num_layers, (again,) * num_layers, (1,) * num_layers
     if training.recompute_method == "block":
         kept = (residual,) * length + (plain,) * (num_layers - length)
-        made_again = (plain - residual,) * length + (0,) * (num_layers - length)
+        made_again = (plain - input_kept,) * length + (0,) * (num_layers - length)
         return kept, made_again, (1,) * num_layers
     sizes = tuple(min(length, num_layers - first) for first in range(0, num_layers, length))
     kept = tuple(residual if i % length == 0 else 0 for i in range(num_layers))
-    return kept, tuple(size * plain - residual for size in sizes), sizes
+    return kept, tuple(size * plain - input_kept for size in sizes), sizes

@@ -22,6 +22,7 @@ from megatron_lite.plan.memory import moments
 
 VOCAB = 500
 DEFAULT = KernelsConfig()
+LEAN = KernelsConfig(memory_efficient_layer_norm=True)
 GPT2 = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 LLAMA = GPT2 | {
     "normalization": "RMSNorm", "position_embedding_type": "rope", "swiglu": True, "add_bias_linear": False,
@@ -88,6 +89,15 @@ CASES = {
     "llama bf16": run_config(LLAMA, bf16=True),
     "llama dropout bf16": run_config(LLAMA | {"hidden_dropout": 0.1}, bf16=True),
     "llama fused softmax": run_config(LLAMA, kernels=KernelsConfig(attention_backend="fused_softmax")),
+    "gpt2 norms by torch bf16": run_config(GPT2, bf16=True, kernels=KernelsConfig(norm_backend="torch")),
+    "gpt2 lean norms": run_config(GPT2, kernels=LEAN),
+    "gpt2 lean norms after": run_config(GPT2 | {"norm_position": "post"}, kernels=LEAN),
+    "llama lean norms bf16": run_config(LLAMA, bf16=True, kernels=LEAN),
+    "llama lean norms, groups of 3": run_config(
+        LLAMA, recompute_granularity="full", recompute_num_layers=3, kernels=LEAN
+    ),
+    "llama norms by torch": run_config(LLAMA, kernels=KernelsConfig(norm_backend="torch")),
+    "llama norms by torch bf16": run_config(LLAMA, bf16=True, kernels=KernelsConfig(norm_backend="torch")),
     "llama full": run_config(LLAMA, recompute_granularity="full"),
     "llama full, groups of 3": run_config(LLAMA, recompute_granularity="full", recompute_num_layers=3),
     "gpt2 full, a block of 1": run_config(
