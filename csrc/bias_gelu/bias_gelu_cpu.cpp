@@ -20,7 +20,7 @@ void forward_rows(const BiasGeluForward& a, const float* bias, int64_t begin, in
   StripReader<Element> read_input;
   StripWriter<Element> output;
   for (int64_t row = begin; row < end; ++row) {
-    for_strips(a.length, [&](int64_t column, int64_t count) {
+    for_strips<kShortStrip>(a.length, [&](int64_t column, int64_t count) {
       const int64_t at = row * a.length + column;
       const float* x = read_input(a.input, at, count);
       const float* b = bias + column;
@@ -41,7 +41,7 @@ void backward_part(const BiasGeluBackward& a, const float* bias, int64_t part) {
   ColumnSum bias_sum(a.bias ? a.bias_partials + part * a.length : unread.data(), a.length);
   const int64_t end = part_begin(a.rows, a.parts, part + 1);
   for (int64_t row = part_begin(a.rows, a.parts, part); row < end; ++row) {
-    for_strips(a.length, [&](int64_t column, int64_t count) {
+    for_strips<kShortStrip>(a.length, [&](int64_t column, int64_t count) {
       const int64_t at = row * a.length + column;
       const float *dy = read_gradient(a.gradient, at, count), *x = read_input(a.input, at, count);
       const float* b = bias + column;

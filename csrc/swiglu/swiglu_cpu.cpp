@@ -10,7 +10,7 @@ void forward_rows(const SwigluForward& a, int64_t begin, int64_t end) {
   StripReader<Element> read_gate, read_up;
   StripWriter<Element> output;
   for (int64_t row = begin; row < end; ++row) {
-    for_strips(a.length, [&](int64_t column, int64_t count) {
+    for_strips<kShortStrip>(a.length, [&](int64_t column, int64_t count) {
       const int64_t at = row * a.length + column, gate_at = at + row * a.length;
       const float *gate = read_gate(a.input, gate_at, count), *up = read_up(a.input, gate_at + a.length, count);
       float* y = output.strip(a.output, at);
@@ -26,7 +26,7 @@ void backward_rows(const SwigluBackward& a, int64_t begin, int64_t end) {
   StripReader<Element> read_gradient, read_gate, read_up;
   StripWriter<Element> gate_result, up_result;
   for (int64_t row = begin; row < end; ++row) {
-    for_strips(a.length, [&](int64_t column, int64_t count) {
+    for_strips<kShortStrip>(a.length, [&](int64_t column, int64_t count) {
       const int64_t at = row * a.length + column, gate_at = at + row * a.length, up_at = gate_at + a.length;
       const float* gradient = read_gradient(a.gradient, at, count);
       const float *gate = read_gate(a.input, gate_at, count), *up = read_up(a.input, up_at, count);
