@@ -104,7 +104,7 @@ _AT_LEAST = {
 }
 _ABOVE_ZERO = (
     "norm_epsilon rotary_base distributed_timeout_minutes loss_scale initial_loss_scale lr adam_eps train_epochs "
-    "exit_duration_in_mins"
+    "exit_duration_in_mins exit_signal_grace_seconds"
 )
 _FRACTIONS = "hidden_dropout attention_dropout label_smoothing lr_warmup_fraction adam_beta1 adam_beta2 sgd_momentum"
 

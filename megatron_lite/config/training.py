@@ -46,6 +46,9 @@ class TrainingConfig:
     """Save and stop at a multiple of this many steps."""
     exit_duration_in_mins: float | None = None
     """Save and stop after this many minutes."""
+    exit_signal_grace_seconds: float | None = None
+    """Seconds after a signal to stop at which a save is given up; default: 25 under `deepspeed` and `torchrun`, which
+    kill after 30, else no limit."""
 
     def batch_size(self, data_size: int) -> int:
         """Sequences of one step, behind a ramp-up, over that many data ranks."""

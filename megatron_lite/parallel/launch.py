@@ -21,6 +21,7 @@ from megatron_lite.errors import ConfigError, LaunchError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GRACE_SECONDS = 25.0
+"""What a save may take once the launcher is told to stop: `deepspeed` and `torchrun` kill ranks after 30 s."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +114,14 @@ def start(launch: Launch, timeout_minutes: float):
 class StopRequest:
     """Whether this rank was asked to stop: by SIGTERM or SIGINT, or by the death of its launcher.
 
-    A signal asks; a second SIGINT, seconds later, ends the process at once.
+    A signal asks; a second SIGINT, seconds later, ends the process at once. `grace_seconds` is how long the
+    process has from then on; None: `GRACE_SECONDS` under a launcher, which kills, and for ever without one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace_seconds: float | None = None) -> None:
         self.reason: str | None = None
         self.asked_at: float | None = None
+        self._grace_seconds = grace_seconds
         self._pressing = False
         self._watch_over = threading.Event()
 
@@ -128,14 +131,15 @@ class StopRequest:
             signal.signal(number, self._on_signal)
         watched = _launcher_chain()
         if watched:
+            if self._grace_seconds is None:
+                self._grace_seconds = GRACE_SECONDS
             threading.Thread(target=self._watch, args=(watched,), daemon=True, name="launcher-watch").start()
 
     def deadline(self) -> float | None:
-        """When a save on the way out must be over, on the monotonic clock; None if nobody presses.
-
-        Launchers kill a rank 30 s after they asked it to stop.
-        """
-        return self.asked_at + GRACE_SECONDS if self.asked_at is not None and self._pressing else None
+        """When a save on the way out must be over, on the monotonic clock; None if nobody presses."""
+        if self.asked_at is None or self._grace_seconds is None or not self._pressing:
+            return None
+        return self.asked_at + self._grace_seconds
 
     def close(self) -> None:
         """Stop watching and give the signals their default meaning back."""

@@ -133,7 +133,8 @@ def build_engine(config: RunConfig, model: GPT, mesh: ProcessMesh) -> Engine:
     """The engine of the configured ZeRO stage, its optimizer over this rank's parameters."""
     problems = check.precision_problems(config.precision.dtype, mesh.device.type, has_fp16=mesh.device.type != "cpu")
     if problems:
-        raise ConfigError(problems)
+        with alike():
+            raise ConfigError(problems)
     groups = parameter_groups(model.named_parameters(), default_rules(config.optimizer))
     optimizer = build_optimizer(config.optimizer, groups)
     names = config.optimizer.slots

@@ -58,7 +58,7 @@ def run_training(config: RunConfig, me: Launch, command: str) -> None:
     `command` is how this run was started, for the line that says how to go on. Raises
     MegatronLiteError; a stop by request is no error.
     """
-    stop = StopRequest()
+    stop = StopRequest(config.training.exit_signal_grace_seconds)
     stop.listen()
     mesh = build.start_ranks(
         me,

@@ -38,6 +38,7 @@ from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.train import loop, start
 from megatron_lite.train.ending import explained
+from megatron_lite.train.keeper import Keeper
 
 
 def _config(folder: Path, case: Case | None = None, **fields) -> RunConfig:
@@ -187,6 +188,25 @@ def test_a_last_save_that_fails_is_no_success(tmp_path, monkeypatch):
     assert (told["cause"], told["code"], told["step"]) == ("checkpoint_not_saved", 1, 4)
     assert told["how_to_go_on"] == "the same command goes on from step 2: the command"
     assert sorted(store.steps(folder)) == [2]
+
+
+def test_a_save_that_is_due_while_a_stop_is_asked_for_has_its_deadline(tmp_path, monkeypatch):
+    stop, deadlines = StopRequest(grace_seconds=50.0), []
+    step, save = loop.train_step, Keeper.save
+
+    def signalled(*arguments, **options):
+        if options["step"] == 2:
+            stop.ask("signal", pressing=True)
+        return step(*arguments, **options)
+
+    def noted(self, engine, progress, **options):
+        deadlines.append((progress.step, options["deadline"]))
+        save(self, engine, progress, **options)
+
+    monkeypatch.setattr(loop, "train_step", signalled)
+    monkeypatch.setattr(Keeper, "save", noted)
+    start.train_on(ProcessMesh.create(MeshShape()), _config(tmp_path / "run", save_interval=1), stop, "")
+    assert deadlines == [(1, None), (2, stop.deadline()), (2, stop.deadline())] and stop.deadline() is not None
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
