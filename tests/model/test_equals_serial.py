@@ -6,6 +6,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
+from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.cache import KeyValueCache
 from megatron_lite.model.gpt import GPT
@@ -74,10 +75,11 @@ def _check(size, references, dtype, loss_tolerance, tolerance):
     mesh = ProcessMesh.create(MeshShape(tensor=size))
     for name, config in CONFIGS.items():
         loss, logits, gradients = references[name]
-        for sequence_parallel in (False, True):
-            model = _model(config, mesh, sequence_parallel=sequence_parallel, dtype=dtype)
+        for sequence_parallel, loss_chunk_size in ((False, 0), (True, 0), (True, 5)):
+            kernels = KernelsConfig(loss_chunk_size=loss_chunk_size)
+            model = _model(config, mesh, sequence_parallel=sequence_parallel, kernels=kernels, dtype=dtype)
             our_loss, our_logits, ours = _results(model)
-            case = (name, sequence_parallel)
+            case = (name, sequence_parallel, loss_chunk_size)
             assert abs(our_loss.item() - loss) <= loss_tolerance * loss, case
             assert (our_logits - torch.from_numpy(logits)).norm() <= tolerance * our_logits.norm(), case
             for key, parameter in model.named_parameters():
@@ -120,3 +122,20 @@ def test_padding_of_the_vocabulary_touches_nothing(name):
         disturbed.token_losses(tokens, labels), plain.token_losses(tokens, labels), strict=True
     ):
         assert torch.equal(value, reference)
+
+
+@pytest.mark.parametrize("name", ["post-norm", "untied, squared relu"])
+@pytest.mark.parametrize("loss_chunk_size", [1, 24, 1000])
+def test_a_loss_made_of_chunks_is_the_same(name, loss_chunk_size):
+    config, mesh = CONFIGS[name], ProcessMesh.create(MeshShape())
+    whole, chunked = (_model(config, mesh, kernels=KernelsConfig(loss_chunk_size=n)) for n in (0, loss_chunk_size))
+    expected, results = _results(whole), _results(chunked)
+    assert results[0].item() == pytest.approx(expected[0].item(), rel=1e-6)
+    for key, gradient in expected[2].items():
+        assert (results[2][key] - gradient).norm() <= 2e-6 * gradient.norm(), key
+    tokens, labels, mask = _batch()
+    losses, correct = whole.token_losses(tokens, labels)
+    our_losses, ours_correct = chunked.token_losses(tokens, labels)
+    assert torch.equal(ours_correct, correct) and torch.allclose(our_losses, losses, rtol=1e-6)
+    chunked.eval()
+    assert chunked(tokens, labels, mask).item() == pytest.approx((losses * mask).sum().item(), rel=1e-6)

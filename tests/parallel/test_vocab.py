@@ -1,5 +1,6 @@
 """The vocabulary-parallel cross-entropy, argmax and gathering against plain torch on the whole vocabulary."""
 
+import dataclasses
 import itertools
 import math
 
@@ -17,6 +18,8 @@ from megatron_lite.parallel.vocab import (
     gather_vocabulary,
     vocab_parallel_argmax,
     vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+    vocabulary_weight,
 )
 
 ROWS, DIVISIBLE_BY = 12, 8
@@ -79,7 +82,50 @@ def _check(size):
         assert guesses[0, 0] == 0 and guesses[0, 1] == vocabulary // 2
         assert torch.equal(logits.gather(-1, guesses.unsqueeze(-1)).squeeze(-1), logits.amax(-1))
 
+    _check_linear(mesh)
     _check_embedding(mesh, size)
+
+
+def _check_linear(mesh):
+    """Loss and gradients of hidden states and weight, with logits made of a few columns at a time."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, cotangent = torch.randn(4, 3, 6, generator=generator), torch.rand(4, 3, generator=generator)
+    precisions = ((torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3))
+    settings = itertools.product((101, 5), (7, 50), ((0.0, 0.0), (0.1, 1e-2)), precisions, (False, True))
+    for vocabulary, columns, (label_smoothing, z_loss), (dtype, tolerance), sequence_parallel in settings:
+        case = (vocabulary, columns, label_smoothing, dtype, sequence_parallel)
+        axis = TensorAxis(mesh, sequence_parallel and mesh.size("tensor") > 1)
+        part = VocabularyPart.of(vocabulary, DIVISIBLE_BY, mesh)
+        labels = torch.arange(12).reshape(4, 3) * 7 % vocabulary
+        labels[1, 2] = -100
+        # A loss scale, which float16 cannot do without.
+        upstream = cotangent * (1024 if dtype == torch.float16 else 1)
+        table = torch.randn(vocabulary, 6, generator=generator).to(dtype)
+
+        whole, weight = hidden.to(dtype).double().requires_grad_(), table.double().requires_grad_()
+        expected = _formula(whole @ weight.t(), labels, label_smoothing, z_loss)
+        expected.backward(upstream.double())
+
+        ours = vocabulary_weight(part, 6, mesh, dtype=dtype)
+        ours.data.copy_(ours.mesh_layout.cut(table))
+        local = axis.part_of_sequence(hidden.to(dtype, copy=True)).requires_grad_()
+        loss = vocab_parallel_linear_cross_entropy(
+            axis.enter(local),
+            ours,
+            labels,
+            part,
+            axis.group,
+            columns=columns,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+        )
+        assert loss.dtype == torch.float32 and loss[1, 2] == 0
+        assert (loss - expected).abs().max() <= tolerance * (1 + expected.max()), case
+        loss.backward(upstream)
+        difference = (local.grad - axis.part_of_sequence(whole.grad)).norm()
+        assert difference <= 2 * tolerance * whole.grad.norm(), (case, difference)
+        difference = (ours.grad - ours.mesh_layout.cut(weight.grad)).norm()
+        assert difference <= tolerance * weight.grad.norm(), (case, difference)
 
 
 def _check_embedding(mesh, size):
@@ -132,6 +178,38 @@ def test_backward_runs_once_and_is_not_differentiated():
     (gradient,) = torch.autograd.grad(loss * weight, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_a_loss_by_chunks_may_be_differentiated_again():
+    hidden, weight = torch.randn(4, 6, requires_grad=True), torch.randn(10, 6, requires_grad=True)
+    loss = vocab_parallel_linear_cross_entropy(hidden, weight, torch.arange(4), _alone(10), None, columns=3).sum()
+    first, second = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("columns", [None, 4])
+def test_a_label_beyond_the_vocabulary_is_no_number(columns):
+    """Padding included: a loss of 0, or of a padded column, would go unnoticed."""
+    hidden, weight, labels = torch.randn(3, 6), torch.randn(16, 6), torch.tensor([9, 10, 99])
+    part = dataclasses.replace(_alone(10), padded_size=16, length=16)
+    if columns is None:
+        loss = vocab_parallel_cross_entropy(hidden @ weight.t(), labels, part, None)
+    else:
+        loss = vocab_parallel_linear_cross_entropy(hidden, weight, labels, part, None, columns=columns)
+    assert loss.isnan().tolist() == [False, True, True]
+
+
+def test_what_needs_the_logits_in_backward_is_told_that_they_are_gone():
+    leaf = torch.randn(4, 10, requires_grad=True)
+    loss = vocab_parallel_cross_entropy(leaf.exp(), torch.arange(4), _alone(10), None).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_tiles_are_parts():
+    part = VocabularyPart(vocab_size=20, padded_size=32, first=16, length=8)
+    assert [(p.first, p.length, p.held) for p in part.tiles(3)] == [(16, 3, 3), (19, 3, 1), (22, 2, 0)]
+    assert part.tiles(8) == [part]
 
 
 def test_a_part_counts_true_ids():

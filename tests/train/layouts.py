@@ -39,6 +39,7 @@ class Case:
     llama: bool = False
     optimizer: str = "adamw"
     recompute: str = "none"
+    loss_chunk_size: int = 0
     steps: int = 5
 
     def __str__(self) -> str:
@@ -77,6 +78,7 @@ def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
             "sequence_parallel": case.sequence_parallel,
             "zero_stage": case.zero,
         },
+        "kernels": {"loss_chunk_size": case.loss_chunk_size},
         "precision": {"bf16": case.dtype == "bf16"},
         # A tiny epsilon would turn the rounding noise of zero gradients into steps.
         "optimizer": {"lr": 1e-2, "adam_eps": 1e-5, "optimizer": case.optimizer},

@@ -34,6 +34,8 @@ def cases_of(ranks: int) -> list[Case]:
             Case(2, 1, 3, micro_batches=4, recompute="full"),
             Case(2, 1, 2, micro_batches=1, recompute="selective"),
             Case(1, 2, 2, optimizer="sgd"),
+            Case(1, 2, 3, micro_batches=2, loss_chunk_size=20),
+            Case(2, 1, 2, sequence_parallel=True, micro_batches=2, llama=True, loss_chunk_size=20),
         ]
     return found
 

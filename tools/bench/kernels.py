@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from kernel_cases.activations import activations
 from kernel_cases.case import Case, Contender, Setting
+from kernel_cases.cross_entropy import losses
 from kernel_cases.norms import clipping, norms
 from kernel_cases.optimizers import optimizers
 from kernel_cases.softmax import softmaxes
@@ -36,6 +37,7 @@ GROUPS = {
     "norms": norms,
     "clipping": clipping,
     "softmax": softmaxes,
+    "losses": losses,
     "activations": activations,
     "optimizers": optimizers,
 }
