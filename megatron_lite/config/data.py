@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
-TokenizerType = Literal[
-    "GPT2BPETokenizer", "SentencePieceTokenizer", "HuggingFaceTokenizer", "TiktokenTokenizer", "ByteTokenizer"
-]
+from megatron_lite.config.tokenizer import TokenizerFiles, TokenizerType
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(TokenizerFiles):
     """Which tokens are read, in what order, and what text they stand for."""
 
     data_path: tuple[str, ...] = ()
@@ -34,13 +31,3 @@ class DataConfig:
     """Threads that read the next step's samples ahead; the order does not depend on it."""
     tokenizer_type: TokenizerType | None = None
     """Kind of tokenizer."""
-    vocab_file: str | None = None
-    """GPT2BPETokenizer: encoder.json (token to id)."""
-    merge_file: str | None = None
-    """GPT2BPETokenizer: vocab.bpe (merges)."""
-    tokenizer_model: str | None = None
-    """SentencePiece .model, Hugging Face tokenizer.json (or its folder), or tiktoken rank file."""
-    tiktoken_pattern: str | None = None
-    """Split pattern of TiktokenTokenizer: r50k, cl100k, o200k or a regular expression; default: by the file."""
-    special_tokens: tuple[str, ...] = ()
-    """User-defined special tokens, added after the tokenizer's own."""

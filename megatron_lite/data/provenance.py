@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_lite import log
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import DataError
+from megatron_lite.publish import publish
 
 FORMAT = 1
 
@@ -47,18 +48,10 @@ def meta_path(prefix: str | os.PathLike) -> Path:
 def write_provenance(prefix: str | os.PathLike, provenance: Provenance) -> None:
     """Publish the facts of a set whole."""
     path = meta_path(prefix)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, **dataclasses.asdict(provenance)}, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        publish(path, json.dumps({"format": FORMAT, **dataclasses.asdict(provenance)}, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_provenance(prefix: str | os.PathLike, tokens: int) -> Provenance | None:

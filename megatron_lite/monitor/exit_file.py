@@ -7,6 +7,8 @@ import os
 import time
 from pathlib import Path
 
+from megatron_lite.publish import publish
+
 NAME = "exit.json"
 
 
@@ -28,13 +30,7 @@ def write_exit(
         "message": message,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    written = path.with_name(f"{NAME}.{os.getpid()}.tmp")
-    with open(written, "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(written, path)
+    publish(path, json.dumps(record, indent=2) + "\n")
     return path
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_lite.errors import UserError
 from megatron_lite.monitor.history import read_history
+from megatron_lite.publish import published
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 TRAIN, VALID, RATE, REFERENCES = "#2563a8", "#d9480f", "#2b8a3e", ("#7048a8", "#0c8599", "#868e96")
@@ -53,11 +54,9 @@ def plot_loss(
             panel.tick_params(color=FAINT, labelcolor=INK)
             panel.margins(x=0.01)
         top.set_title(title or Path(metrics).resolve().parent.name, loc="left", fontweight="bold")
-        picture = Path(picture)
-        written = picture.with_name(picture.name + ".tmp")
-        figure.savefig(written, format="png")
-    os.replace(written, picture)
-    return picture
+        with published(picture) as written:
+            figure.savefig(written, format="png")
+    return Path(picture)
 
 
 def _series(records: list[dict], name: str) -> tuple[list[int], list[float]]:

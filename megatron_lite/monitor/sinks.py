@@ -16,6 +16,7 @@ from megatron_lite.errors import ConfigError, UserError
 from megatron_lite.monitor.console import ConsoleSink
 from megatron_lite.monitor.histograms import Histogram
 from megatron_lite.monitor.history import JsonLinesSink, Record
+from megatron_lite.publish import publish
 
 
 class Sink(Protocol):
@@ -177,9 +178,7 @@ class WandbSink:
         self._keep()
 
     def _keep(self) -> None:
-        written = self._state.with_name(self._state.name + ".tmp")
-        written.write_text(json.dumps({"id": self._id, "step": self._last}))
-        os.replace(written, self._state)
+        publish(self._state, json.dumps({"id": self._id, "step": self._last}))
 
     def write(self, record: Record) -> None:
         step = int(record["step"])

@@ -33,6 +33,7 @@ from megatron_lite.parallel.launch import Launch, StopRequest
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.devices import dense_peak_flops
 from megatron_lite.plan.flops import flops_per_token
+from megatron_lite.publish import publish
 from megatron_lite.train import build, checkpoint_fit
 from megatron_lite.train.batch_plan import BatchPlan
 from megatron_lite.train.dry_run import planned_peak
@@ -352,6 +353,4 @@ def _write_run_folders(config: RunConfig, made_with: dict[str, Any]) -> None:
         ("config.yaml", head + sources.dump(config)),
         ("versions.json", json.dumps(made_with, indent=2)),
     ):
-        written = run_dir / f"{name}.tmp"
-        written.write_text(text + "\n", encoding="utf-8")
-        written.replace(run_dir / name)
+        publish(run_dir / name, text + "\n")

@@ -1,0 +1,49 @@
+"""Files that appear whole or not at all: written beside their place under another name, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def published(path: str | os.PathLike) -> Iterator[Path]:
+    """The temporary path to write a file to, in a folder that is made; it becomes `path` when the block ends well.
+
+    Its bytes are on disk before it has its name. After an error nothing is left. Raises OSError.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, as `published` does."""
+    with published(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def insist_on_place(path: str | os.PathLike) -> None:
+    """Raise OSError now if `publish` could not write to `path` later. Makes nothing."""
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise _failure(errno.EISDIR, path)
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not folder.is_dir():
+        raise _failure(errno.ENOTDIR, folder)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _failure(errno.EACCES, folder)
+
+
+def _failure(code: int, path: Path) -> OSError:
+    return OSError(code, os.strerror(code), str(path))
