@@ -38,6 +38,8 @@ class PreprocessOptions:
     """GPT2BPETokenizer, SentencePieceTokenizer, HuggingFaceTokenizer, TiktokenTokenizer or ByteTokenizer."""
     vocab_file: str | None = None
     """GPT2BPETokenizer: encoder.json (token to id)."""
+    prepend_bos: bool = False
+    """Begin each document with the begin-of-text token, as Megatron's Llama2Tokenizer does: that name implies it."""
     merge_file: str | None = None
     """GPT2BPETokenizer: vocab.bpe (merges)."""
     tokenizer_model: str | None = None
@@ -96,11 +98,13 @@ class PreprocessOptions:
             tokenizer_type=BY_NAME["tokenizer_type"].values.get(self.tokenizer_type, self.tokenizer_type),
             **{name: getattr(self, name) for name in _TOKENIZER_FIELDS},
         )
-        shared = {field.name for field in dataclasses.fields(CorpusJob)} - {"inputs", "tokenizer", "block_bytes"}
-        return CorpusJob(inputs=self.input, tokenizer=tokenizer, **{name: getattr(self, name) for name in shared})
-
-
-_TOKENIZER_FIELDS = ("vocab_file", "merge_file", "tokenizer_model", "tiktoken_pattern", "special_tokens")
+        own = {
+            "inputs": self.input,
+            "tokenizer": tokenizer,
+            "prepend_bos": self.prepend_bos or self.tokenizer_type == "Llama2Tokenizer",
+        }
+        shared = {field.name for field in dataclasses.fields(CorpusJob)} - {"block_bytes", *own}
+        return CorpusJob(**own, **{name: getattr(self, name) for name in shared})
 
 
 def _describe(prefix: str, facts: Provenance) -> str:

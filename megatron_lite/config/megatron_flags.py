@@ -290,6 +290,9 @@ _DATA = [
         "--tokenizer-type",
         "--tokenizer-type {}",
         1,
+        "preprocessing under the name `Llama2Tokenizer` begins each document with BOS, as Megatron does; Megatron's "
+        "`HuggingFaceTokenizer` also adds what the tokenizer's post-processor adds (`--prepend-bos` here), and its plain "
+        "`SentencePieceTokenizer` ends documents with an <EOD> of its own behind the model's pieces (here </s>)",
         values={
             "TikTokenizer": "TiktokenTokenizer",
             "GPTSentencePieceTokenizer": "SentencePieceTokenizer",

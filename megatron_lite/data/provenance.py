@@ -33,6 +33,7 @@ class Provenance:
     unigram_entropy: float
     skipped: dict[str, int]
     created_by: str
+    prepend_bos: bool = False
 
     @property
     def bytes_per_token(self) -> float:

@@ -50,6 +50,7 @@ class CorpusJob:
     json_keys: tuple[str, ...] = ("text",)
     input_format: InputFormat = "auto"
     txt_documents: TxtDocuments = "file"
+    prepend_bos: bool = False
     append_eod: bool = False
     vocab_size: int | None = None
     workers: int = 1
@@ -86,6 +87,7 @@ class _BlockEncoder:
     def __init__(self, job: CorpusJob):
         self._keys = job.json_keys
         self._tokenizer = build_tokenizer(job.tokenizer)
+        self._bos = self._tokenizer.bos if job.prepend_bos else None
         self._eod = self._tokenizer.eod if job.append_eod else None
         self._stops = job.on_error == "stop"
 
@@ -104,6 +106,9 @@ class _BlockEncoder:
 
     def _encode(self, texts: list[str]) -> _EncodedTexts:
         ids, lengths = self._tokenizer.encode_block(texts)
+        if self._bos is not None:
+            ids = np.insert(ids, np.cumsum(lengths) - lengths, self._bos)
+            lengths = lengths + 1
         if self._eod is not None:
             # As in Megatron, a document without tokens gets no end.
             filled = lengths > 0
@@ -166,6 +171,16 @@ def _checked_tokenizer(job: CorpusJob) -> tuple[Tokenizer, int]:
         raise TokenizerError(
             f"--append-eod: this {tokenizer.kind} has no token that ends a document; add one by "
             "--special-tokens '<|endoftext|>', here and in training"
+        )
+    if job.prepend_bos and tokenizer.bos is None:
+        raise TokenizerError(
+            f"--prepend-bos: this {tokenizer.kind} has no token that begins a text; add one by --special-tokens '<s>', "
+            "here and in training"
+        )
+    if tokenizer.template and not job.prepend_bos:
+        log.note(
+            f"this {tokenizer.kind} would put {' '.join(tokenizer.template)} around a text, as Megatron lets it; documents "
+            "are written without, --prepend-bos begins each with its begin-of-text token"
         )
     if job.vocab_size is not None and job.vocab_size < tokenizer.vocab_size:
         raise TokenizerError(
@@ -239,6 +254,7 @@ def _provenance(job: CorpusJob, tokenizer: Tokenizer, token_set: _TokenSet, skip
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         append_eod=job.append_eod,
+        prepend_bos=job.prepend_bos,
         documents=token_set.writer.num_documents,
         tokens=token_set.writer.num_tokens,
         text_bytes=token_set.text_bytes,

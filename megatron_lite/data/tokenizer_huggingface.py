@@ -38,7 +38,7 @@ def _essence(value: Any) -> Any:
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """The tokenizer of a tokenizer.json, run by `tokenizers`; its post-processor adds nothing here.
+    """The tokenizer of a tokenizer.json, run by `tokenizers`; what its post-processor adds is `template`.
 
     `description` is the content of the file. `roles` come from a tokenizer_config.json beside it,
     else from the usual names among its special tokens.
@@ -56,6 +56,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._library.no_truncation()
         self._library.no_padding()
         self._description = description
+        self.template = tuple(self._library.encode("", add_special_tokens=True).tokens)
         names = {name for candidates in ROLE_NAMES.values() for name in candidates}
         added = self._library.get_added_tokens_decoder()
         specials = {token.content: id for id, token in added.items() if token.special or token.content in names}

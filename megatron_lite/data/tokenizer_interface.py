@@ -87,6 +87,8 @@ class Tokenizer(abc.ABC):
     """
 
     kind: str
+    template: tuple[str, ...] = ()
+    """Special tokens that the tokenizer's own files would put around every text; here nothing is put there."""
 
     def __init__(self, base_size: int, specials: Mapping[str, int], roles: Mapping[str, int | None]):
         self._base_size = base_size

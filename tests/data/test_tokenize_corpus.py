@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data import tokenize_corpus as module
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.provenance import read_provenance
 from megatron_lite.data.tokenize_corpus import CorpusJob, tokenize_corpus
+from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.errors import DataError, TokenizerError
 
 BYTES = DataConfig(tokenizer_type="ByteTokenizer")
@@ -40,6 +42,19 @@ def golden(documents: list[list[int]]) -> tuple[bytes, bytes]:
     index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(lengths), len(bounds))
     index += struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(pointers)}q", *pointers)
     return struct.pack(f"<{len(ids)}H", *ids), index + struct.pack(f"<{len(bounds)}q", *bounds)
+
+
+def test_documents_begin_with_bos_where_asked_even_empty_ones(tmp_path):
+    tokenizer = dataclasses.replace(BYTES, special_tokens=("<s>",))
+    source = (write_jsonl(tmp_path / "a.jsonl"),)
+    facts = tokenize_corpus(CorpusJob(source, str(tmp_path / "out"), tokenizer, prepend_bos=True, append_eod=True))
+    bos = build_tokenizer(tokenizer).bos
+    assert bos == build_tokenizer(tokenizer).token_to_id("<s>") > 256
+    assert written(tmp_path / "out_text_document") == golden([[bos, *text.encode(), 256] for text in TEXTS])
+    assert facts[str(tmp_path / "out_text_document")].prepend_bos
+    assert read_provenance(
+        tmp_path / "out_text_document", facts[str(tmp_path / "out_text_document")].tokens
+    ).prepend_bos
 
 
 def written(prefix) -> tuple[bytes, bytes]:
@@ -183,13 +198,13 @@ def test_refusals_come_before_any_work(tmp_path):
 
 
 def test_append_eod_needs_an_eod(tmp_path):
-    import tokenizers
-
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "t.json"))
     config = DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "t.json"))
     source = write_jsonl(tmp_path / "a.jsonl", ["a"])
     with pytest.raises(TokenizerError, match=r"has no token that ends a document; add one by --special-tokens"):
         tokenize_corpus(CorpusJob((source,), str(tmp_path / "out"), config, append_eod=True))
+    with pytest.raises(TokenizerError, match=r"--prepend-bos: .* has no token that begins a text; add one by"):
+        tokenize_corpus(CorpusJob((source,), str(tmp_path / "out"), config, prepend_bos=True))
     config = dataclasses.replace(config, special_tokens=("<|endoftext|>",))
     tokenize_corpus(CorpusJob((source,), str(tmp_path / "out"), config, append_eod=True))
     assert written(tmp_path / "out_text_document") == golden([[0, 1]])
@@ -200,3 +215,22 @@ def test_vocab_size_decides_the_width(tmp_path):
     for size, width in {65499: 2, 65500: 4}.items():
         tokenize_corpus(CorpusJob((source,), str(tmp_path / "out"), BYTES, vocab_size=size))
         assert IndexedReader(tmp_path / "out_text_document").dtype.itemsize == width
+
+
+def test_what_a_post_processor_would_add_is_told_and_left_out(tmp_path, capsys):
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1}, unk_token="a"))
+    library.add_special_tokens(["<s>"])
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert library.encode("a").ids == [0, 1]
+    job = CorpusJob(
+        (write_jsonl(tmp_path / "a.jsonl", ["a"]),),
+        str(tmp_path / "out"),
+        DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "tokenizer.json")),
+    )
+    tokenize_corpus(job)
+    assert IndexedReader(tmp_path / "out_text_document").tokens(0, 1).tolist() == [1]
+    assert "would put <s> around a text" in capsys.readouterr().err
+    tokenize_corpus(dataclasses.replace(job, prepend_bos=True))
+    assert IndexedReader(tmp_path / "out_text_document").tokens(0, 2).tolist() == [0, 1]
+    assert "would put" not in capsys.readouterr().err

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import tiktoken
 import zstandard
+from tiny_run import load_tool
 
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.tokenizer_byte import unspell_bytes
@@ -131,6 +132,15 @@ def test_refusals(tmp_path, changes, message):
 def test_help_is_quick_and_needs_no_torch():
     code = (
         f"import runpy, sys; sys.argv = ['preprocess_data.py', '--help']\n"
+def test_megatrons_llama_begins_documents_with_bos():
+    options = load_tool("preprocess_data").PreprocessOptions
+    asked = {
+        name: options(input=("a",), output_prefix="b", tokenizer_type=name, tokenizer_model="c").job().prepend_bos
+        for name in ("Llama2Tokenizer", "GPTSentencePieceTokenizer", "HuggingFaceTokenizer")
+    }
+    assert [name for name, prepends in asked.items() if prepends] == ["Llama2Tokenizer"]
+
+
         f"try: runpy.run_path({COMMAND[1]!r}, run_name='__main__')\n"
         "except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'transformers', 'deepspeed', 'tokenizers'} & set(sys.modules)"
