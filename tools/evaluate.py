@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from megatron_lite import log
+from megatron_lite.config.command_line import read
 from megatron_lite.config.opening import OpeningConfig
-from megatron_lite.errors import ConfigError, MegatronLiteError
+from megatron_lite.errors import ConfigError, LaunchError, MegatronLiteError
 from megatron_lite.parallel.launch import Launch
+from megatron_lite.publish import insist_on_place, publish
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -43,13 +43,24 @@ class EvaluateOptions:
     json: str | None = None
     """File to write all numbers to, as one JSON object; - is standard output, without the table."""
 
+    @property
+    def json_path(self) -> Path | None:
+        """The file of all numbers, if one is wanted."""
+        return None if self.json in (None, "-") else Path(self.json)
+
     def problems(self) -> list[str]:
-        """What is out of range, one sentence each."""
-        return [
+        """What cannot be, one sentence each."""
+        found = [
             f"{name}={getattr(self, name)} is too small; give 1 or more."
             for name in ("stride", "seq_length", "micro_batch_size")
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
+        if self.json_path is not None:
+            try:
+                insist_on_place(self.json_path)
+            except OSError as error:
+                found.append(f"--json {self.json} cannot be written: {error.strerror}.")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,19 +175,12 @@ def _evaluate(command: _CommandLine) -> None:
             print(json.dumps(result))
         else:
             print(_table(rows if len(rows) == 1 else [*rows, result["total"]]))
-        if options.json not in (None, "-"):
-            _publish(Path(options.json), json.dumps(result) + "\n")
+        if options.json_path is not None:
+            try:
+                publish(options.json_path, json.dumps(result) + "\n")
+            except OSError as error:
+                raise ConfigError(f"--json {options.json} cannot be written: {error.strerror}.") from None
     close_ranks()
-
-
-def _publish(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"--json {path} cannot be written: {error.strerror}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,18 +189,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         me = Launch.from_environment()
         log.configure(me.rank, me.world_size)
-        command = tyro.cli(
-            tyro.conf.OmitArgPrefixes[_CommandLine],
-            args=argv,
+        command = read(
+            _CommandLine,
+            sys.argv[1:] if argv is None else argv,
             prog="evaluate.py",
             description="Score a trained model: loss, perplexity, bits per byte and next-token accuracy.",
-            console_outputs=me.rank == 0,
+            shown=me.rank == 0,
         )
         if problems := command.evaluate.problems():
             raise ConfigError(problems)
         _evaluate(command)
     except MegatronLiteError as error:
-        if me.rank == 0:
+        if me.rank == 0 or isinstance(error, LaunchError):
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0

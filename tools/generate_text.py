@@ -17,8 +17,9 @@ from typing import Annotated
 import tyro
 
 from megatron_lite import log
+from megatron_lite.config.command_line import read
 from megatron_lite.config.opening import OpeningConfig
-from megatron_lite.errors import ConfigError, MegatronLiteError, TokenizerError, UserError
+from megatron_lite.errors import ConfigError, LaunchError, MegatronLiteError, TokenizerError, UserError
 from megatron_lite.parallel.launch import Launch
 
 EXIT_INTERRUPTED = 130
@@ -97,7 +98,7 @@ def _given_prompts(options: GenerateOptions) -> list[str] | None:
         except OSError as error:
             raise ConfigError(f"--prompts-file {options.prompts_file} cannot be read: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise ConfigError(f"--prompts-file {options.prompts_file} is not UTF-8 text: {error}") from None
+            raise ConfigError(_not_text(f"--prompts-file {options.prompts_file}", error)) from None
         prompts += [line for line in lines if line]
     if not prompts:
         raise ConfigError(f"--prompts-file {options.prompts_file} holds no prompt; write one a line")
@@ -195,11 +196,18 @@ class _Printer:
         self._before = ""
 
 
+def _not_text(what: str, error: UnicodeDecodeError) -> str:
+    return f"{what} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
+
+
 def _ask() -> list[str] | None:
     try:
         line = input("> ")
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        log.note(_not_text("that", error))
+        return []
     return [line] if line else []
 
 
@@ -207,7 +215,10 @@ def _piped() -> list[str] | None:
     """The lines of standard input; None if it is a terminal."""
     if sys.stdin.isatty():
         return None
-    prompts = [line for line in sys.stdin.read().splitlines() if line]
+    try:
+        prompts = [line for line in sys.stdin.buffer.read().decode().splitlines() if line]
+    except UnicodeDecodeError as error:
+        raise ConfigError(_not_text("standard input", error)) from None
     if not prompts:
         raise ConfigError(
             "no prompt: give --prompt TEXT, --prompts-file FILE, or prompts on standard input, one a line"
@@ -235,18 +246,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         me = Launch.from_environment()
         log.configure(me.rank, me.world_size)
-        command = tyro.cli(
-            tyro.conf.OmitArgPrefixes[_CommandLine],
-            args=argv,
+        command = read(
+            _CommandLine,
+            sys.argv[1:] if argv is None else argv,
             prog="generate_text.py",
             description="Continue prompts with a trained model; without --prompt, those typed or piped in, one a line.",
-            console_outputs=me.rank == 0,
+            shown=me.rank == 0,
         )
         if problems := command.generate.problems():
             raise ConfigError(problems)
         _generate(command)
     except MegatronLiteError as error:
-        if me.rank == 0:
+        if me.rank == 0 or isinstance(error, LaunchError):
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
-import tyro
-
 from megatron_lite import log
+from megatron_lite.config.command_line import read
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.megatron_flags import BY_NAME
+from megatron_lite.config.tokenizer import TokenizerFiles
 from megatron_lite.data.provenance import Provenance
 from megatron_lite.data.text_input import InputFormat, TxtDocuments
 from megatron_lite.data.tokenize_corpus import CorpusJob, tokenize_corpus
@@ -26,8 +26,8 @@ from megatron_lite.errors import ConfigError, MegatronLiteError
 EXIT_INTERRUPTED = 130
 
 
-@dataclasses.dataclass(frozen=True)
-class PreprocessOptions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreprocessOptions(TokenizerFiles):
     """Turn text into the token sets that training reads. Flags are Megatron's; dashes and underscores are alike."""
 
     input: tuple[str, ...]
@@ -36,20 +36,10 @@ class PreprocessOptions:
     """Written are OUTPUT_PREFIX_KEY_document.bin, .idx and .meta.json for each of --json-keys."""
     tokenizer_type: str
     """GPT2BPETokenizer, SentencePieceTokenizer, HuggingFaceTokenizer, TiktokenTokenizer or ByteTokenizer."""
-    vocab_file: str | None = None
-    """GPT2BPETokenizer: encoder.json (token to id)."""
-    prepend_bos: bool = False
-    """Begin each document with the begin-of-text token, as Megatron's Llama2Tokenizer does: that name implies it."""
-    merge_file: str | None = None
-    """GPT2BPETokenizer: vocab.bpe (merges)."""
-    tokenizer_model: str | None = None
-    """SentencePiece .model, Hugging Face tokenizer.json (or its folder), or tiktoken rank file."""
-    tiktoken_pattern: str | None = None
-    """Split pattern of TiktokenTokenizer: r50k, cl100k, o200k or a regular expression; default: by the file."""
-    special_tokens: tuple[str, ...] = ()
-    """User-defined special tokens, added after the tokenizer's own."""
     vocab_size: int | None = None
     """Write ids for a vocabulary of this size, which decides their width; default: the tokenizer's."""
+    prepend_bos: bool = False
+    """Begin each document with the begin-of-text token, as Megatron's Llama2Tokenizer does: that name implies it."""
     append_eod: bool = False
     """End each document with the end-of-document token."""
     json_keys: tuple[str, ...] = ("text",)
@@ -81,6 +71,8 @@ class PreprocessOptions:
                 found.append(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1; give 1 or more.")
         if not self.json_keys:
             found.append("--json-keys needs at least one key; the usual one is text.")
+        if repeated := {key for key in self.json_keys if self.json_keys.count(key) > 1}:
+            found.append(f"--json-keys names {', '.join(sorted(repeated))} more than once; give each key once.")
         if self.tokenizer_type in BY_NAME["tokenizer_type"].refused_values:
             reason = BY_NAME["tokenizer_type"].refused_values[self.tokenizer_type]
             found.append(f"--tokenizer-type {self.tokenizer_type} is refused: {reason}.")
@@ -96,7 +88,7 @@ class PreprocessOptions:
         """The work these options ask for; Megatron's names of tokenizers are understood."""
         tokenizer = DataConfig(
             tokenizer_type=BY_NAME["tokenizer_type"].values.get(self.tokenizer_type, self.tokenizer_type),
-            **{name: getattr(self, name) for name in _TOKENIZER_FIELDS},
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(TokenizerFiles)},
         )
         own = {
             "inputs": self.input,
@@ -118,9 +110,15 @@ def _describe(prefix: str, facts: Provenance) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
-    options = tyro.cli(PreprocessOptions, args=argv, prog="preprocess_data.py")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        options = read(
+            PreprocessOptions,
+            sys.argv[1:] if argv is None else argv,
+            prog="preprocess_data.py",
+            description="Turn text into the token sets that training reads. Flags are Megatron's; dashes and underscores "
+            "are alike.",
+        )
         if problems := options.problems():
             raise ConfigError(problems)
         for prefix, facts in tokenize_corpus(options.job()).items():

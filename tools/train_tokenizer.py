@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from megatron_lite import log
+from megatron_lite.config.command_line import read
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data.text_input import InputFormat, find_sources
 from megatron_lite.data.text_progress import TextProgress
 from megatron_lite.data.tokenizer import build_tokenizer
+from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.data.tokenizer_training import TrainingText, bytes_per_token, train_bpe, train_sentencepiece
-from megatron_lite.errors import DataError, MegatronLiteError
+from megatron_lite.errors import ConfigError, DataError, MegatronLiteError
+from megatron_lite.publish import insist_on_place, publish
 
 TOKENIZER_TYPES = {"bpe": "HuggingFaceTokenizer", "sentencepiece": "SentencePieceTokenizer"}
 SUFFIXES = {"bpe": ".json", "sentencepiece": ".model"}
@@ -53,6 +54,28 @@ class TrainTokenizerOptions:
     log_interval: int = 100_000
     """Documents between progress lines where there is no terminal."""
 
+    def problems(self) -> list[str]:
+        """What cannot be, one sentence each."""
+        found = [
+            f"--{name.replace('_', '-')} {getattr(self, name)} is below 1; give 1 or more."
+            for name in ("vocab_size", "log_interval")
+            if getattr(self, name) < 1
+        ]
+        if not self.json_keys:
+            found.append("--json-keys needs at least one key; the usual one is text.")
+        for token in self.special_tokens:
+            if len(token) < 2:
+                found.append(
+                    f"--special-tokens has {token!r}, which could not be told from text; give 2 characters or more."
+                )
+        for kind, suffix in SUFFIXES.items():
+            if kind != self.type and self.output.endswith(suffix):
+                found.append(
+                    f"--output {self.output} is the name of a {kind} tokenizer; --type {self.type} writes a "
+                    f"{SUFFIXES[self.type]} file, or give a folder."
+                )
+        return found
+
     @property
     def path(self) -> Path:
         """The file that is written."""
@@ -60,19 +83,26 @@ class TrainTokenizerOptions:
         return Path(self.output) if self.output.endswith(suffix) else Path(self.output, f"tokenizer{suffix}")
 
 
-def _publish(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _opened(options: TrainTokenizerOptions, content: bytes) -> Tokenizer:
+    """The tokenizer of a file's content, before anything is published."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, options.path.name)
+        path.write_bytes(content)
+        return build_tokenizer(DataConfig(tokenizer_type=TOKENIZER_TYPES[options.type], tokenizer_model=str(path)))
+
+
+@contextlib.contextmanager
+def _written_to(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"{path} cannot be written: {error.strerror}") from None
+        raise DataError(f"--output {path} cannot be written: {error.strerror}") from None
 
 
 def train(options: TrainTokenizerOptions) -> None:
     """Read, learn, write, and say how well held-out text is packed."""
+    with _written_to(options.path):
+        insist_on_place(options.path)
     sources = find_sources(options.input, options.input_format)
     with contextlib.closing(TextProgress(sources, options.log_interval)) as progress:
         text = TrainingText(sources, options.json_keys, progress, skip_bad=options.on_error == "skip")
@@ -86,9 +116,9 @@ def train(options: TrainTokenizerOptions) -> None:
         log.warn(f"skipped {text.skipped:,} bad documents")
     if not text.trained_bytes:
         raise DataError(f"there is no text in {', '.join(options.input)}; nothing was written")
-    _publish(options.path, content)
-    kind = TOKENIZER_TYPES[options.type]
-    tokenizer = build_tokenizer(DataConfig(tokenizer_type=kind, tokenizer_model=str(options.path)))
+    tokenizer = _opened(options, content)
+    with _written_to(options.path):
+        publish(options.path, content)
     if tokenizer.vocab_size < options.vocab_size:
         log.warn(
             f"the text repeats too little for {options.vocab_size:,} ids: the vocabulary has "
@@ -101,16 +131,24 @@ def train(options: TrainTokenizerOptions) -> None:
     else:
         log.warn("there is too little text to hold some out and measure on")
     print(
-        f"{options.path}: {tokenizer.vocab_size:,} ids; use it by --tokenizer-type {kind} --tokenizer-model {options.path}"
+        f"{options.path}: {tokenizer.vocab_size:,} ids; use it by --tokenizer-type {TOKENIZER_TYPES[options.type]} "
+        f"--tokenizer-model {options.path}"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
-    options = tyro.cli(TrainTokenizerOptions, args=argv, prog="train_tokenizer.py")
     # The libraries answer no interrupt while they learn, and nothing is written before they are done.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
+        options = read(
+            TrainTokenizerOptions,
+            sys.argv[1:] if argv is None else argv,
+            prog="train_tokenizer.py",
+            description="Learn a tokenizer from text. Dashes and underscores in flags are alike.",
+        )
+        if problems := options.problems():
+            raise ConfigError(problems)
         train(options)
     except MegatronLiteError as error:
         print(f"error: {error}", file=sys.stderr)

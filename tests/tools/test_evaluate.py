@@ -111,6 +111,13 @@ def test_a_text_file_is_scored_whole(run, capsys):
         (["--load", "{folder}/saved", "--stride", "0"], "stride=0 is too small"),
         (["--load", "{folder}/saved", "--seq-length", "64"], "seq_length=64 is longer than the 32 positions"),
         (["--load", "{folder}/saved", "--text", "{folder}/absent"], "absent cannot be read"),
+        (
+            ["--load", "{folder}/saved", "--json", "{folder}/text.txt/x"],
+            "--json {folder}/text.txt/x cannot be written: Not",
+        ),
+        (["--load", "{folder}/nowhere", "--json", "{folder}"], "--json {folder} cannot be written: Is a directory"),
+        (["--lod", "{folder}/saved", "--load", "x"], "--lod is not a known flag; perhaps you meant --load."),
+        ([], "--load is needed"),
         (["--load", "{folder}/saved", "--ckpt-step", "8"], "no checkpoint of step 8"),
         (
             ["--load", "{folder}/saved", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "absent"],
@@ -122,6 +129,19 @@ def test_a_users_error_is_a_sentence_and_exit_code_2(run, capsys, arguments, mes
     assert main([argument.format(folder=run[0]) for argument in arguments]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: ") and message.format(folder=run[0]) in said
+
+
+def test_special_tokens_and_a_pattern_can_be_named(run):
+    assert evaluate(run, "--special-tokens", "<new>", "<two>")["total"]["tokens"] > 0
+    opening = load_tool("evaluate").OpeningConfig(load="x", tiktoken_pattern="p", special_tokens=("<new>",))
+    assert opening.overrides == {"data": {"tiktoken_pattern": "p", "special_tokens": ("<new>",)}}
+
+
+def test_a_result_that_cannot_be_written_leaves_nothing(run, monkeypatch):
+    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    before = set(run[0].iterdir())
+    assert main(["--load", str(run[0] / "saved"), "--json", str(run[0] / "new.json")]) == 2
+    assert set(run[0].iterdir()) == before
 
 
 def test_a_checkpoint_without_tokenizer_scores_tokens_but_no_bytes(run, tmp_path, capsys):

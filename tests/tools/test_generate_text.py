@@ -1,5 +1,6 @@
 """tools/generate_text.py: prompts by flag, file, pipe and terminal; what it prints; how it fails; by torchrun."""
 
+import io
 import json
 import os
 import pty
@@ -95,6 +96,11 @@ def test_a_stop_text_ends_the_continuation(run, capsys):
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0 is too small"),
         (["--prompt", "a", "--greedy", "--temperature", "0.7"], "--greedy contradicts --temperature 0.7"),
         (["--prompt", "a", "--greedy", "--num-samples", "2"], "--num-samples 2 asks for several"),
+        (
+            ["--prompt", "a", "b"],
+            "--prompt takes one value, but 2 were given; put it in quotes, or give --prompt again",
+        ),
+        (["--prompt"], "--prompt takes one value, but 0 were given"),
         (["--prompts-file", "/absent"], "--prompts-file /absent cannot be read: No such file"),
         (["--prompts-file", "/dev/null"], "/dev/null holds no prompt"),
         (["--prompt", "a", "--load", "/absent"], "/absent"),
@@ -108,6 +114,18 @@ def test_a_users_error_is_a_sentence_and_exit_code_2(run, capsys, arguments, mes
     assert generate(run, *arguments) == 2
     said = capsys.readouterr().err
     assert "error: " in said and re.search(message, said)
+
+
+@pytest.mark.parametrize("text", ["-x", "--y", "a=b", "None"])
+def test_a_prompt_may_look_like_a_flag(run, capsys, text):
+    assert generate(run, "--greedy", f"--prompt={text}") == 0
+    assert capsys.readouterr().out == expected(run, [text])[0] + "\n"
+
+
+def test_prompts_in_another_encoding_are_refused(run, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    assert generate(run) == 2
+    assert "standard input is not UTF-8 text: byte 2 is 0xff" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_tokenizer_says_how_to_name_one(tmp_path, capsys):

@@ -106,8 +106,11 @@ def test_bad_line(tmp_path):
         (("--tokenizer-type", "WordTokenizer"), "choose one of GPT2BPETokenizer"),
         (("--input", "missing.jsonl"), "missing.jsonl: no such file"),
         (("--output-prefix", "/proc/none/x"), "/proc/none/x_text_document.bin cannot be written"),
-        (("--wokers", "2"), "--workers"),
-        (("--on-error", "ignore"), "stop"),
+        (("--wokers", "2"), "error: --wokers is not a known flag; perhaps you meant --workers."),
+        (("--on-error", "ignore"), "error: --on-error is 'ignore', but should be one of stop, skip."),
+        (("--json-keys", "text", "id", "text"), "error: --json-keys names text more than once"),
+        (("--append-eod", "yes"), "error: --append-eod takes no value, but 'yes' was given"),
+        (("--workers", "two", "--vocab-size"), "2. --vocab-size needs a value."),
     ],
 )
 def test_refusals(tmp_path, changes, message):
@@ -129,9 +132,6 @@ def test_refusals(tmp_path, changes, message):
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_help_is_quick_and_needs_no_torch():
-    code = (
-        f"import runpy, sys; sys.argv = ['preprocess_data.py', '--help']\n"
 def test_megatrons_llama_begins_documents_with_bos():
     options = load_tool("preprocess_data").PreprocessOptions
     asked = {
@@ -141,6 +141,9 @@ def test_megatrons_llama_begins_documents_with_bos():
     assert [name for name, prepends in asked.items() if prepends] == ["Llama2Tokenizer"]
 
 
+def test_help_is_quick_and_needs_no_torch():
+    code = (
+        f"import runpy, sys; sys.argv = ['preprocess_data.py', '--help']\n"
         f"try: runpy.run_path({COMMAND[1]!r}, run_name='__main__')\n"
         "except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'transformers', 'deepspeed', 'tokenizers'} & set(sys.modules)"

@@ -94,6 +94,12 @@ def test_refusals(tmp_path, type):
 
     good = b'{"text": "abc"}\n'
     refused("--vocab-size 100 is below", good, "--vocab-size", "100")
+    other = {"bpe": "t.model", "sentencepiece": "t.json"}[type]
+    wrong = ("--vocab-size", "0", "--log-interval", "0", "--special-tokens", "a", "--output", tmp_path / other)
+    refused("4 problems", good, *wrong)
+    refused("'a', which could not be told from text", good, *wrong)
+    refused(f"--type {type} writes a ", good, *wrong)
+    refused("cannot be written: Not a directory", good, "--vocab-size", "300", "--output", tmp_path / "a.jsonl" / "x")
     refused("a.jsonl, line 2: invalid JSON", good + b"{\n", "--vocab-size", "300")
     if type == "bpe":
         refused("there is no text in", b"\n", "--vocab-size", "300")
