@@ -3,10 +3,17 @@
 # Arguments go to pretrain_gpt.py. RUN is the folder of the run: runs/quickstart.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+run=${RUN:-runs/quickstart} data=data/quickstart
+for word in "$@"; do
+    case $word in --save | --save=* | --run-dir | --run-dir=*)
+        echo "error: $word would put the run where the next steps do not look; name its folder by RUN=DIR instead" >&2
+        exit 2
+        ;;
+    esac
+done
 source tools/environment.sh
 environment_ensure
 
-run=${RUN:-runs/quickstart} data=data/quickstart
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 made() { # target sources...: whether it is there and no source is newer
     local source

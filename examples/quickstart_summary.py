@@ -24,7 +24,7 @@ def main() -> None:
     records = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
     steps = max(record["step"] for record in records)
-    valid_loss = [record["valid_loss"] for record in records if "valid_loss" in record][-1]
+    valid_losses = [record["valid_loss"] for record in records if "valid_loss" in record]
     held_out = json.loads((options.run / "heldout.json").read_text())["total"]
     entropy = read_provenance(options.data, IndexedReader(options.data).num_tokens).unigram_entropy
     last = statistics.fmean(losses[-LAST_STEPS:])
@@ -44,7 +44,7 @@ def main() -> None:
     print(f"first loss       {losses[0]:.3f} nats a token")
     print(f"last loss        {last:.3f} (mean of the last {len(losses[-LAST_STEPS:])} of {steps} steps)")
     print(f"unigram entropy  {entropy:.3f}: the loss of knowing how frequent each token is, and nothing else")
-    print(f"validation loss  {valid_loss:.3f}")
+    print(f"validation loss  {valid_losses[-1]:.3f}" if valid_losses else "validation loss  was not measured")
     print(
         f"held-out text    loss {held_out['loss']:.3f}, perplexity {held_out['perplexity']:.1f}, "
         f"{held_out['bits_per_byte']:.3f} bits per byte, next token right {held_out['accuracy']:.1%}"

@@ -322,6 +322,12 @@ def _lies_in(path: str, folder: str) -> bool:
 
 
 def _files(config: RunConfig, world_size: int) -> Iterator[str]:
+    values = values_of(config)
+    for name in ("save", "run_dir", "tensorboard_dir", "wandb_save_dir"):
+        path = Path(values[name] or "").absolute()
+        nearest_there = next(place for place in (path, *path.parents) if place.exists())
+        if not nearest_there.is_dir():
+            yield f"{name}={values[name]} cannot be a folder, since {nearest_there} is a file; give another."
     saved, loaded = config.checkpoint.save, config.checkpoint.load
     if config.checkpoint.overwrite and saved and loaded and _lies_in(loaded, saved):
         yield f"--overwrite would empty save={saved}, where load={loaded} lies; give another --save DIR."

@@ -29,7 +29,8 @@ from megatron_lite.data.text_input import (
     read_blocks,
 )
 from megatron_lite.data.text_progress import TextProgress
-from megatron_lite.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_lite.data.tokenizer import build_tokenizer
+from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import DataError, TokenizerError
 
 _EXAMPLES = 3

@@ -6,11 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_lite.config.data import DataConfig
-from megatron_lite.data.tokenizer_interface import EncodedBatch, Tokenizer, Window, sliding_windows
-from megatron_lite.data.tokenizer_stream import StreamDecoder
+from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import TokenizerError
-
-__all__ = ["EncodedBatch", "StreamDecoder", "Tokenizer", "Window", "build_tokenizer", "sliding_windows"]
 
 
 def _existing(path: str | None, flag: str, kind: str, folder: bool = False) -> Path:

@@ -79,7 +79,10 @@ class HuggingFaceTokenizer(Tokenizer):
         settings: dict[str, Any] = {}
         for name in ROLE_FILES:
             if (file.parent / name).is_file():
-                settings |= _read_json(file.parent / name)
+                found = _read_json(file.parent / name)
+                if not isinstance(found, dict):
+                    raise TokenizerError(f"{file.parent / name} is no JSON object; take it away, or mend it")
+                settings |= found
         roles = {}
         for role in ("bos", "eos", "pad", "unk"):
             token = settings.get(f"{role}_token")

@@ -10,7 +10,7 @@ from typing import Literal
 
 from megatron_lite.data.text_input import BadDocument, Source, parse_block, read_blocks
 from megatron_lite.data.text_progress import TextProgress
-from megatron_lite.data.tokenizer import Tokenizer
+from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import DataError, TokenizerError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -139,7 +139,7 @@ def train_sentencepiece(
     """A SentencePiece .model that gives back every text unchanged: no normalisation, bytes for rare characters.
 
     <unk>, <s> and </s> are 0 to 2, then `special_tokens`. All text is held in memory. The same text
-    gives the same bytes.
+    gives the same bytes, none at all for no text.
     """
     import sentencepiece
 
@@ -164,6 +164,8 @@ def train_sentencepiece(
                 minloglevel=2,
             )
     except RuntimeError as error:
+        if not text.trained_bytes:
+            return b""
         raise _explained(error, vocab_size) from None
     return model.getvalue()
 

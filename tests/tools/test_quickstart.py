@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import write_token_set
+
+from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.data.provenance import Provenance, write_provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = ROOT / "examples" / "quickstart_corpus.py"
@@ -47,6 +51,27 @@ def test_quickstart_trains_evaluates_samples_and_says_so(tmp_path):
     manifest = json.loads((run / f"step-{STEPS:08d}" / "manifest.json").read_text())
     assert "tp=2" in json.dumps(manifest)
     assert (run / "samples.txt").read_text().count("--- ") == 3
+
+
+@pytest.mark.parametrize("words", [["--save", "x"], ["--lr", "1", "--run-dir=x"]])
+def test_quickstart_refuses_another_folder_before_it_installs_anything(words):
+    done = subprocess.run(
+        ["bash", "examples/quickstart.sh", *words], cwd=ROOT, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 2 and "RUN=DIR" in done.stderr and not done.stdout
+
+
+def test_a_summary_needs_no_validation(tmp_path):
+    prefix = write_token_set(tmp_path / "set")
+    tokens = IndexedReader(prefix).num_tokens
+    write_provenance(prefix, Provenance("ByteTokenizer", "x", 258, True, 12, tokens, tokens, 1.25, {}, "a test"))
+    records = [{"step": step, "loss": 3.0, "lr": 0.1} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    total = {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.0, "accuracy": 0.5}
+    (tmp_path / "heldout.json").write_text(json.dumps({"total": total}))
+    command = [sys.executable, "examples/quickstart_summary.py", "--run", str(tmp_path), "--data", str(prefix)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "validation loss  was not measured" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("source", ["bible", "python"])

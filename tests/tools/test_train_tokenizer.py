@@ -101,5 +101,4 @@ def test_refusals(tmp_path, type):
     refused(f"--type {type} writes a ", good, *wrong)
     refused("cannot be written: Not a directory", good, "--vocab-size", "300", "--output", tmp_path / "a.jsonl" / "x")
     refused("a.jsonl, line 2: invalid JSON", good + b"{\n", "--vocab-size", "300")
-    if type == "bpe":
-        refused("there is no text in", b"\n", "--vocab-size", "300")
+    refused("error: there is no text in", b"\n", "--vocab-size", "300")
