@@ -83,6 +83,10 @@ REFUSED = {
 """Sections that would act behind the flags' back, and what to do instead."""
 
 
+_FP32_SUMS = {"grad_accum_dtype": "fp32"}
+"""Gradients of 16-bit weights add up in fp32."""
+
+
 def derive(config: RunConfig) -> dict[str, Any]:
     """The DeepSpeed JSON that the flags stand for.
 
@@ -109,7 +113,7 @@ def derive(config: RunConfig) -> dict[str, Any]:
         if config.effective_zero_stage > 1:
             # In stage 1 the parameters themselves accumulate in fp32; DeepSpeed would take another
             # optimizer wrapper there, which cannot coalesce reductions.
-            derived["data_types"] = {"grad_accum_dtype": "fp32"}
+            derived["data_types"] = dict(_FP32_SUMS)
     if precision.dtype == "fp16":
         derived["fp16"] |= {
             "loss_scale": precision.loss_scale or 0,
@@ -125,11 +129,10 @@ def for_own_gradients(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """`settings` for DeepSpeed to take gradients that are summed, measured and clipped already.
 
     None where DeepSpeed does that by itself: in stages 2 and 3, which partition gradients within
-    backward, and where the optimizer is offloaded.
+    backward.
     """
     zero = settings["zero_optimization"]
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
-    if zero["stage"] != 1 or offload != "none":
+    if zero["stage"] != 1:
         return None
     own = {"contiguous_gradients": False, "round_robin_gradients": False, "compute_grad_norm": False}
     changed = {**settings, "gradient_clipping": 0.0, "zero_optimization": {**zero, **own}}
@@ -238,7 +241,8 @@ def _without_auto(value: Any) -> Any:
 def merge(config: RunConfig, data_size: int, user: Mapping[str, Any]) -> dict[str, Any]:
     """The derived JSON with a user's merged in.
 
-    Raises ConfigError with every value that contradicts a flag, section that would act beside the
+    Stage 1 with its optimizer offloaded becomes stage 2: there DeepSpeed adds gradients up itself, in stage 1 in
+    16 bits. Raises ConfigError with every value that contradicts a flag, section that would act beside the
     flags, and unknown key.
     """
     merged = derive(config)
@@ -276,22 +280,54 @@ def merge(config: RunConfig, data_size: int, user: Mapping[str, Any]) -> dict[st
     problems += _zero_problems(merged["zero_optimization"], config.optimizer.optimizer)
     if problems:
         raise ConfigError(problems)
+    zero = merged["zero_optimization"]
+    if zero["stage"] == 1 and _offload_device(zero, "offload_optimizer") != "none":
+        zero["stage"] = 2
+        if config.precision.dtype != "fp32":
+            merged["data_types"] = dict(_FP32_SUMS)
     return merged
 
 
+def _offload_device(zero: Mapping[str, Any], section: str) -> str:
+    return (zero.get(section) or {}).get("device", "none")
+
+
+_PARTIAL = {"mics_shard_size": -1, "zero_hpz_partition_size": 1}
+"""Keys that shard over a part of the data ranks, and their values that do not."""
+_OLD_SPELLINGS = {
+    "cpu_offload": '"offload_optimizer": {"device": "cpu"}',
+    "cpu_offload_param": '"offload_param": {"device": "cpu"}',
+    "cpu_offload_params": '"offload_param": {"device": "cpu"}',
+    "cpu_offload_use_pin_memory": '"pin_memory": true in offload_optimizer or offload_param',
+}
+
+
 def _zero_problems(zero: Mapping[str, Any], optimizer: str) -> list[str]:
-    """What of DeepSpeed's ZeRO section does not go with its stage or with the optimizer."""
+    """What of DeepSpeed's ZeRO section does not go with its stage, with the optimizer, or with checkpoints."""
     stage = zero["stage"]
     problems = []
     for section, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = (zero.get(section) or {}).get("device", "none")
+        device = _offload_device(zero, section)
         if device != "none" and stage < least:
             problems.append(f"zero_optimization.{section} needs --zero-stage {least} or more, but it is {stage}.")
+        if device == "nvme":
+            problems.append(
+                f'zero_optimization.{section}.device is "nvme", but checkpoints are read from memory and written to '
+                'it; choose "cpu".'
+            )
+    for name, whole in _PARTIAL.items():
+        if zero.get(name) not in (None, whole):
+            problems.append(
+                f"zero_optimization.{name} is {zero[name]}, but state is sharded and saved over all data ranks; leave "
+                "it out."
+            )
+    for name, spelling in _OLD_SPELLINGS.items():
+        if zero.get(name):
+            problems.append(f"zero_optimization.{name} is an old spelling; write {spelling} instead.")
     if optimizer == "adamw8bit":
         offload = zero.get("offload_optimizer") or {}
         # Each of these has DeepSpeed move or update optimizer state itself, and it knows only that of 32 bits.
         held = {
-            "offload_optimizer.device": offload.get("device") == "nvme",
             "offload_optimizer.ratio": offload.get("ratio", 1) != 1,
             "offload_optimizer.super_offload": bool(offload.get("super_offload")),
             "zenflow": bool(zero.get("zenflow")),
@@ -335,6 +371,11 @@ def build(config: RunConfig, data_size: int) -> dict[str, Any]:
     user = read(path) if path else {}
     merged = merge(config, data_size, user)
     given = {*user, *(f"zero_optimization.{name}" for name in user.get("zero_optimization", {}))}
+    if (stage := merged["zero_optimization"]["stage"]) != config.effective_zero_stage:
+        log.once(
+            f"ZeRO {config.effective_zero_stage} with its optimizer offloaded runs as ZeRO {stage}, which adds the "
+            "gradients of micro-batches up in fp32"
+        )
     if for_own_gradients(merged) is not None and (unused := sorted(given & REDUCTION_KEYS)):
         log.warn(f"ZeRO 1 sums gradients in one pass of its own: {', '.join(unused)} in {path} has no effect")
     return merged

@@ -302,10 +302,6 @@ class ZeroEngine(Engine):
             return
         # DeepSpeed averages over data ranks; our losses are shares of one global mean, to be summed.
         data_size = self.mesh.size("data")
-        if self.stage == 1:
-            with self._deepspeed.coalesce_grad_reduction():
-                yield lambda loss: self._deepspeed.backward(loss * data_size)
-            return
         done = 0
 
         def backward(loss: torch.Tensor) -> None:

@@ -166,7 +166,7 @@ def test_8_bit_state_is_not_deepspeeds_to_move():
         problems = refused({"zero_optimization": zero}, zero_stage=3, optimizer="adamw8bit")
         return " ".join(problems)
 
-    for offload in ({"device": "nvme"}, {"device": "cpu", "ratio": 0.5}, {"device": "cpu", "super_offload": True}):
+    for offload in ({"device": "cpu", "ratio": 0.5}, {"device": "cpu", "super_offload": True}):
         merged({"zero_optimization": {"offload_optimizer": offload}}, zero_stage=3)
         last = list(offload)[-1]
         assert f"offload_optimizer.{last} does not go with --optimizer adamw8bit" in text({"offload_optimizer": offload})
@@ -189,6 +189,38 @@ def test_offload_needs_its_stage():
     offload = {"device": "cpu"}
     assert "--zero-stage 3" in refused({"zero_optimization": {"offload_param": offload}}, zero_stage=2)[0]
     assert "--zero-stage 1" in refused({"zero_optimization": {"offload_optimizer": offload}}, zero_stage=0)[0]
+
+
+@pytest.mark.parametrize(
+    ("zero", "sentence"),
+    [
+        ({"offload_optimizer": {"device": "nvme"}}, 'offload_optimizer.device is "nvme".*choose "cpu"'),
+        ({"offload_param": {"device": "nvme"}}, 'offload_param.device is "nvme".*choose "cpu"'),
+        ({"mics_shard_size": 4}, "mics_shard_size is 4.*over all data ranks"),
+        ({"zero_hpz_partition_size": 8}, "zero_hpz_partition_size is 8.*over all data ranks"),
+        ({"cpu_offload": True}, "cpu_offload is an old spelling.*offload_optimizer"),
+        ({"cpu_offload_param": True}, "cpu_offload_param is an old spelling.*offload_param"),
+    ],
+)
+def test_what_checkpoints_cannot_follow_is_refused(zero, sentence):
+    (problem,) = refused({"zero_optimization": zero}, zero_stage=3)
+    assert re.search(sentence, problem)
+
+
+def test_what_is_refused_may_say_no():
+    without = {"mics_shard_size": -1, "zero_hpz_partition_size": 1, "cpu_offload": False}
+    assert merged({"zero_optimization": without}, zero_stage=3)["zero_optimization"]["stage"] == 3
+
+
+def test_stage_1_that_offloads_runs_as_stage_2(tmp_path, capfd):
+    user = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    for dtype, sums in (({"bf16": True}, {"grad_accum_dtype": "fp32"}), ({}, None)):
+        settings = merged(user, zero_stage=1, **dtype)
+        assert settings["zero_optimization"]["stage"] == 2 and settings.get("data_types") == sums
+    (tmp_path / "ds.json").write_text(json.dumps(user))
+    for _ in range(2):
+        deepspeed_config.build(config_of(deepspeed_config=str(tmp_path / "ds.json")), 1)
+    assert "".join(capfd.readouterr()).count("offloaded runs as ZeRO 2") == 1
 
 
 def test_a_file_is_read_and_merged(tmp_path):

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from ranks import run_on_ranks
-from train.layouts import Case, Outcome, assemble, run_cases
+from train.layouts import Case, Outcome, assemble, config_of, run_cases
 
 TIGHT = 1e-5
 
@@ -92,7 +92,7 @@ def test_bf16_follows_fp32(serial):
             assert ours[1] == pytest.approx(theirs[1], rel=5e-2), case
 
 
-def _accumulate_ones(zero: int) -> float:
+def _accumulate_ones(zero: int, offload: str) -> float:
     """512 gradients of 1 on one bf16 weight, as the engine adds them up."""
     from megatron_lite.config.optimizer import OptimizerConfig
     from megatron_lite.optim.build import build_optimizer
@@ -106,23 +106,16 @@ def _accumulate_ones(zero: int) -> float:
     module.weight.mesh_layout = replicated((1, 1), 0)
     options = OptimizerConfig(clip_grad=0.0)
     optimizer = build_optimizer(options, [{"params": [module.weight]}])
-    config = config_of_precision(zero)
-    engine = ZeroEngine(
-        module, ProcessMesh.create(MeshShape()), optimizer, ("exp_avg", "exp_avg_sq"), deepspeed_config.derive(config)
-    )
+    user = {"zero_optimization": {"offload_optimizer": {"device": offload}}}
+    settings = deepspeed_config.merge(config_of(Case(zero=zero, dtype="bf16")), 1, user)
+    engine = ZeroEngine(module, ProcessMesh.create(MeshShape()), optimizer, ("exp_avg", "exp_avg_sq"), settings)
     with engine.gradients(512) as backward:
         for _ in range(512):
             backward(engine.forward(torch.ones(1, 1, dtype=torch.bfloat16)).sum())
     return engine.step(0.0).grad_norm
 
 
-def config_of_precision(zero: int):
-    from train.layouts import config_of
-
-    return config_of(Case(zero=zero, dtype="bf16"))
-
-
-@pytest.mark.parametrize("zero", [1, 2, 3])
-def test_bf16_gradients_accumulate_in_fp32(zero):
+@pytest.mark.parametrize(("zero", "offload"), [(1, "none"), (2, "none"), (3, "none"), (1, "cpu")])
+def test_bf16_gradients_accumulate_in_fp32(zero, offload):
     # In bf16 the sum would stop at 256, where 1 is half a unit in the last place.
-    assert run_on_ranks(_accumulate_ones, 1, zero) == [512.0]
+    assert run_on_ranks(_accumulate_ones, 1, zero, offload) == [512.0]
