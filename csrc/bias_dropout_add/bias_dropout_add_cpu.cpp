@@ -1,6 +1,7 @@
 #include "bias_dropout_add/bias_dropout_add.h"
 
 #include "base/strip.h"
+#include "bias_dropout_add/philox_cpu.h"
 
 namespace megatron_lite::cpu::MEGATRON_LITE_INSTRUCTION_SET {
 namespace {
@@ -13,20 +14,13 @@ class Words {
   const uint32_t* operator()(int64_t begin, int64_t count) {
     const uint64_t index = static_cast<uint64_t>(dropout_.first + begin), counter = index / 4, key = dropout_.seed;
     const int64_t counters = static_cast<int64_t>((index + count + 3) / 4 - counter);
-#pragma omp simd
-    for (int64_t i = 0; i < counters; ++i) {
-      const PhiloxWords words = philox(counter + i, key);
-      words_[4 * i] = words.a;
-      words_[4 * i + 1] = words.b;
-      words_[4 * i + 2] = words.c;
-      words_[4 * i + 3] = words.d;
-    }
+    for (int64_t i = 0; i < counters; i += kCounters) philox_words(counter + i, key, words_ + 4 * i);
     return words_ + index % 4;
   }
 
  private:
   const Dropout& dropout_;
-  alignas(64) uint32_t words_[kStrip + 8];
+  alignas(64) uint32_t words_[kStrip + 4 + 4 * kCounters];
 };
 
 template <class Element, bool kDrops, bool kResidual>
@@ -72,10 +66,10 @@ void backward_part(const BiasDropoutAddBackward& a, int64_t part) {
         const uint32_t* words = draw(at, count);
         float* dx = result.strip(a.input_gradient, at);
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) {
-          dx[i] = dropped(dropout, words[i], dy[i]);
-          sums[i] += dx[i];
-        }
+        for (int64_t i = 0; i < count; ++i) dx[i] = dropped(dropout, words[i], dy[i]);
+        // By itself: stores leave in order, and those of sums would wait among those of fp32 that memory takes.
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) sums[i] += dx[i];
         result.done(a.input_gradient, at, count);
       } else {
 #pragma omp simd

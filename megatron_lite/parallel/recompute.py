@@ -1,6 +1,6 @@
 """Activations computed again in backward instead of kept (Chen et al. 2016).
 
-No random state is saved: every dropout site seeds its generator (see `parallel/random.py`).
+No random state is saved: every dropout mask is a function of its site (see `parallel/random.py`).
 """
 
 from __future__ import annotations

@@ -26,8 +26,10 @@ import torch
 from kernel_cases.activations import activations
 from kernel_cases.case import Case, Contender, Setting
 from kernel_cases.cross_entropy import losses
+from kernel_cases.dropout import dropouts
 from kernel_cases.norms import clipping, norms
 from kernel_cases.optimizers import optimizers
+from kernel_cases.rotary import rotations
 from kernel_cases.softmax import softmaxes
 
 from megatron_lite.kernels import extension
@@ -39,6 +41,8 @@ GROUPS = {
     "softmax": softmaxes,
     "losses": losses,
     "activations": activations,
+    "rotary": rotations,
+    "dropout": dropouts,
     "optimizers": optimizers,
 }
 
@@ -97,7 +101,7 @@ def row(result: dict[str, Any]) -> str:
         f"{ratio:.2f} x {name}" for name, ratio in result["ours_times_as_fast"].items() if name != "copy"
     )
     return (
-        f"{result['operation']:22} {result['size']:26} {result['seconds']['ours'] * 1e3:9.3f} ms "
+        f"{result['operation']:30} {result['size']:26} {result['seconds']['ours'] * 1e3:9.3f} ms "
         f"{result['gigabytes_per_second']['ours']:8.1f} GB/s {result['share_of_copy']['ours']:5.0%} of copy  {others}"
     )
 
