@@ -70,10 +70,10 @@ def holds_checkpoint(root: str | os.PathLike[str]) -> bool:
 
 
 def best(root: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint marked as the best one, if there is one."""
+    """The checkpoint marked as the best one, if there is one. Raises OSError where that cannot be read."""
     try:
-        name = (Path(root) / "best").read_text().strip()
-    except OSError:
+        name = (Path(root) / "best").read_text(errors="replace").strip()
+    except FileNotFoundError:
         return None
     folder = Path(root) / name
     return folder if _STEP.fullmatch(name) and folder.is_dir() else None
@@ -202,7 +202,10 @@ def point(root: Path, name: str, step: int, token: str) -> None:
 
 
 def prune(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one, oldest first."""
+    """Delete all but the newest `keep_last` checkpoints and the best one, oldest first.
+
+    Raises OSError, and deletes nothing, where it cannot be read which one is the best.
+    """
     kept = best(root)
     for folder in list(steps(root).values())[:-keep_last]:
         if folder != kept:

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +121,25 @@ def test_failing_to_prune_costs_no_checkpoint(one_rank, tmp_path, monkeypatch, c
     save_value(tmp_path, 2, one_rank, keep_last=1)
     assert find(tmp_path, one_rank) == tmp_path / "step-00000002"
     assert "could not be tidied" in capsys.readouterr().err
+
+
+def test_nothing_is_pruned_while_the_best_is_not_known(one_rank, tmp_path, monkeypatch, capsys):
+    save_value(tmp_path, 1, one_rank, best=True)
+    save_value(tmp_path, 2, one_rank)
+    read = Path.read_text
+
+    def failing(self, *how, **options):
+        if self.name == "best":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, *how, **options)
+
+    monkeypatch.setattr(Path, "read_text", failing)
+    save_value(tmp_path, 3, one_rank, keep_last=1)
+    assert list(store.steps(tmp_path)) == [1, 2, 3]
+    assert "could not be tidied: [Errno 5]" in capsys.readouterr().err
+    monkeypatch.undo()
+    save_value(tmp_path, 4, one_rank, keep_last=1)
+    assert list(store.steps(tmp_path)) == [1, 4]
 
 
 def test_leftovers_are_swept_and_nothing_else(one_rank, tmp_path):
