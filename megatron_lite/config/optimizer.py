@@ -32,7 +32,7 @@ class OptimizerConfig:
     lr_warmup_init: float = 0.0
     """Learning rate the warm-up starts from."""
     weight_decay: float = 0.01
-    """Decoupled weight decay; matrices alone, not biases and norms."""
+    """Weight decay, decoupled (sgd: added to the gradient); matrices alone, not biases and norms."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.999

@@ -47,10 +47,6 @@ class ParameterLayout:
     is_owner: bool
     """First of the tensor ranks that hold these boxes: the one that counts and writes them."""
 
-    @property
-    def num_global(self) -> int:
-        return math.prod(self.global_shape)
-
     def cut(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's part of the global `tensor`, zero where no box lies."""
         if tuple(tensor.shape) != self.global_shape:
@@ -63,11 +59,6 @@ class ParameterLayout:
     def parts(self, local: torch.Tensor) -> list[torch.Tensor]:
         """Views of the boxes of `local`: all of it but padding."""
         return [local[_slices(box.local_start, box.shape)] for box in self.boxes]
-
-    def paste(self, local: torch.Tensor, into: torch.Tensor) -> None:
-        """Write this rank's boxes of `local` to their places in the global tensor `into`."""
-        for box in self.boxes:
-            into[_slices(box.global_start, box.shape)] = local[_slices(box.local_start, box.shape)]
 
     def fragments(self, start: int = 0, stop: int | None = None) -> list[Fragment]:
         """What elements [start, stop) of the flattened local tensor are in the global one.

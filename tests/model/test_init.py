@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from pasting import paste
 
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.model.gpt import GPT
@@ -42,7 +43,7 @@ def test_every_layout_starts_equal(family, init_method):
             joined = torch.full(first.mesh_layout.global_shape, float("nan"))
             for model in models:
                 local = model.get_parameter(name)
-                local.mesh_layout.paste(local.data, joined)
+                paste(local.mesh_layout, local.data, joined)
                 assert torch.equal(local.data, local.mesh_layout.cut(joined.nan_to_num())), name
             assert torch.equal(joined, serial[name][: joined.shape[0]]), name
 

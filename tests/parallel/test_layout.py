@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pasting import paste
 
 from megatron_lite.parallel.layout import replicated, split
 
@@ -13,7 +14,7 @@ from megatron_lite.parallel.layout import replicated, split
 def _reassemble(layouts, tensor):
     into = torch.full_like(tensor, float("nan"))
     for layout in layouts:
-        layout.paste(layout.cut(tensor), into)
+        paste(layout, layout.cut(tensor), into)
     return into
 
 

@@ -1,5 +1,7 @@
 """Column- and row-parallel layers: together a dense pair; replicas; what DeepSpeed counts."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,7 +86,7 @@ def test_each_box_is_counted_once_by_deepspeeds_rule():
                 for rank, layer in enumerate(layers)
                 if rank == 0 or layer.get_parameter(name).model_parallel
             )
-            assert counted == first.mesh_layout.num_global, name
+            assert counted == math.prod(first.mesh_layout.global_shape), name
 
 
 def test_ranks_that_do_not_divide_are_refused():

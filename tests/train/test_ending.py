@@ -33,6 +33,7 @@ from megatron_lite.errors import (
     NonFiniteError,
     UserError,
 )
+from megatron_lite.monitor.sinks import Sinks
 from megatron_lite.parallel.launch import Launch, StopRequest
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
@@ -191,7 +192,7 @@ def test_a_last_save_that_fails_is_no_success(tmp_path, monkeypatch):
 
 
 def test_a_save_that_is_due_while_a_stop_is_asked_for_has_its_deadline(tmp_path, monkeypatch):
-    stop, deadlines = StopRequest(grace_seconds=50.0), []
+    stop, seen = StopRequest(grace_seconds=50.0), []
     step, save = loop.train_step, Keeper.save
 
     def signalled(*arguments, **options):
@@ -200,13 +201,15 @@ def test_a_save_that_is_due_while_a_stop_is_asked_for_has_its_deadline(tmp_path,
         return step(*arguments, **options)
 
     def noted(self, engine, progress, **options):
-        deadlines.append((progress.step, options["deadline"]))
+        seen.append((progress.step, options["deadline"]))
         save(self, engine, progress, **options)
 
     monkeypatch.setattr(loop, "train_step", signalled)
     monkeypatch.setattr(Keeper, "save", noted)
+    monkeypatch.setattr(Sinks, "flush", lambda self: seen.append("records are on disk"))
     start.train_on(ProcessMesh.create(MeshShape()), _config(tmp_path / "run", save_interval=1), stop, "")
-    assert deadlines == [(1, None), (2, stop.deadline()), (2, stop.deadline())] and stop.deadline() is not None
+    at_last = [(2, stop.deadline()), "records are on disk", (2, stop.deadline())]
+    assert seen == ["records are on disk", (1, None), "records are on disk", *at_last] and stop.deadline() is not None
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
