@@ -184,6 +184,14 @@ const float* widened(const Element* from, float* buffer, int64_t count) {
   return buffer;
 }
 
+// Asks for elements that are soon to be read. Beyond the end of memory that does nothing.
+template <class Element>
+void prefetch(const Element* elements, int64_t count) {
+  const char* from = reinterpret_cast<const char*>(elements);
+  for (int64_t offset = 0; offset < count * static_cast<int64_t>(sizeof(Element)); offset += 64)
+    __builtin_prefetch(from + offset);
+}
+
 // Reads lines of one length as fp32; what it gives holds until the next is read.
 template <class Element>
 class Reader {
@@ -192,10 +200,7 @@ class Reader {
 
   const float* operator()(const void* lines, int64_t line = 0) const {
     const auto* from = static_cast<const Element*>(lines) + line * length_;
-    // The next line is on its way while this one is computed on; beyond the end a prefetch does nothing.
-    const char* next = reinterpret_cast<const char*>(from + length_);
-    const int64_t bytes = length_ * static_cast<int64_t>(sizeof(Element));
-    for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(next + offset);
+    prefetch(from + length_, length_);  // the next line, on its way while this one is computed on
     return widened(from, buffer_.data(), length_);
   }
 
@@ -251,12 +256,20 @@ class Reciprocals {
 // every set, so that all add in one order.
 constexpr int kLanes = 64;
 
+// Leaves in lane 0 what the lanes come to, half of them added to the other half at each step; the widths are constants
+// so that a step is one instruction.
+template <int kWidth, class Combine>
+inline __attribute__((always_inline)) void fold(float* lanes, const Combine& combine) {
+#pragma omp simd
+  for (int lane = 0; lane < kWidth; ++lane) lanes[lane] = combine(lanes[lane], lanes[lane + kWidth]);
+  if constexpr (kWidth > 1) fold<kWidth / 2>(lanes, combine);
+}
+
 struct LaneSum {
   float lanes[kLanes] = {};
 
   float total() {
-    for (int width = kLanes / 2; width; width /= 2)
-      for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    fold<kLanes / 2>(lanes, [](float left, float right) { return left + right; });
     return lanes[0];
   }
 };
@@ -270,9 +283,7 @@ struct LaneMax {
   }
 
   float total() {
-    for (int width = kLanes / 2; width; width /= 2)
-      for (int lane = 0; lane < width; ++lane)
-        lanes[lane] = lanes[lane] > lanes[lane + width] ? lanes[lane] : lanes[lane + width];
+    fold<kLanes / 2>(lanes, [](float left, float right) { return left > right ? left : right; });
     return lanes[0];
   }
 };

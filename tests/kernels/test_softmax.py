@@ -168,3 +168,17 @@ def test_refusals_give_the_numbers():
         masked_softmax(x, mask[:5])
     with pytest.raises(RuntimeError, match="expanded to the input's shape"):
         torch.ops.megatron_lite.softmax(x, mask, 1.0, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_result_larger_than_the_caches_is_the_same(causal, dtype, instruction_set):
+    operators = torch.ops.megatron_lite
+    x, dy = (drawn(96, 224, 224, dtype=dtype, seed=seed) for seed in (1, 2))
+    assert x.nbytes > 8 << 20
+    y = operators.softmax(x, None, SCALE, causal)
+    dx = operators.softmax_backward(dy, y, SCALE, causal)
+    for part in range(0, 96, 24):
+        here = slice(part, part + 24)
+        assert torch.equal(y[here], operators.softmax(x[here], None, SCALE, causal))
+        assert torch.equal(dx[here], operators.softmax_backward(dy[here], y[here], SCALE, causal))
