@@ -6,12 +6,13 @@ d data ranks, w bytes a weight, n optimizer slots of fp32 (of 8-bit codes: see o
     stage   weights   masters   slots     gradients
     0       4 p       -         4 n p     4 p                     fp32 alone: weights are their own masters
     1       w p       4 p/d     4 n p/d   4 p                     fp32, kept; in fp32 no masters either
-    2       w p       4 p/d     4 n p/d   4 p/d (twice while micro-batches add up)
+    2       w p       4 p/d     4 n p/d   4 p/d
     3       w p/d     4 p/d     4 n p/d   4 p/d, and a bucket; weights are gathered in forward and backward
 
-In stages 2 and 3 reduction goes through a bucket of `reduce_bucket_size` elements, and the step flattens
-this rank's gradients into another fp32 copy; in stage 1 both work on the gradients where they are. A peak is looked for at several moments, and the moment that has it is told.
-Offloading is not planned: it moves masters, slots or weights to the host.
+In stages 2 and 3 reduction goes through a bucket of `reduce_bucket_size` elements and a flat copy of it, and
+the step flattens this rank's gradients into another fp32 copy; in stage 1 both work on the gradients where they
+are. Between CPUs gloo lays what it gathers out once more. A peak is looked for at several moments, and the
+moment that has it is told. Offloading is not planned: it moves masters, slots or weights to the host.
 """
 
 from __future__ import annotations
@@ -22,15 +23,19 @@ from collections.abc import Iterator
 from megatron_lite.config.run import RunConfig
 from megatron_lite.plan.activations import FP32, Activations, element_bytes, plan_activations
 from megatron_lite.plan.optimizer import is_coded, slot_bytes
-from megatron_lite.plan.parameters import ParameterShape, padded_vocab_size, parameter_shapes
+from megatron_lite.plan.parameters import ParameterShape, parameter_shapes
 
 GRANULARITIES = ("none", "selective", "full")
 REPLICA_BUCKET_BYTES = 64 * 2**20
 """Flat buffer through which gradients are summed without ZeRO."""
 GATHERED_PARAMETERS = 10**9
 """Elements stage 3 keeps gathered at most (DeepSpeed's `stage3_max_live_parameters`)."""
-CUDA_WORKSPACE_BYTES = 32 * 2**20
-"""What cuBLAS takes from torch's allocator, on Hopper."""
+PREFETCHED_PARAMETERS = 50_000_000
+"""Elements stage 3 gathers at once (DeepSpeed's `stage3_prefetch_bucket_size`)."""
+LIBRARIES_BYTES = {"cpu": 16 * 2**20, "cuda": 32 * 2**20}
+"""What libraries take for themselves once training runs, measured. On a CPU: MKL's packed matrices (1 to 20 MiB, by
+their shapes), oneDNN's compiled products (15 MiB in bf16), send buffers of gloo (2 MiB). On a GPU: what cuBLAS takes
+from torch's allocator, on Hopper."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +48,12 @@ class Moment:
     gradients: int
     activations: int
     temporary: int
+    """Weight gradients in the making, buckets, gathered weights, workspace of single operations."""
+    libraries: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.optimizer + self.gradients + self.activations + self.temporary
+        return self.weights + self.optimizer + self.gradients + self.activations + self.temporary + self.libraries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,60 +101,41 @@ def moments(
 ) -> list[Moment]:
     """The moments of a step at which memory can be highest.
 
-    `reduce_bucket_size` is DeepSpeed's, in elements. On a CPU a page of it counts once it is written.
+    `reduce_bucket_size` is DeepSpeed's, in elements, and stands for its all-gather bucket too. On a CPU a
+    page of it counts once it is written.
     """
-    stage, width = config.effective_zero_stage, element_bytes(config.precision)
     tensor = config.parallel.tensor_model_parallel_size
     shapes = list(
         parameter_shapes(config.model, vocab_size=vocab_size, seq_length=config.data.seq_length, tensor_size=tensor)
     )
     elements = sum(shape.local_elements for shape in shapes)
-    part = -(-elements // data_size)
     coded = sum(shape.local_elements for shape in shapes if is_coded(config.optimizer, shape))
-    state = plan_state(config, elements, coded, data_size)
+    filled = min(reduce_bucket_size, elements)
+    rank = _Rank(
+        stage=config.effective_zero_stage,
+        width=element_bytes(config.precision),
+        is_cpu=device_type == "cpu",
+        data_size=data_size,
+        accumulates=micro_batches(config, data_size) > 1,
+        elements=elements,
+        filled=filled,
+        bucket=filled if device_type == "cpu" else reduce_bucket_size,
+        state=plan_state(config, elements, coded, data_size),
+    )
     activations = plan_activations(config, vocab_size=vocab_size, device_type=device_type, granularity=granularity)
-    workspace = CUDA_WORKSPACE_BYTES if device_type == "cuda" else 0
-    touched = reduce_bucket_size if device_type == "cuda" else min(reduce_bucket_size, elements)
-    bucket = width * touched
-    accumulates = micro_batches(config, data_size) > 1
-
-    if stage == 3:
-        workspace += bucket + width * min(elements, GATHERED_PARAMETERS)
-    found = []
-    for name, alive, temporary, share in _backward(config, activations, shapes, width, vocab_size, tensor):
-        if stage == 0:
-            gradients = state.gradients if accumulates else int(state.gradients * share)
-        elif stage == 1:
-            gradients = state.gradients
-        elif stage == 2:
-            # The sum so far, this micro-batch's part, and the bucket, which fills as backward goes on.
-            if width == FP32:
-                parts = accumulates + (share > 0)
-            else:
-                parts = 1 + share
-            gradients = int(state.gradients * parts + bucket * share)
-        else:
-            gradients = state.gradients
-        found.append(Moment(name, state.weights, state.optimizer, gradients, alive, temporary + workspace))
-
-    if stage == 0:
-        sum_up = min(REPLICA_BUCKET_BYTES, state.gradients) if data_size > 1 else 0
-        found.append(Moment("summing gradients", state.weights, state.optimizer, state.gradients, 0, sum_up))
-        return found
-    flat = FP32 * part
-    if stage == 1:
-        # nccl reduces in place; between CPUs a part of another rank's comes in beside.
-        received = flat if data_size > 1 and device_type == "cpu" else 0
-        found.append(
-            Moment("reducing gradients", state.weights, state.optimizer, state.gradients, 0, received + workspace)
+    held = [rank.in_backward(point) for point in _backward(config, activations, shapes, rank.width)]
+    return [
+        Moment(
+            name,
+            weights=rank.state.weights,
+            optimizer=rank.state.optimizer,
+            gradients=gradients,
+            activations=alive,
+            temporary=temporary,
+            libraries=LIBRARIES_BYTES[device_type],
         )
-        step = (state.gradients, 0)
-    elif stage == 2:
-        step = (state.gradients, flat if width == FP32 else 0)
-    else:
-        step = (state.gradients, flat + bucket)
-    found.append(Moment("optimizer step", state.weights, state.optimizer, step[0], 0, step[1]))
-    return found
+        for name, gradients, alive, temporary in [*held, *rank.after_backward()]
+    ]
 
 
 def peak(config: RunConfig, **arguments) -> Moment:
@@ -155,29 +143,110 @@ def peak(config: RunConfig, **arguments) -> Moment:
     return max(moments(config, **arguments), key=lambda moment: moment.total)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Point:
+    """A moment of backward, as the model has it: bytes alive, bytes for a moment, weight gradients made so far."""
+
+    name: str
+    alive: int
+    temporary: int
+    made: int
+
+
+_Held = tuple[str, int, int, int]
+"""Name of a moment, and bytes of gradients, activations, and what is there for a moment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rank:
+    """What the engines and DeepSpeed hold around a model of `elements` parameters on this tensor rank."""
+
+    stage: int
+    width: int
+    is_cpu: bool
+    data_size: int
+    accumulates: bool
+    elements: int
+    filled: int
+    """Elements in a bucket when it is reduced."""
+    bucket: int
+    """Elements of a bucket that take memory."""
+    state: State
+
+    def in_backward(self, point: _Point) -> _Held:
+        share = point.made / self.elements
+        reduces = point.made >= self.filled
+        gradients, temporary = self.state.gradients, point.temporary
+        if self.stage >= 2:
+            temporary = max(temporary, self._reduction if reduces else 0)
+        if self.stage == 0 and not self.accumulates:
+            gradients = int(gradients * share)
+        elif self.stage == 2:
+            gradients = gradients if self.accumulates or reduces else 0
+            temporary += int(self._bucket * share) if self.is_cpu else self._bucket
+        elif self.stage == 3:
+            temporary += self._bucket + int(self._gathered * (1 - share))
+        return point.name, gradients, point.alive, temporary
+
+    @property
+    def _bucket(self) -> int:
+        """Bytes of the bucket of stages 2 and 3: in stage 2 of the weights' dtype, in stage 3 fp32."""
+        return (self.width if self.stage == 2 else FP32) * self.bucket
+
+    @property
+    def _reduction(self) -> int:
+        """Bytes that stages 2 and 3 need to reduce a bucket."""
+        if self.stage == 2:
+            # Flattened, and then in fp32.
+            return self.filled * (self.width + (FP32 if self.width != FP32 else 0))
+        # Laid out by ranks, and by gloo once more.
+        return self.filled * FP32 * (2 if self.is_cpu else 1)
+
+    @property
+    def _gathered(self) -> int:
+        """Bytes of whole weights in stage 3, and of the buffer they came in."""
+        if self.data_size == 1:
+            return 0
+        return self.width * (min(self.elements, GATHERED_PARAMETERS) + min(self.elements, PREFETCHED_PARAMETERS))
+
+    def after_backward(self) -> Iterator[_Held]:
+        gradients, part = self.state.gradients, FP32 * -(-self.elements // self.data_size)
+        shares = self.data_size > 1
+        if self.stage == 0:
+            yield "summing gradients", gradients, 0, min(REPLICA_BUCKET_BYTES, gradients) if shares else 0
+            return
+        if self.stage == 1:
+            # nccl reduces in place; between CPUs a part of another rank's comes in beside.
+            yield "reducing gradients", gradients, 0, part if shares and self.is_cpu else 0
+            yield "optimizer step", gradients, 0, 0
+        else:
+            yield "reducing gradients", gradients, 0, self._bucket + self._reduction
+            kept = part if self.width == FP32 else 0
+            yield "optimizer step", gradients, 0, part + self._bucket if self.stage == 3 else kept
+        if self.stage < 3 and shares and self.is_cpu:
+            yield "gathering weights", gradients if self.stage == 1 else 0, 0, self.width * self.filled
+
+
 def _backward(
-    config: RunConfig,
-    activations: Activations,
-    shapes: list[ParameterShape],
-    width: int,
-    vocab_size: int,
-    tensor: int,
-) -> Iterator[tuple[str, int, int, float]]:
-    """(name, bytes alive, temporary bytes, share of all weight gradients made) of the moments of backward."""
+    config: RunConfig, activations: Activations, shapes: list[ParameterShape], width: int
+) -> Iterator[_Point]:
+    """The moments of backward, each of them where it needs most."""
     model = config.model
-    rows = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, tensor) // tensor
-    vocabulary = rows * model.hidden_size
-    elements = sum(shape.local_elements for shape in shapes)
-    per_layer = sum(shape.local_elements for shape in shapes if shape.name.startswith("layers.0."))
-    alive = activations.kept
     # A weight's gradient is made in the weight's dtype before it is added to the sum.
-    yield "backward of the output layer", alive, activations.head_temporary + width * vocabulary, 0.0
+    vocabulary = next(shape.local_elements for shape in shapes if shape.name == "embedding.word.weight")
+    down = next(shape.local_elements for shape in shapes if shape.name == "layers.0.mlp.down.weight")
+    in_layer = sum(shape.local_elements for shape in shapes if shape.name.startswith("layers.0."))
+    alive = activations.kept
+    yield _Point("backward of the output layer", alive, activations.head_temporary + width * vocabulary, 0)
     alive -= activations.head
-    made = vocabulary
-    last = model.num_layers
+    # Tied to the embedding, the output layer's gradient waits for the other one.
+    is_tied = not model.untie_embeddings_and_output_weights
+    waiting = vocabulary if is_tied else 0
+    made, last = vocabulary - waiting, model.num_layers
     for size, again in zip(reversed(activations.group_sizes), reversed(activations.recomputed), strict=True):
-        yield "backward of the layers", alive + again, activations.layer_temporary, made / elements
+        temporary = activations.layer_temporary + width * (waiting + down)
+        yield _Point("backward of the layers", alive + again, temporary, made)
         alive -= sum(activations.layers[last - size : last])
-        made += size * per_layer
+        made += size * in_layer
         last -= size
-    yield "backward of the embedding", alive, width * vocabulary, min(1.0, made / elements)
+    yield _Point("backward of the embedding", alive, width * vocabulary * (3 if is_tied else 1), made)

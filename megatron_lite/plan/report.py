@@ -23,16 +23,16 @@ def dry_run_report(
     world_size: int,
     vocab_size: int,
     *,
-    batch_lines: Sequence[str] = (),
     device_type: str,
+    batch_lines: Sequence[str] = (),
     total_samples: int | None = None,
     samples_per_epoch: int | None = None,
     reduce_bucket_size: int = 500_000_000,
 ) -> list[str]:
     """Lines of plain text: settings, batch, parameters, FLOPs, memory of a rank, size of a checkpoint.
 
-    `batch_lines` are the sums of the batch plan and `total_samples` its length; `samples_per_epoch`
     `device_type` is "cpu" or "cuda", which keep different things in memory.
+    `batch_lines` are the sums of the batch plan and `total_samples` its length; `samples_per_epoch`
     is the size of the training set where it is known. `world_size` is a multiple of the tensor size.
     """
     tensor = config.parallel.tensor_model_parallel_size
@@ -122,34 +122,29 @@ def _memory(config: RunConfig, vocab_size: int, arguments: dict[str, Any]) -> li
         f"memory of a rank on {_DEVICES[arguments['device_type']]} at its highest, by recompute ({precision}, ZeRO {stage} "
         f"over {arguments['data_size']} data ranks, {config.training.micro_batch_size} x {config.data.seq_length:,} tokens; "
         f"* is chosen)",
-        f"    {'recompute':<10}" + "".join(f"{name:>13}" for name in (*_PARTS, "peak")) + "  at",
+        f"    {'recompute':<10}" + "".join(f"{name:>12}" for name in (*_PARTS, "peak")) + "  at",
     ]
     for granularity in GRANULARITIES:
         moment = peak(config, vocab_size=vocab_size, granularity=granularity, **arguments)
         chosen = "*" if granularity == config.training.recompute_granularity else " "
-        cells = "".join(f"{size(getattr(moment, name)):>13}" for name in _PARTS)
-        lines.append(f"  {chosen} {granularity:<10}{cells}{size(moment.total):>13}  {moment.name}")
+        cells = "".join(f"{size(getattr(moment, name)):>12}" for name in _PARTS)
+        lines.append(f"  {chosen} {granularity:<10}{cells}{size(moment.total):>12}  {moment.name}")
     return lines
 
 
-_PARTS = ("weights", "gradients", "optimizer", "activations", "temporary")
 _DEVICES = {"cpu": "a CPU", "cuda": "a GPU"}
+_PARTS = ("weights", "gradients", "optimizer", "activations", "temporary", "libraries")
 
 
-def memory_comparison(predicted: Moment, measured: int, device_type: str) -> str:
-    """One line at the end of a run: the peak that was planned beside the peak that was.
+def memory_comparison(predicted: Moment, in_use: int, process: int) -> str:
+    """One line at the end of a run: the peak that was planned beside the peak of what was in use, in bytes.
 
-    On a CPU what is measured is the process's growth: it has libraries loaded on the way and what the
-    allocator keeps in it too, so no share is given.
+    `process` is the growth of the whole process, or of what torch's allocator reserved on a GPU.
     """
-    if device_type == "cpu":
-        return (
-            f"peak memory of a rank: predicted {size(predicted.total)} of tensors ({predicted.name}); the process grew "
-            f"by {size(measured)}, libraries and the allocator's reserve included"
-        )
     return (
-        f"peak memory of a rank: predicted {size(predicted.total)} ({predicted.name}), measured {size(measured)} "
-        f"above what the process held before the model, {predicted.total / max(1, measured):.0%}"
+        f"peak memory of a rank: predicted {size(predicted.total)} ({predicted.name}), measured {size(in_use)} "
+        f"above what the process held before the model, {predicted.total / max(1, in_use):.0%}; "
+        f"with what the allocator keeps for reuse {size(process)}"
     )
 
 

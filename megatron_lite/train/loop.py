@@ -61,6 +61,7 @@ def train(run: Run) -> str:
     last save failed, and UserError for samples that cannot be read.
     """
     started = time.monotonic()
+    run.memory.begin()
     # A run that stopped early and is started again has no step before it.
     reason = _early_stop(run)
     while reason is None and run.progress.step < run.plan.total_iterations:
@@ -135,6 +136,7 @@ def _one_step(run: Run, started: float) -> str | None:
     progress.consumed_samples += batch_size
     progress.consumed_tokens += int(target_tokens)
     progress.skipped_steps += result.outcome.skipped
+    run.memory.note_step()
     _log_step(run, result, rate, batch_size, time.perf_counter() - began)
     return None
 

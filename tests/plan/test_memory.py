@@ -1,11 +1,6 @@
-"""The planned peak against torch's allocator, over the real engines."""
+"""The closed form of a rank's memory, term by term; test_measured_peak.py holds the sum."""
 
 import dataclasses
-import gc
-
-import pytest
-from allocations import Allocations
-from ranks import run_on_ranks
 
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.model import ModelConfig
@@ -15,9 +10,9 @@ from megatron_lite.config.precision import PrecisionConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.plan.activations import plan_activations
-from megatron_lite.plan.memory import State, checkpoint_bytes, micro_batches, peak, plan_state
+from megatron_lite.plan.memory import State, checkpoint_bytes, micro_batches, moments, peak, plan_state
 
-VOCAB, BUCKET = 3000, 100_000
+VOCAB = 3000
 
 
 def test_accumulation_is_planned_by_either_flag():
@@ -25,7 +20,7 @@ def test_accumulation_is_planned_by_either_flag():
         assert micro_batches(RunConfig(training=TrainingConfig(micro_batch_size=2, **given)), 3) == 4
 
 
-def run_config(stage, *, bf16=False, accumulate=2, batch=2, optimizer="adamw", **training):
+def run_config(stage, *, bf16=False, optimizer="adamw"):
     return RunConfig(
         model=ModelConfig(
             num_layers=4, hidden_size=256, num_attention_heads=4, hidden_dropout=0.0, attention_dropout=0.0
@@ -34,83 +29,8 @@ def run_config(stage, *, bf16=False, accumulate=2, batch=2, optimizer="adamw", *
         precision=PrecisionConfig(bf16=bf16),
         optimizer=OptimizerConfig(optimizer=optimizer),
         data=DataConfig(seq_length=64),
-        training=TrainingConfig(micro_batch_size=batch, global_batch_size=batch * accumulate, **training),
+        training=TrainingConfig(micro_batch_size=2, global_batch_size=4),
     )
-
-
-CASES = {
-    "replica": run_config(0),
-    "replica, one micro-batch": run_config(0, accumulate=1),
-    "stage 1": run_config(1),
-    "stage 1, large batch, full recompute": run_config(1, batch=16, recompute_granularity="full"),
-    "stage 2": run_config(2),
-    "stage 2, one micro-batch": run_config(2, accumulate=1),
-    "stage 3": run_config(3),
-    "stage 1 bf16, large batch": run_config(1, bf16=True, batch=16),
-    "stage 2 bf16": run_config(2, bf16=True),
-    "stage 3 bf16": run_config(3, bf16=True),
-    "replica, 8-bit state": run_config(0, optimizer="adamw8bit"),
-    "stage 1, 8-bit state": run_config(1, optimizer="adamw8bit"),
-    "stage 3 bf16, 8-bit state": run_config(3, bf16=True, optimizer="adamw8bit"),
-}
-
-
-def measured_peaks(cases):
-    """The most bytes alive in two steps of each configuration, on one rank."""
-    import torch
-
-    from megatron_lite.model.gpt import GPT
-    from megatron_lite.optim.build import build_optimizer
-    from megatron_lite.optim.groups import default_rules, parameter_groups
-    from megatron_lite.parallel.mesh_shape import MeshShape
-    from megatron_lite.parallel.process_mesh import ProcessMesh
-    from megatron_lite.parallel.recompute import Recompute
-    from megatron_lite.train.deepspeed_config import derive
-    from megatron_lite.train.engine import ReplicaEngine, ZeroEngine
-
-    mesh = ProcessMesh.create(MeshShape())
-    found = {}
-    for name, config in cases.items():
-        training, length = config.training, config.data.seq_length
-        with Allocations() as allocations:
-            allocations.mark("start")
-            recompute = Recompute(training.recompute_granularity)
-            model = GPT(config.model, mesh, vocab_size=VOCAB, seq_length=length, recompute=recompute, seed=1).train()
-            groups = parameter_groups(model.named_parameters(), default_rules(config.optimizer))
-            optimizer = build_optimizer(config.optimizer, groups)
-            if config.parallel.zero_stage == 0:
-                engine = ReplicaEngine(model, mesh, optimizer, config.optimizer.slots, 1.0)
-            else:
-                settings = derive(config)
-                settings["zero_optimization"]["reduce_bucket_size"] = BUCKET
-                engine = ZeroEngine(model, mesh, optimizer, config.optimizer.slots, settings)
-            count = micro_batches(config, 1)
-            allocations.mark("first step")
-            for _ in range(2):
-                with engine.gradients(count) as backward:
-                    for _ in range(count):
-                        tokens = torch.randint(0, VOCAB, (training.micro_batch_size, length))
-                        backward(engine.forward(tokens, tokens, torch.ones(tokens.shape)) / tokens.numel())
-                engine.step(1e-3)
-            allocations.mark("end")
-        found[name] = allocations.peak("first step", "end")
-        del engine, model, optimizer, groups, backward
-        # Hooks tie knots; what is let go during the next case would be missing from its count.
-        gc.collect()
-    return found
-
-
-@pytest.fixture(scope="module")
-def measured():
-    return run_on_ranks(measured_peaks, 1, CASES)[0]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_the_peak_of_a_step(measured, name):
-    planned = peak(CASES[name], data_size=1, vocab_size=VOCAB, reduce_bucket_size=BUCKET)
-    # Stage 3 frees some of its buffers on gloo's threads, which the count does not see.
-    tolerance = 0.15 if CASES[name].parallel.zero_stage == 3 else 0.1
-    assert planned.total == pytest.approx(measured[name], rel=tolerance), planned
 
 
 def test_state_shrinks_with_the_data_ranks_as_the_stage_says():
@@ -162,3 +82,49 @@ def test_checkpoints_hold_masters_and_slots():
     assert checkpoint_bytes(run_config(1, bf16=True), 1000, 0) == 12_000
     narrow = run_config(1, optimizer="adamw8bit")
     assert checkpoint_bytes(narrow, 2560, 1280) == 4 * 2560 + 8 * 1280 + 2600
+
+
+def test_a_tied_output_layer_costs_its_gradient_three_times():
+    """Its own, which waits through the layers, the embedding's, and their sum."""
+
+    def last(**model):
+        config = run_config(1)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+        found = {moment.name: moment for moment in moments(config, data_size=1, vocab_size=VOCAB)}
+        return found["backward of the layers"].temporary, found["backward of the embedding"].temporary
+
+    tied, untied = last(), last(untie_embeddings_and_output_weights=True)
+    vocabulary = 4 * 256 * 3072
+    assert tied[0] - untied[0] == vocabulary
+    assert tied[1] == 3 * untied[1] == 3 * vocabulary
+
+
+def test_stage_3_reduces_a_full_bucket_within_backward_or_what_there_is_at_the_end():
+    def temporary(bucket, device_type="cpu"):
+        found = moments(
+            run_config(3), data_size=1, vocab_size=VOCAB, device_type=device_type, reduce_bucket_size=bucket
+        )
+        return {moment.name: moment.temporary for moment in found}
+
+    whole = temporary(10**9)
+    elements = 3072 * 256 + 64 * 256 + 4 * (12 * 256**2 + 13 * 256) + 2 * 256
+    # The bucket, laid out by ranks, and gloo's copy.
+    assert whole["reducing gradients"] == 3 * 4 * elements
+    assert whole["backward of the embedding"] == 4 * elements + 3 * 4 * 3072 * 256
+    small = temporary(10**6)
+    assert small["reducing gradients"] == 3 * 4 * 10**6
+    assert small["backward of the embedding"] == 4 * 10**6 + max(8 * 10**6, 3 * 4 * 3072 * 256)
+    assert temporary(10**6, "cuda")["reducing gradients"] == 2 * 4 * 10**6
+
+
+def test_weights_are_gathered_by_several_data_ranks_alone():
+    def names(stage, data_size, device_type="cpu"):
+        found = moments(run_config(stage), data_size=data_size, vocab_size=VOCAB, device_type=device_type)
+        return [moment.name for moment in found]
+
+    assert "gathering weights" in names(1, 2) and "gathering weights" in names(2, 2)
+    assert not any("gathering weights" in found for found in (names(1, 1), names(3, 2), names(1, 2, "cuda")))
+    alone, shared = (moments(run_config(3), data_size=size, vocab_size=VOCAB)[0].temporary for size in (1, 2))
+    elements = 3072 * 256 + 64 * 256 + 4 * (12 * 256**2 + 13 * 256) + 2 * 256
+    # Whole weights, and the buffer they came in.
+    assert shared - alone == 2 * 4 * elements

@@ -60,9 +60,10 @@ def test_every_recompute_setting_is_shown_and_the_chosen_one_marked():
 
 
 def test_predicted_beside_measured():
-    predicted = Moment("optimizer step", 2**30, 2**30, 0, 0, 0)
-    line = memory_comparison(predicted, 2**31 + 2**30, "cuda")
+    predicted = Moment("optimizer step", 2**30, 2**30, 0, 0, 0, 0)
+    line = memory_comparison(predicted, 2**31 + 2**30, 2**32)
     assert "predicted 2.00 GiB (optimizer step), measured 3.00 GiB" in line and "67%" in line
+    assert line.endswith("4.00 GiB")
 
 
 def test_human_units():

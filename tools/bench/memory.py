@@ -1,0 +1,179 @@
+#!/usr/bin/env python
+"""The predicted memory peak of a rank beside the measured one, over layouts, stages, precisions and shapes.
+
+Each case is a short run of the trainer over mock data, in processes of its own, forked from one that has
+imported the libraries. CPU alone: on a GPU the end of any run says the same.
+
+    python tools/bench/memory.py --output results.json
+    python tools/bench/memory.py --only "gpt2 zero=1 dp=2" "llama zero=3 bf16"
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+VOCABULARY = 8000
+GPT2 = {"num_layers": 4, "hidden_size": 384, "num_attention_heads": 6, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+LLAMA = GPT2 | {
+    "normalization": "RMSNorm", "position_embedding_type": "rope", "swiglu": True, "add_bias_linear": False,
+    "num_query_groups": 2, "untie_embeddings_and_output_weights": True,
+}  # fmt: skip
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
+SIZES = {"narrow": {"hidden_size": 192}, "wide": {"hidden_size": 1024, "num_attention_heads": 16}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A run: a family, ZeRO stage and data size, then what differs from a small fp32 run without recompute."""
+
+    family: str
+    zero: int
+    dp: int = 1
+    tp: int = 1
+    bf16: bool = False
+    recompute: bool = False
+    """Full recompute, over twice the batch."""
+    size: str = ""
+
+    @property
+    def name(self) -> str:
+        words = [self.family, self.size, f"zero={self.zero}"]
+        words += [f"{axis}=2" for axis in ("dp", "tp") if getattr(self, axis) > 1]
+        return " ".join([*filter(None, words), *(word for word in ("bf16", "recompute") if getattr(self, word))])
+
+    def sections(self, steps: int) -> dict[str, dict[str, Any]]:
+        """The run's configuration."""
+        micro_batch = 8 if self.recompute else 4
+        training = {"micro_batch_size": micro_batch, "global_batch_size": 2 * micro_batch * self.dp}
+        if self.recompute:
+            training["recompute_granularity"] = "full"
+        return {
+            "model": FAMILIES[self.family] | SIZES.get(self.size, {}) | {"vocab_size": VOCABULARY},
+            "parallel": {"zero_stage": self.zero, "tensor_model_parallel_size": self.tp},
+            "precision": {"bf16": self.bf16},
+            "data": {"mock_data": True, "seq_length": 128},
+            "training": training | {"train_iters": steps, "eval_interval": 0},
+        }
+
+
+def cases() -> Iterator[Case]:
+    """All that are measured."""
+    for family, zero, (dp, tp), bf16 in itertools.product(FAMILIES, range(4), ((1, 1), (2, 1), (1, 2)), (False, True)):
+        if zero or not bf16:
+            yield Case(family, zero, dp, tp, bf16)
+    for family, zero in itertools.product(FAMILIES, range(4)):
+        yield Case(family, zero, recompute=True)
+    for family, zero, size in itertools.product(FAMILIES, range(4), SIZES):
+        yield Case(family, zero, size=size)
+
+
+def as_rank(case: Case, steps: int, rank: int, store: Path) -> dict[str, Any]:
+    """Train on this rank, and tell its peak."""
+    from torch import distributed as dist
+
+    from megatron_lite.config import sources
+    from megatron_lite.config.run import RunConfig
+    from megatron_lite.parallel.launch import StopRequest
+    from megatron_lite.parallel.mesh_shape import MeshShape
+    from megatron_lite.parallel.process_mesh import ProcessMesh
+    from megatron_lite.train.dry_run import planned_peak
+    from megatron_lite.train.start import train_on
+
+    size = case.dp * case.tp
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
+    mesh = ProcessMesh.create(MeshShape.of_world(size, tensor=case.tp))
+    run = train_on(mesh, sources.override(RunConfig(), case.sections(steps)), StopRequest(), "")
+    planned, peak = planned_peak(run.config, mesh.size("data"), "cpu"), run.memory.peak()
+    return {
+        "predicted": planned.total,
+        "moment": planned.name,
+        "measured": peak.in_use,
+        "process": peak.process,
+        "parts": {part: value for part, value in dataclasses.asdict(planned).items() if part != "name"},
+    }
+
+
+def measure(case: Case, steps: int) -> dict[str, Any]:
+    """What the rank with the highest peak tells. Raises SystemExit with the log of a rank that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = {}
+        for rank in range(case.dp * case.tp):
+            if (process := os.fork()) == 0:
+                _be_rank(case, steps, rank, Path(folder))
+            ranks[process] = rank
+        failed = [rank for process, rank in ranks.items() if os.waitpid(process, 0)[1]]
+        if failed:
+            raise SystemExit(f"{case.name}: rank {failed[0]} failed\n{Path(folder, f'log-{failed[0]}').read_text()}")
+        told = [json.loads(Path(folder, f"rank-{rank}.json").read_text()) for rank in ranks.values()]
+    return max(told, key=lambda found: found["measured"])
+
+
+def _be_rank(case: Case, steps: int, rank: int, folder: Path) -> None:
+    code = 1
+    with contextlib.suppress(BaseException):
+        log = os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        try:
+            found = as_rank(case, steps, rank, folder / "store")
+            (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+            code = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+    # No farewell: what this process was forked from is not its to close.
+    os._exit(code)
+
+
+def main() -> None:
+    every = {case.name: case for case in cases()}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=every, metavar="CASE", help="cases by name; default: all")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each run; the peak in use is that of the first two")
+    parser.add_argument("--list", action="store_true", help="print the names of all cases")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    options = parser.parse_args()
+    if options.list:
+        print("\n".join(every))
+        return
+    import torch
+
+    from megatron_lite.config.run import RunConfig
+    from megatron_lite.monitor.versions import versions
+    from megatron_lite.train.engine import load_libraries
+
+    torch.set_num_threads(1)
+    load_libraries(RunConfig())
+    found = {}
+    print(f"{'case':36}{'predicted':>11}{'measured':>10} MiB {'ratio':>6}{'process':>9} MiB")
+    for name in options.only or every:
+        case = found[name] = measure(every[name], options.steps)
+        case["ratio"] = round(case["predicted"] / case["measured"], 3)
+        predicted, measured, process = (case[part] / 2**20 for part in ("predicted", "measured", "process"))
+        print(f"{name:36}{predicted:11.1f}{measured:10.1f} {case['ratio']:10.3f}{process:9.1f}     {case['moment']}", flush=True)
+    if options.output:
+        record = {
+            "benchmark": "memory",
+            "device": f"CPU {platform.machine().replace('_', '-')}, {os.cpu_count()} cores",
+            "cases": found,
+            "versions": versions(),
+        }
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
