@@ -1,10 +1,12 @@
 """Every row of the table of Megatron's flags does what it says, and the documentation is the table."""
 
 import dataclasses
+import functools
 import typing
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_lite import log
 from megatron_lite.config import cli, sources
@@ -116,20 +118,38 @@ def test_same(row: Flag, said):
     assert said == []
 
 
+@functools.cache
+def all_different() -> str:
+    """A configuration file, as text, in which every field has another value than its default."""
+    document: dict[str, dict] = {}
+    for field, section in sources.section_of().items():
+        words = example(field)
+        value = (not DEFAULTS[field]) if sources.field_types()[section][field] is bool else " ".join(words)
+        document.setdefault(section, {})[field] = value
+    return yaml.safe_dump(document)
+
+
+def test_every_field_can_differ_from_its_default():
+    values = sources.values_of(sources.override(RunConfig(), sources.parse(all_different(), "all")))
+    assert [name for name, value in values.items() if value == DEFAULTS[name]] == []
+
+
 @rows("mapped")
-def test_mapped(row: Flag, said):
+def test_mapped(row: Flag, said, tmp_path):
+    """From the defaults and from their opposite, so that a flag which asks for a default is seen to do so."""
     target = field_name(row.becomes[0])
     field = target if target in DEFAULTS else target.removeprefix("no_")
     plain = next(iter(row.values), None) or " ".join(example(field))
     given = () if row.takes == 0 else (plain,)
+    (tmp_path / "all.yaml").write_text(all_different())
+    other = ("--config", str(tmp_path / "all.yaml"))
+    before, after = load(*other), load(*other, row.name, *given)
     changed = load(row.name, *given)
     assert field in DEFAULTS and said == []
-    differing = {name for name, value in changed.items() if value != DEFAULTS[name]}
-    asks_for_the_default = "--use-distributed-optimizer --openai-gelu --optimizer --normalization".split()
-    if row.name in (*asks_for_the_default, "--disable-mem-efficient-ln"):
-        assert differing == set()
-    else:
-        assert differing == {field}
+    assert changed[field] == after[field], "what it sets does not depend on what was there"
+    for base, result in ((DEFAULTS, changed), (before, after)):
+        assert {name for name, value in result.items() if value != base[name]} <= {field}
+    assert changed[field] != DEFAULTS[field] or after[field] != before[field], "it sets something"
     for old, new in row.values.items():
         assert str(load(row.name, old)[field]) == new
     for value in row.refused_values:
