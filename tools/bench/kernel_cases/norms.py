@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -59,6 +60,8 @@ def norms(setting: Setting) -> Iterator[Case]:
             yield setting.case(name, 2, **forward)
         gradient = {who: backward(function, arguments, dy) for who, function in everyone.items()}
         yield setting.case(f"{name}_backward", 3, **gradient)
+        lean = backward(functools.partial(ours, memory_efficient=True), arguments, dy)
+        yield setting.case(f"{name}_backward_from_output", 3, ours=lean, torch=gradient["torch"])
     for name, ours, theirs, arguments in (
         ("residual_layer_norm", residual_layer_norm, torch_residual_layer, [x, residual, weight, bias]),
         ("residual_rms_norm", residual_rms_norm, torch_residual_rms, [x, residual, weight]),
