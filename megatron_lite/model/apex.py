@@ -28,7 +28,8 @@ def nvidia_apex_norms(device_type: str) -> ModuleType:
     if PathFinder.find_spec("apex.normalization", package.submodule_search_locations) is None:
         raise KernelError(
             f"--norm-backend apex: {package.origin} is not NVIDIA's apex, which has apex.normalization, but another "
-            f"project of that name (pip install apex gives a web toolkit): pip uninstall apex, then {_BUILD}; {_INSTEAD}."
+            f"project of that name (pip install apex gives a web toolkit): pip uninstall apex, then {_BUILD}; "
+            f"{_INSTEAD}."
         )
     if importlib.util.find_spec("fused_layer_norm_cuda") is None:
         raise KernelError(

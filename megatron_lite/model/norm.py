@@ -64,7 +64,7 @@ class Norm(nn.Module):
         return normal if residual is None else (normal, total)
 
     def _refuse_zeros(self) -> None:
-        """Once, at the first step: to look halts a GPU. A weight that becomes 0 later gives a NaN, which stops the run."""
+        """Once, at the first step: to look halts a GPU. A weight that is 0 later gives a NaN, which stops the run."""
         self._divides_by_weight = False
         zeros = 0 if self.weight.is_meta else self.weight.numel() - int(self.weight.count_nonzero())
         if zeros:
