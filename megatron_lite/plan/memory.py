@@ -32,10 +32,10 @@ GATHERED_PARAMETERS = 10**9
 """Elements stage 3 keeps gathered at most (DeepSpeed's `stage3_max_live_parameters`)."""
 PREFETCHED_PARAMETERS = 50_000_000
 """Elements stage 3 gathers at once (DeepSpeed's `stage3_prefetch_bucket_size`)."""
-LIBRARIES_BYTES = {"cpu": 16 * 2**20, "cuda": 32 * 2**20}
-"""What libraries take for themselves once training runs, measured. On a CPU: MKL's packed matrices (1 to 20 MiB, by
-their shapes), oneDNN's compiled products (15 MiB in bf16), send buffers of gloo (2 MiB). On a GPU: what cuBLAS takes
-from torch's allocator, on Hopper."""
+LIBRARIES_BYTES = {"cpu": 12 * 2**20, "cuda": 32 * 2**20}
+"""What libraries take for themselves once training runs, measured. On a CPU 10 to 25 MiB: matrices that MKL packs,
+products that oneDNN compiles (in bf16), send buffers of gloo, Python's own objects. On a GPU what cuBLAS takes from
+torch's allocator, on Hopper."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,8 @@ def moments(
         state=plan_state(config, elements, coded, data_size),
     )
     activations = plan_activations(config, vocab_size=vocab_size, device_type=device_type, granularity=granularity)
-    held = [rank.in_backward(point) for point in _backward(config, activations, shapes, rank.width)]
+    held = list(rank.in_forward(activations.kept - activations.head))
+    held += [rank.in_backward(point) for point in _backward(config, activations, shapes, rank.width)]
     return [
         Moment(
             name,
@@ -173,12 +174,18 @@ class _Rank:
     """Elements of a bucket that take memory."""
     state: State
 
+    def in_forward(self, alive: int) -> Iterator[_Held]:
+        if self.stage == 3 and self.data_size > 1:
+            # The buffer that whole weights came in goes when the last of them has been used.
+            arrived = self.width * min(self.elements, PREFETCHED_PARAMETERS)
+            yield "forward of the layers", self.state.gradients, alive, self._bucket + self._gathered + arrived
+
     def in_backward(self, point: _Point) -> _Held:
         share = point.made / self.elements
         reduces = point.made >= self.filled
         gradients, temporary = self.state.gradients, point.temporary
         if self.stage >= 2:
-            temporary = max(temporary, self._reduction if reduces else 0)
+            temporary += self._reduction if reduces else 0
         if self.stage == 0 and not self.accumulates:
             gradients = int(gradients * share)
         elif self.stage == 2:
@@ -204,10 +211,8 @@ class _Rank:
 
     @property
     def _gathered(self) -> int:
-        """Bytes of whole weights in stage 3, and of the buffer they came in."""
-        if self.data_size == 1:
-            return 0
-        return self.width * (min(self.elements, GATHERED_PARAMETERS) + min(self.elements, PREFETCHED_PARAMETERS))
+        """Bytes of whole weights in stage 3, which one rank alone has as they are."""
+        return self.width * min(self.elements, GATHERED_PARAMETERS) if self.data_size > 1 else 0
 
     def after_backward(self) -> Iterator[_Held]:
         gradients, part = self.state.gradients, FP32 * -(-self.elements // self.data_size)

@@ -113,7 +113,7 @@ def test_stage_3_reduces_a_full_bucket_within_backward_or_what_there_is_at_the_e
     assert whole["backward of the embedding"] == 4 * elements + 3 * 4 * 3072 * 256
     small = temporary(10**6)
     assert small["reducing gradients"] == 3 * 4 * 10**6
-    assert small["backward of the embedding"] == 4 * 10**6 + max(8 * 10**6, 3 * 4 * 3072 * 256)
+    assert small["backward of the embedding"] == 4 * 10**6 + 8 * 10**6 + 3 * 4 * 3072 * 256
     assert temporary(10**6, "cuda")["reducing gradients"] == 2 * 4 * 10**6
 
 
@@ -124,7 +124,9 @@ def test_weights_are_gathered_by_several_data_ranks_alone():
 
     assert "gathering weights" in names(1, 2) and "gathering weights" in names(2, 2)
     assert not any("gathering weights" in found for found in (names(1, 1), names(3, 2), names(1, 2, "cuda")))
-    alone, shared = (moments(run_config(3), data_size=size, vocab_size=VOCAB)[0].temporary for size in (1, 2))
+    alone, shared = ({m.name: m for m in moments(run_config(3), data_size=size, vocab_size=VOCAB)} for size in (1, 2))
     elements = 3072 * 256 + 64 * 256 + 4 * (12 * 256**2 + 13 * 256) + 2 * 256
-    # Whole weights, and the buffer they came in.
-    assert shared - alone == 2 * 4 * elements
+    head = "backward of the output layer"
+    assert shared[head].temporary - alone[head].temporary == 4 * elements
+    # The bucket, whole weights, and the buffer they came in.
+    assert shared["forward of the layers"].temporary == 3 * 4 * elements and "forward of the layers" not in alone
