@@ -97,8 +97,8 @@ def at_layout(config: RunConfig, options: LaunchOptions, me: Launch) -> tuple[Ru
         tensor = layout.shape.tensor
         mend = f"write tp={tensor},dp={given // tensor}" if given % tensor == 0 else "change one of them"
         raise ConfigError(
-            f"--layout {options.layout} is {ranks} ranks = {tensor} x {layout.shape.data}, but --world-size is {given}; "
-            f"{mend}, or leave --world-size out."
+            f"--layout {options.layout} is {ranks} ranks = {tensor} x {layout.shape.data}, but --world-size is "
+            f"{given}; {mend}, or leave --world-size out."
         )
     parallel = {"tensor_model_parallel_size": layout.shape.tensor, "zero_stage": layout.zero}
     for name, value in parallel.items():

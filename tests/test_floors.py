@@ -101,7 +101,8 @@ def test_the_environment_is_read_where_ranks_start_and_kernels_are_compiled(path
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_nothing_is_pickled(path):
     """Pickle runs what it reads; torch.load, torch.save and the object collectives are pickle too."""
-    assert not {m.split(".")[0] for m in imports(path)} & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    banned = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    assert not {module.split(".")[0] for module in imports(path)} & banned
     calls = [
         f"{name(path)}:{node.lineno} {dotted(node)}"
         for node in ast.walk(tree(path))

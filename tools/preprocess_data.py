@@ -116,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             PreprocessOptions,
             sys.argv[1:] if argv is None else argv,
             prog="preprocess_data.py",
-            description="Turn text into the token sets that training reads. Flags are Megatron's; dashes and underscores "
-            "are alike.",
+            description="Turn text into the token sets that training reads. Flags are Megatron's; dashes and "
+            "underscores are alike.",
         )
         if problems := options.problems():
             raise ConfigError(problems)

@@ -59,7 +59,9 @@ def load(
 
 
 def read_tensor(folder: str | os.PathLike[str], name: str) -> torch.Tensor:
-    """One whole tensor of a checkpoint, on the CPU, in its stored dtype; fp32 of 8-bit codes. Raises CheckpointError."""
+    """One whole tensor of a checkpoint, on the CPU, in its stored dtype; of 8-bit codes in fp32.
+
+    Raises CheckpointError."""
     manifest = read_manifest(folder)
     if name not in manifest.tensors:
         raise CheckpointError(f"{folder} holds no tensor {name!r}; it holds {_some(manifest.tensors)}")

@@ -94,8 +94,9 @@ _AT_LEAST = {
         "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size "
         "max_position_embeddings vocab_size make_vocab_size_divisible_by tensor_model_parallel_size "
         "loss_scale_window hysteresis min_loss_scale lr_decay_iters lr_decay_samples seq_length sample_stride "
-        "micro_batch_size global_batch_size gradient_accumulation_steps train_iters train_samples train_tokens recompute_num_layers eval_iters "
-        "early_stopping_patience exit_interval save_interval keep_last log_interval log_histograms_interval"
+        "micro_batch_size global_batch_size gradient_accumulation_steps train_iters train_samples train_tokens "
+        "recompute_num_layers eval_iters early_stopping_patience exit_interval save_interval keep_last log_interval "
+        "log_histograms_interval"
     ),
     0: (
         "init_method_std z_loss min_lr lr_warmup_iters lr_warmup_samples lr_warmup_init weight_decay clip_grad "
@@ -153,7 +154,8 @@ def _heads(config: RunConfig, world_size: int) -> Iterator[str]:
             even = max(2, rotated - rotated % 2)
             yield (
                 f"Rotary embedding turns pairs, but rotary_percent={model.rotary_percent:g} of head size "
-                f"{model.head_dim} is {rotated}; choose a rotary_percent of {even / model.head_dim:g} or another head size."
+                f"{model.head_dim} is {rotated}; choose a rotary_percent of {even / model.head_dim:g} or another head "
+                "size."
             )
 
 
@@ -211,8 +213,8 @@ def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"global_batch_size={batch} is not a multiple of {sum_text}; choose {_multiples_around(batch, unit)}."
     elif steps is not None and batch != unit * steps:
         yield (
-            f"global_batch_size={batch} contradicts gradient_accumulation_steps={steps}: micro_batch_size x data size x "
-            f"steps = {training.micro_batch_size} x {data_size} x {steps} = {unit * steps}; leave one out, or give "
+            f"global_batch_size={batch} contradicts gradient_accumulation_steps={steps}: micro_batch_size x data size "
+            f"x steps = {training.micro_batch_size} x {data_size} x {steps} = {unit * steps}; leave one out, or give "
             f"gradient_accumulation_steps={batch // unit}."
         )
     if training.rampup_batch_size is None:
@@ -243,7 +245,10 @@ def _run_length(config: RunConfig, world_size: int) -> Iterator[str]:
         flags = one_of(f"--{name.replace('_', '-')}" for name in names)
         if given:
             values = " and ".join(f"{name}={getattr(config.training, name)}" for name in given)
-            yield f"The length of the run is given {len(given)} times, {values}; give one of {flags}, or samples and tokens, of which the shorter counts."
+            yield (
+                f"The length of the run is given {len(given)} times, {values}; give one of {flags}, or samples and "
+                "tokens, of which the shorter counts."
+            )
         else:
             yield f"The length of the run is not given; give one of {flags}."
 

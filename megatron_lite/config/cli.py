@@ -39,8 +39,8 @@ class LaunchOptions:
         if not self.dry_run:
             given = [name for name in ("world_size", "layout", "device") if getattr(self, name) is not None]
             found += [
-                f"{command_line.flag_name(name)} goes with --dry-run; a run takes the ranks and devices that are started, and "
-                "its layout from --tensor-model-parallel-size and --zero-stage."
+                f"{command_line.flag_name(name)} goes with --dry-run; a run takes the ranks and devices that are "
+                "started, and its layout from --tensor-model-parallel-size and --zero-stage."
                 for name in given
             ]
         if self.world_size is not None and self.world_size < 1:

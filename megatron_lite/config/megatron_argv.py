@@ -132,7 +132,8 @@ class _Rewriting:
             return str(-(-int(item.values[0]) // int(self.seq_length)))
         except (ValueError, ZeroDivisionError):
             self.problems.append(
-                f"{item.text} cannot be turned into samples of seq_length={self.seq_length}; give whole numbers above 0."
+                f"{item.text} cannot be turned into samples of seq_length={self.seq_length}; give whole numbers above "
+                "0."
             )
             return "0"
 

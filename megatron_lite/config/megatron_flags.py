@@ -277,7 +277,8 @@ _OPTIMIZER = [
     ),
     *_refused(
         "--use-precision-aware-optimizer --main-grads-dtype --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype",
-        f"masters and gradients are fp32; so is optimizer state, or 8 bits by --optimizer adamw8bit; others are {_LATER}",
+        "masters and gradients are fp32; so is optimizer state, or 8 bits by --optimizer adamw8bit; others are "
+        f"{_LATER}",
     ),
 ]
 
@@ -291,8 +292,8 @@ _DATA = [
         "--tokenizer-type {}",
         1,
         "preprocessing under the name `Llama2Tokenizer` begins each document with BOS, as Megatron does; Megatron's "
-        "`HuggingFaceTokenizer` also adds what the tokenizer's post-processor adds (`--prepend-bos` here), and its plain "
-        "`SentencePieceTokenizer` ends documents with an <EOD> of its own behind the model's pieces (here </s>)",
+        "`HuggingFaceTokenizer` also adds what the tokenizer's post-processor adds (`--prepend-bos` here), and its "
+        "plain `SentencePieceTokenizer` ends documents with an <EOD> of its own behind the model's pieces (here </s>)",
         values={
             "TikTokenizer": "TiktokenTokenizer",
             "GPTSentencePieceTokenizer": "SentencePieceTokenizer",

@@ -33,7 +33,7 @@ class TrainingConfig:
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: none, the attention core, or whole layers."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """Full: every layer, in groups of recompute_num_layers ("uniform"), or only the first recompute_num_layers ("block")."""
+    """Full: every layer, in groups of recompute_num_layers ("uniform"), or the first recompute_num_layers ("block")."""
     recompute_num_layers: int = 1
     """Layers of a group or block."""
     eval_interval: int = 1000

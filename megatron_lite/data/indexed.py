@@ -148,8 +148,8 @@ class IndexedReader:
         if end != len(self._bin):
             what = "is truncated" if len(self._bin) < end else "has bytes no sequence covers"
             raise DataError(
-                f"{self._bin_path}: size is {len(self._bin):,} bytes and the lengths in {self._idx_path.name} add up to "
-                f"{end:,}; the file {what}, or the two are not of one set. Copy or make both again."
+                f"{self._bin_path}: size is {len(self._bin):,} bytes and the lengths in {self._idx_path.name} add up "
+                f"to {end:,}; the file {what}, or the two are not of one set. Copy or make both again."
             )
 
     def _check_documents(self) -> None:

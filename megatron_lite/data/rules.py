@@ -48,8 +48,8 @@ def problems(config: RunConfig) -> list[str]:
     found += _said_by(parse_skip_ranges, config.training.skip_samples)
     if data.sample_stride is not None and data.sample_stride > data.seq_length:
         found.append(
-            f"sample_stride={data.sample_stride} is above seq_length={data.seq_length}, so tokens between samples would "
-            f"never be read; choose 1 to {data.seq_length}."
+            f"sample_stride={data.sample_stride} is above seq_length={data.seq_length}, so tokens between samples "
+            f"would never be read; choose 1 to {data.seq_length}."
         )
     return found
 

@@ -270,6 +270,7 @@ def _no_sample(windows: TokenWindows, split: str) -> DataError:
     way_out = "; to train without validation, set eval_interval to 0" if split == "valid" else ""
     return DataError(
         f"{windows.reader.prefix} holds no {split} sample: {split} gets {last - first:,} of its "
-        f"{windows.reader.num_documents:,} documents, with {windows.num_tokens:,} tokens, and one sample is seq_length + 1 "
-        f"= {windows.seq_length + 1:,}. Add documents, give {split} a larger share in split, or shorten seq_length{way_out}."
+        f"{windows.reader.num_documents:,} documents, with {windows.num_tokens:,} tokens, and one sample is seq_length "
+        f"+ 1 = {windows.seq_length + 1:,}. Add documents, give {split} a larger share in split, or shorten "
+        f"seq_length{way_out}."
     )

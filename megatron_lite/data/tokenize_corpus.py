@@ -180,8 +180,8 @@ def _checked_tokenizer(job: CorpusJob) -> tuple[Tokenizer, int]:
         )
     if tokenizer.template and not job.prepend_bos:
         log.note(
-            f"this {tokenizer.kind} would put {' '.join(tokenizer.template)} around a text, as Megatron lets it; documents "
-            "are written without, --prepend-bos begins each with its begin-of-text token"
+            f"this {tokenizer.kind} would put {' '.join(tokenizer.template)} around a text, as Megatron lets it; "
+            "documents are written without, --prepend-bos begins each with its begin-of-text token"
         )
     if job.vocab_size is not None and job.vocab_size < tokenizer.vocab_size:
         raise TokenizerError(

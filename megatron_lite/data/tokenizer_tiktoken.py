@@ -75,7 +75,8 @@ class TiktokenTokenizer(Tokenizer):
             self._library = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
         except ValueError as error:
             raise TokenizerError(
-                f"--tiktoken-pattern {pattern!r} is neither one of {', '.join(PATTERNS)} nor a regular expression: {error}"
+                f"--tiktoken-pattern {pattern!r} is neither one of {', '.join(PATTERNS)} nor a regular expression: "
+                f"{error}"
             ) from None
         self._ranks, self._token_of, self._pattern, self._offset = ranks, token_of, pattern, offset
         super().__init__(max([*token_of, *specials.values()]) + 1, specials, {})

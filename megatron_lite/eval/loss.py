@@ -70,9 +70,9 @@ def score(
 ) -> Score:
     """The score of a passage, equal on all ranks: every token but the first is predicted once.
 
-    Windows of `seq_length` tokens start every `stride`, by default one behind the other; a shorter stride gives each token more context and costs more passes. Batches are shared
-    out over the data ranks. `on_batch` is told (batches done, all batches) of this rank. Raises
-    NonFiniteError for a loss that is not finite.
+    Windows of `seq_length` tokens start every `stride`, by default one behind the other; a shorter stride gives
+    each token more context and costs more passes. Batches are shared out over the data ranks. `on_batch` is told
+    (batches done, all batches) of this rank. Raises NonFiniteError for a loss that is not finite.
     """
     windows = Windows(passage.num_tokens, seq_length, seq_length if stride is None else stride)
     starts = range(0, len(windows), batch_size)

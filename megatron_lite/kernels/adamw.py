@@ -29,9 +29,9 @@ def adamw(
     parameters: fp32, bf16 or fp16, contiguous, all on one device; a 16-bit one is updated in fp32 and rounded once.
     gradients: of the parameters' shapes, any strides, fp32, bf16 or fp16. first_moments, second_moments: fp32 of
     the parameters' shapes, contiguous, zeros before the first step. step: from 1. A NaN or infinity of a gradient
-    reaches its own element's parameter and moments, no other. No gradient flows through it. Raises TypeError for a dtype,
-    ValueError for a shape, a device, strides or a number that will not do. Loshchilov and Hutter 2019; the same update
-    as torch.optim.AdamW.
+    reaches its own element's parameter and moments, no other. No gradient flows through it. Raises TypeError for a
+    dtype, ValueError for a shape, a device, strides or a number that will not do. Loshchilov and Hutter 2019; the same
+    update as torch.optim.AdamW.
     """
     check_rule("adamw", step, lr, betas, epsilon, weight_decay)
     check_tensors("adamw", parameters, gradients)
@@ -110,8 +110,8 @@ def check_state(
 def _check_contiguous(operation: str, name: str, tensor: torch.Tensor) -> None:
     if not tensor.is_contiguous():
         raise ValueError(
-            f"{operation}: {name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}; what is updated in place "
-            "must be contiguous"
+            f"{operation}: {name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}; what is updated in "
+            "place must be contiguous"
         )
 
 

@@ -14,7 +14,7 @@ from megatron_lite.kernels.quantize_blockwise import dequantize_blockwise, keep_
 
 
 class State8bit(NamedTuple):
-    """The moments of one parameter: 2 bytes an element and 8 a block of 256, `quantize_blockwise`'s codes and absmax."""
+    """The moments of one parameter, `quantize_blockwise`'s codes and absmax: 2 bytes an element, 8 a block of 256."""
 
     first_codes: torch.Tensor
     """uint8 in the parameter's shape, by the signed map."""

@@ -35,5 +35,6 @@ def check_same_shape(operation: str, input: torch.Tensor, **others: torch.Tensor
     for name, tensor in others.items():
         if tensor.shape != input.shape:
             raise ValueError(
-                f"{operation}: {name} has shape {tuple(tensor.shape)} and input {tuple(input.shape)}; they must be equal"
+                f"{operation}: {name} has shape {tuple(tensor.shape)} and input {tuple(input.shape)}; they must be "
+                "equal"
             )

@@ -102,7 +102,8 @@ def _ninja_file(library: Library, target: Path) -> str:
         lines += [
             f"rule compile{index}",
             # What the compiler says stays beside the object, also when a later build skips it.
-            f"  command = {command(unit.command)} -MD -MF $out.d -c $in -o $out >$out.log 2>&1 || (cat $out.log; exit 1)",
+            f"  command = {command(unit.command)} -MD -MF $out.d -c $in -o $out "
+            ">$out.log 2>&1 || (cat $out.log; exit 1)",
             "  deps = gcc",
             "  depfile = $out.d",
             f"build {quoted(unit.object)}: compile{index} {quoted(unit.source)}",

@@ -129,7 +129,8 @@ def header() -> str:
             "",
             _array("kUnsignedMap", list(UNSIGNED)),
             "",
-            "// The smallest magnitude that is more than i steps from 0: of positive values at i, of negative at 128 + i.",
+            "// The smallest magnitude that is more than i steps from 0: of positive values at i, of negative at "
+            "128 + i.",
             _array("kSignedSteps", steps),
             "",
             _array("kUnsignedSteps", [*thresholds(UNSIGNED), 2.0]),

@@ -23,10 +23,10 @@ def layer_norm(
     whatever the number of threads. A NaN or an infinity makes its row NaN. Raises TypeError for a dtype and
     ValueError for a shape or device that will not do. Ba, Kiros and Hinton 2016.
 
-    With `memory_efficient` the output is kept for the gradient instead of the input (apex's option): nothing more, where
-    the next layer keeps it anyway. The normalised value is then (output - bias) / weight, and off by the output's
-    rounding: by half a digit of |value| + |bias / weight|. That is as good as any other rounding while no weight is much
-    smaller than its bias; a weight of 0 makes the gradients NaN, never a wrong number.
+    With `memory_efficient` the output is kept for the gradient instead of the input (apex's option): nothing more,
+    where the next layer keeps it anyway. The normalised value is then (output - bias) / weight, and off by the
+    output's rounding: by half a digit of |value| + |bias / weight|. That is as good as any other rounding while no
+    weight is much smaller than its bias; a weight of 0 makes the gradients NaN, never a wrong number.
     """
     check_like("layer_norm", input, weight=weight, bias=bias)
     check_last_dim("layer_norm", input, weight=weight, bias=bias)

@@ -14,9 +14,9 @@ def quantize_blockwise(input: torch.Tensor, *, signed: bool) -> tuple[torch.Tens
 
     input: any shape and strides, fp32, bf16 or fp16; read as contiguous and cut into blocks of 256. signed: which map
     of code_maps.py; without it what is below 0 gets the code of 0. Gives codes, uint8 in the input's shape, and
-    absmax, fp32 [blocks]. Codes are exactly the nearest of input / absmax in fp32; a tie goes to the larger value. A NaN
-    or infinity makes all of its block dequantise to NaN. No gradient. Raises TypeError for a dtype. Dettmers et al.
-    2022.
+    absmax, fp32 [blocks]. Codes are exactly the nearest of input / absmax in fp32; a tie goes to the larger value. A
+    NaN or infinity makes all of its block dequantise to NaN. No gradient. Raises TypeError for a dtype. Dettmers et
+    al. 2022.
     """
     if input.dtype not in DTYPES:
         raise TypeError(f"quantize_blockwise: input is {input.dtype}; float32, bfloat16 and float16 are possible")

@@ -19,9 +19,10 @@ def rms_norm(
     torch. Raises TypeError for a dtype and ValueError for a shape or device that will not do. Zhang and
     Sennrich 2019.
 
-    With `memory_efficient` the output is kept for the gradient instead of the input (apex's option): nothing more, where
-    the next layer keeps it anyway. The normalised value is then output / weight, off by half a digit of itself, however
-    small the weight, as long as the output is no denormal; a weight of 0 makes the gradients NaN, never a wrong number.
+    With `memory_efficient` the output is kept for the gradient instead of the input (apex's option): nothing more,
+    where the next layer keeps it anyway. The normalised value is then output / weight, off by half a digit of
+    itself, however small the weight, as long as the output is no denormal; a weight of 0 makes the gradients NaN,
+    never a wrong number.
     """
     check_like("rms_norm", input, weight=weight)
     check_last_dim("rms_norm", input, weight=weight)

@@ -37,10 +37,11 @@ class MemoryMeter:
     """Bytes in use on `device`, and the growth of their peak beyond what was there when this meter was made.
 
     Made before the model is built, `peak` is what the run itself took, without the interpreter and
-    the libraries loaded by then, and from `begin` on, without what building and loading took. glibc's malloc keeps freed blocks of up to 32 MiB, in all a tenth to a quarter
-    of what is in use, and cannot be asked for a peak. So it is told to keep none until the second step is
-    over: to that moment the highest anonymous memory is the highest memory in use. From then on
-    blocks are kept, since fetching them anew costs a tenth of a step's time.
+    the libraries loaded by then, and from `begin` on, without what building and loading took. glibc's
+    malloc keeps freed blocks of up to 32 MiB, in all a tenth to a quarter of what is in use, and
+    cannot be asked for a peak. So it is told to keep none until the second step is over: to that
+    moment the highest anonymous memory is the highest memory in use. From then on blocks are kept,
+    since fetching them anew costs a tenth of a step's time.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):

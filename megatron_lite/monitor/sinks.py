@@ -108,8 +108,8 @@ def _open_files(config: LoggingConfig, folder: Path, resume_step: int, settings:
             sinks.append(TensorBoardSink(events, resume_step))
         except OSError as error:
             raise UserError(
-                f"TensorBoard events cannot be written to {events} ({error}); choose another folder by --tensorboard-dir, "
-                "or none"
+                f"TensorBoard events cannot be written to {events} ({error}); choose another folder by "
+                "--tensorboard-dir, or none"
             ) from None
         except ImportError:
             log.once("tensorboard is not installed: metrics.jsonl alone is written (pip install tensorboard)")

@@ -52,8 +52,8 @@ class Schedule:
             return None
         last = self.learning_rate(total_iterations - 1, total_samples * (total_iterations - 1) // total_iterations)
         return (
-            f"the warm-up is {self.warmup:,.0f} {self.unit} and the run {total:,}: the learning rate ends at {last:.3g} "
-            f"and never reaches its peak; shorten the warm-up or lengthen the run"
+            f"the warm-up is {self.warmup:,.0f} {self.unit} and the run {total:,}: the learning rate ends at "
+            f"{last:.3g} and never reaches its peak; shorten the warm-up or lengthen the run"
         )
 
     def _vaswani(self, step: int) -> float:

@@ -59,7 +59,7 @@ def check_settings(folder: Path, manifest: Manifest, model: ModelConfig, *, fine
 
 
 def _computation(model: ModelConfig) -> dict[str, Any]:
-    """The settings that decide what a model computes from its weights; defaults filled in, those without effect left out."""
+    """The settings that decide what a model computes from its weights: defaults filled in, idle ones left out."""
     chosen = {
         **dataclasses.asdict(model),
         "num_query_groups": model.kv_heads,

@@ -11,7 +11,7 @@ from megatron_lite.errors import EXIT_DONE, EXIT_ERROR, HangError, LostRankError
 from megatron_lite.monitor import exit_file
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.report import memory_comparison
-from megatron_lite.train.loop import Run
+from megatron_lite.train.loop import EARLY_STOPPING, Run
 
 #: What gloo, nccl and torch's store say when the other end did not answer in time, or is gone.
 _TIMED_OUT = ("Timed out waiting", "caused pair closure", "collective operation timeout", "wait timeout after")
@@ -22,7 +22,7 @@ _OF_THIS_RANK = ("ncclUnhandledCudaError", "ncclInvalidUsage", "ncclInvalidArgum
 
 def tell_end(run: Run, reason: str, command: str) -> None:
     """Say how a run went that is done, or was stopped by request with its state saved."""
-    how = _how_to_go_on(run, command)
+    how = _how_to_go_on(run, command, stopped_early=reason == EARLY_STOPPING)
     if run.mesh.global_rank == 0:
         _leave(run.run_dir, reason.replace(" ", "_"), EXIT_DONE, run.progress.step, how, "")
     peak = run.memory.peak()
@@ -67,7 +67,7 @@ def explained(error: Exception, rank: int) -> Exception:
     return error
 
 
-def _how_to_go_on(run: Run, command: str) -> str:
+def _how_to_go_on(run: Run, command: str, stopped_early: bool = False) -> str:
     is_kept = run.keeper.root is None or run.keeper.saved_step == run.progress.step
     if run.progress.step >= run.plan.total_iterations and is_kept:
         return "the run is complete"
@@ -75,12 +75,15 @@ def _how_to_go_on(run: Run, command: str) -> str:
         return "nothing was saved (no --save folder), so the run starts again from step 0"
     if run.keeper.saved_step is None:
         return f"no checkpoint was saved, so the same command starts again from step 0: {command}"
-    step, options = run.keeper.saved_step, run.config.checkpoint
+    options, changes = run.config.checkpoint, []
     if options.resume == "never":
         # Given again as it is, the command would refuse the folder, or empty it.
-        keep = " --no-overwrite" if options.overwrite else ""
-        return f"the same command, but for --resume, goes on from step {step}: {command} --resume auto{keep}"
-    return f"the same command goes on from step {step}: {command}"
+        changes.append(" but for --resume,")
+        command += " --resume auto" + (" --no-overwrite" if options.overwrite else "")
+    if stopped_early:
+        changes.append(" with a larger --early-stopping-patience,")
+    comma = "," if changes else ""
+    return f"the same command{comma}{''.join(changes)} goes on from step {run.keeper.saved_step}: {command}"
 
 
 def _leave(run_dir: Path | None, cause: str, code: int, step: int | None, how: str, message: str) -> None:

@@ -464,7 +464,8 @@ def _import_deepspeed():
         import deepspeed
     except ImportError as error:
         raise ConfigError(
-            f"ZeRO needs deepspeed, which cannot be imported ({error}); `pip install deepspeed`, or --zero-stage 0 in fp32"
+            f"ZeRO needs deepspeed, which cannot be imported ({error}); `pip install deepspeed`, or --zero-stage 0 in "
+            "fp32"
         ) from None
     deepspeed.utils.logging.logger.setLevel(logging.WARNING)
     # DeepSpeed insists on the variable, also where no launcher set it; this rank's device is set already.

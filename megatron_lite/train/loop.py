@@ -28,6 +28,9 @@ from megatron_lite.train.progress import Progress
 from megatron_lite.train.reading import read
 from megatron_lite.train.step import StepResult, raise_non_finite, train_step, validate
 
+EARLY_STOPPING = "early stopping"
+"""The reason to stop that holds still when a run is started again."""
+
 
 @dataclasses.dataclass
 class Run:
@@ -93,7 +96,7 @@ def _early_stop(run: Run) -> str | None:
         f"no better validation loss than {progress.best_valid_loss:.4f} (step {progress.best_step}) in "
         f"{progress.validations_without_better} validations (--early-stopping-patience {patience}): stopping"
     )
-    return "early stopping"
+    return EARLY_STOPPING
 
 
 def _save(run: Run, *, is_best: bool = False, is_last: bool = False) -> None:

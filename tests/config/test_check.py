@@ -141,8 +141,8 @@ def test_a_sound_configuration_has_no_problems():
         (
             {"global_batch_size": 32, "micro_batch_size": 2, "gradient_accumulation_steps": 2},
             4,
-            "global_batch_size=32 contradicts gradient_accumulation_steps=2: micro_batch_size x data size x steps = 2 x "
-            "4 x 2 = 16; leave one out, or give gradient_accumulation_steps=4.",
+            "global_batch_size=32 contradicts gradient_accumulation_steps=2: micro_batch_size x data size x steps = 2 "
+            "x 4 x 2 = 16; leave one out, or give gradient_accumulation_steps=4.",
         ),
         ({"min_lr": 1e-3, "lr": 1e-4}, 1, "min_lr=0.001 is above lr=0.0001; give a min_lr of at most lr."),
         (

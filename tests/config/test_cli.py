@@ -62,8 +62,9 @@ def test_a_value_of_a_wrong_type_is_an_error_that_names_it(words, capfd):
 
 def test_a_switch_given_a_value_says_how_to_write_it():
     for words in ("--bf16 true", "--no-bf16 true"):
-        with pytest.raises(ConfigError, match=r"^--bf16 takes no value, but 'true' was given; write --bf16 or --no-bf16\.$"):
+        with pytest.raises(ConfigError) as caught:
             load(words)
+        assert str(caught.value) == "--bf16 takes no value, but 'true' was given; write --bf16 or --no-bf16."
     with pytest.raises(ConfigError, match="--no-lr is not a known flag"):
         load("--no-lr")
 

@@ -78,7 +78,8 @@ def test_values_are_read_by_the_type_of_their_field():
     overrides = sources.parse(
         "optimizer: {lr: 1e-4, lr_decay_iters: 1e3, clip_grad: 1}\n"
         "data: {split: 100}\n"
-        "training: {skip_samples: [10:20, 30:40], rampup_batch_size: 16 16 300, train_iters: 1_000, global_batch_size: ~}\n",
+        "training: {skip_samples: [10:20, 30:40], rampup_batch_size: 16 16 300, train_iters: 1_000, global_batch_size: "
+        "~}\n",
         "text",
     )
     assert overrides["optimizer"] == {"lr": 1e-4, "lr_decay_iters": 1000, "clip_grad": 1.0}

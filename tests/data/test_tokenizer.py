@@ -376,10 +376,12 @@ def test_missing_package_is_said(monkeypatch, sources):
 
 def test_no_torch(sources):
     """Tokenizing needs neither torch nor transformers."""
+    chosen = (sources[name] for name in ("bpe", "sentencepiece", "byte"))
+    light = [(config.tokenizer_type, config.tokenizer_model) for config in chosen]
     code = (
         "import sys; from megatron_lite.config.data import DataConfig\n"
         "from megatron_lite.data.tokenizer import build_tokenizer\n"
-        f"for kind, model in {[(c.tokenizer_type, c.tokenizer_model) for n, c in sources.items() if n in ('bpe', 'sentencepiece', 'byte')]}:\n"
+        f"for kind, model in {light}:\n"
         "    build_tokenizer(DataConfig(tokenizer_type=kind, tokenizer_model=model)).encode('x')\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )

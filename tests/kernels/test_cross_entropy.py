@@ -1,4 +1,4 @@
-"""Cross-entropy's statistics and gradient: as exact as torch's, joined from parts, blind to padding and to the ignored."""
+"""Cross-entropy's statistics and gradient: as exact as torch's, joined from parts, blind to padding and the ignored."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Rotary embedding: exact, equal to transformers' LLaMA and GPT-J, whatever the strides; its own inverse and gradient."""
+"""Rotary embedding: exact, equal to transformers' LLaMA and GPT-J at any strides; its own inverse and gradient."""
 
 import math
 

@@ -40,7 +40,7 @@ def test_layout_line():
     layout = parse_layout("tp=2, dp=4,zero=3")
     assert layout.shape == MeshShape(data=4, tensor=2) and layout.zero == 3 and layout.schedule == "1F1B"
     for bad in ("tp=0", "tq=2", "tp", "zero=4", "tp=2,tp=4"):
-        with pytest.raises(ConfigError, match="--layout (has|.* twice)"):
+        with pytest.raises(ConfigError, match=r"--layout (has|.* twice)"):
             parse_layout(bad)
 
 

@@ -169,7 +169,8 @@ def test_8_bit_state_is_not_deepspeeds_to_move():
     for offload in ({"device": "cpu", "ratio": 0.5}, {"device": "cpu", "super_offload": True}):
         merged({"zero_optimization": {"offload_optimizer": offload}}, zero_stage=3)
         last = list(offload)[-1]
-        assert f"offload_optimizer.{last} does not go with --optimizer adamw8bit" in text({"offload_optimizer": offload})
+        told = text({"offload_optimizer": offload})
+        assert f"offload_optimizer.{last} does not go with --optimizer adamw8bit" in told
     assert "zenflow" in text({"zenflow": {"topk_ratio": 0.1}})
     merged({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, zero_stage=3, optimizer="adamw8bit")
 

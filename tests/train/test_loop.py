@@ -74,7 +74,9 @@ def test_early_stopping_keeps_the_best_checkpoint(tmp_path):
         (folder / "exit.json").unlink()
         run_on_ranks(_train, 1, sources.override(config, {"training": {"early_stopping_patience": patience}}))
         assert _records(folder)[-1]["step"] == last
-        assert json.loads((folder / "exit.json").read_text())["cause"] == "early_stopping"
+        told = json.loads((folder / "exit.json").read_text())
+        assert told["cause"] == "early_stopping"
+        assert f"with a larger --early-stopping-patience, goes on from step {last}" in told["how_to_go_on"]
     progress = read_manifest(folder / f"step-{best + 6:08d}").state["progress"]
     assert progress["best_step"] == best and progress["best_valid_loss"] == losses[best]
 

@@ -142,7 +142,7 @@ def main() -> None:
     every = {case.name: case for case in cases()}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=every, metavar="CASE", help="cases by name; default: all")
-    parser.add_argument("--steps", type=int, default=4, help="steps of each run; the peak in use is that of the first two")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each run; the first two have the peak")
     parser.add_argument("--list", action="store_true", help="print the names of all cases")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
@@ -163,7 +163,8 @@ def main() -> None:
         case = found[name] = measure(every[name], options.steps)
         case["ratio"] = round(case["predicted"] / case["measured"], 3)
         predicted, measured, process = (case[part] / 2**20 for part in ("predicted", "measured", "process"))
-        print(f"{name:36}{predicted:11.1f}{measured:10.1f} {case['ratio']:10.3f}{process:9.1f}     {case['moment']}", flush=True)
+        line = f"{name:36}{predicted:11.1f}{measured:10.1f} {case['ratio']:10.3f}{process:9.1f}     {case['moment']}"
+        print(line, flush=True)
     if options.output:
         record = {
             "benchmark": "memory",
