@@ -32,7 +32,7 @@ GATHERED_PARAMETERS = 10**9
 """Elements stage 3 keeps gathered at most (DeepSpeed's `stage3_max_live_parameters`)."""
 PREFETCHED_PARAMETERS = 50_000_000
 """Elements stage 3 gathers at once (DeepSpeed's `stage3_prefetch_bucket_size`)."""
-LIBRARIES_BYTES = {"cpu": 12 * 2**20, "cuda": 32 * 2**20}
+LIBRARIES_BYTES = {"cpu": 14 * 2**20, "cuda": 32 * 2**20}
 """What libraries take for themselves once training runs, measured. On a CPU 10 to 25 MiB: matrices that MKL packs,
 products that oneDNN compiles (in bf16), send buffers of gloo, Python's own objects. On a GPU what cuBLAS takes from
 torch's allocator, on Hopper."""
