@@ -38,9 +38,11 @@ METRICS: dict[str, Metric] = {
     "tokens_per_second": Metric("tokens/s", "tokens of the step over all ranks per second"),
     "model_tflops": Metric("TFLOP/s", "model FLOPs per second of one rank; recompute and padding not counted"),
     "mfu": Metric("", "model_tflops over the dense peak of the device; absent where the peak is not known"),
-    "memory_allocated": Metric("bytes", "memory of live tensors on rank 0's device; on a CPU the resident set"),
+    "memory_allocated": Metric(
+        "bytes", "memory of live tensors on rank 0's device; on a CPU of the whole process, without mapped files"
+    ),
     "memory_reserved": Metric(
-        "bytes", "memory held by torch's allocator on rank 0's device; on a CPU its highest resident set"
+        "bytes", "memory held by torch's allocator on rank 0's device; on a CPU the highest memory_allocated"
     ),
     "valid_loss": Metric("nats a token", "loss on the validation split, dropout off"),
     "valid_perplexity": Metric("", "exp(valid_loss)"),
