@@ -30,6 +30,13 @@ def load(device: str) -> bool:
 
     Where they cannot be had, the reference in plain torch runs and the log says why, once.
     """
+    loaded = _try_to_load(device)
+    if not loaded and available(device):
+        log.once(f"kernels on {device}: plain torch is used, since {_reasons[device]}")
+    return loaded
+
+
+def _try_to_load(device: str) -> bool:
     with _lock:
         if device not in _libraries and device not in _reasons:
             try:
@@ -38,8 +45,6 @@ def load(device: str) -> bool:
                 _libraries[device] = path
             except (KernelError, OSError) as error:
                 _reasons[device] = str(error)
-                if available(device):
-                    log.once(f"kernels on {device}: plain torch is used, since {error}")
         return device in _libraries
 
 
@@ -124,7 +129,7 @@ def _architectures() -> tuple[str, ...]:
 
 def require_native(device: str) -> None:
     """Raise KernelError unless the native kernels for a device type are loaded (--require-native-kernels)."""
-    if not load(device):
+    if not _try_to_load(device):
         raise KernelError(
             f"--require-native-kernels: the kernels for {device} are not native, since {_reasons[device]}"
         )

@@ -88,9 +88,8 @@ def prepare_kernels(config: RunConfig, mesh: ProcessMesh) -> None:
             nvidia_apex_norms(device)
 
     together(mesh, prepare)
-    log.note(
-        f"kernels: {extension.summary(device)}; norms {kernels.norm_backend}, attention {kernels.attention_backend}"
-    )
+    backends = f"--norm-backend {kernels.norm_backend}, --attention-backend {kernels.attention_backend}"
+    log.note(f"kernels: {extension.summary(device)}; {backends}")
 
 
 def build_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int) -> GPT:

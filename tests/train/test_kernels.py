@@ -38,15 +38,18 @@ def _prepare(forgone_by: int | None, require: bool, backend: str) -> tuple[str, 
 
 def test_rank_0_says_what_the_kernels_are():
     (first, _), (second, _) = run_on_ranks(_prepare, 2, None, True, "native")
-    assert re.search(r"kernels: native \(cpu (baseline|avx2|avx512), 1 thread\); norms native, attention auto\n", first)
+    assert re.search(
+        r"kernels: native \(cpu (baseline|avx2|avx512), 1 thread\); --norm-backend native, --attention-backend auto\n",
+        first,
+    )
     assert second == ""
     ((said, error),) = run_on_ranks(_prepare, 1, 0, False, "native")
     assert "kernels: plain torch (cpu)" in said and error == ""
 
 
 def test_a_gap_on_one_rank_stops_all():
-    for _, error in run_on_ranks(_prepare, 2, 1, True, "native"):
-        assert "rank 1" in error and "kernels for cpu are not native, since the test says so" in error
+    for said, error in run_on_ranks(_prepare, 2, 1, True, "native"):
+        assert said == "" and "rank 1" in error and "kernels for cpu are not native, since the test says so" in error
     for _, error in run_on_ranks(_prepare, 2, None, False, "apex"):
         assert "--norm-backend apex" in error and "leave --norm-backend at native" in error
 
