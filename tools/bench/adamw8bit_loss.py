@@ -56,9 +56,7 @@ def main() -> int:
             measure: results[name][measure] / results["adamw"][measure] for measure in ("last_losses", "heldout_loss")
         }
         results[name]["over_32_bits"] = of_32_bits
-        print(
-            f"{name:26} {of_32_bits['last_losses']:.5f} x adamw's loss, held out {of_32_bits['heldout_loss']:.5f} x"
-        )
+        print(f"{name:26} {of_32_bits['last_losses']:.5f} x adamw's loss, held out {of_32_bits['heldout_loss']:.5f} x")
     if options.output:
         about = {"machine": platform.machine(), "torch": metadata.version("torch"), "steps": options.steps}
         about["averaged_over_last"] = LAST
