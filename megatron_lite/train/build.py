@@ -25,11 +25,11 @@ from megatron_lite.optim.build import build_optimizer
 from megatron_lite.optim.groups import default_rules, parameter_groups
 from megatron_lite.parallel import launch
 from megatron_lite.parallel.mesh_shape import MeshShape
-from megatron_lite.parallel.pipeline.partition import whole_model
 from megatron_lite.parallel.pipeline.rules import pipeline_plan
 from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.recompute import Recompute
+from megatron_lite.plan.parameters import parameter_shapes
 from megatron_lite.plan.stages import plan_stages
 from megatron_lite.train import deepspeed_config
 from megatron_lite.train.backward import SharedWeight
@@ -133,9 +133,6 @@ def build_pipeline(config: RunConfig, model: GPT, mesh: ProcessMesh) -> Pipeline
 
 
 def _empty_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int) -> GPT:
-    stages, placement = whole_model(config.model.num_layers), (0,)
-    if mesh.size("pipe") > 1:
-        stages, placement = plan_stages(config, vocab_size), pipeline_plan(config).placement
     return GPT(
         config.model,
         mesh,
@@ -148,8 +145,8 @@ def _empty_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int) -> GPT:
             config.training.recompute_method,
             config.training.recompute_num_layers,
         ),
-        stages=stages,
-        placement=placement,
+        stages=plan_stages(config, vocab_size),
+        placement=pipeline_plan(config).placement,
         device=mesh.device,
     )
 
@@ -160,7 +157,10 @@ def build_engine(config: RunConfig, model: GPT, mesh: ProcessMesh) -> Engine:
     if problems:
         with alike():
             raise ConfigError(problems)
-    groups = parameter_groups(model.named_parameters(), default_rules(config.optimizer))
+    whole = parameter_shapes(config.model, vocab_size=model.vocabulary.vocab_size, seq_length=config.data.seq_length)
+    groups = parameter_groups(
+        model.named_parameters(), default_rules(config.optimizer), elsewhere=[shape.name for shape in whole]
+    )
     optimizer = build_optimizer(config.optimizer, groups)
     names = config.optimizer.slots
     stage = config.effective_zero_stage

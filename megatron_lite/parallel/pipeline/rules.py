@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron_lite.config.check import divisors, one_of
+from megatron_lite.config.check import divisors, one_of, out_of_range
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.parallel.pipeline.partition import folded, looped, parse_pipeline_layout
@@ -103,7 +103,7 @@ def _virtual_stages(config: RunConfig) -> int | None:
         told["num_virtual_stages_per_pipeline_rank"] = parallel.num_virtual_stages_per_pipeline_rank
     if length is not None:
         if layers % (pipe * length):
-            legal = [n for n in divisors(layers // pipe)] if layers % pipe == 0 else []
+            legal = divisors(layers // pipe) if layers % pipe == 0 else []
             mend = f"choose {one_of(legal)}" if legal else "give num_virtual_stages_per_pipeline_rank instead"
             raise ConfigError(
                 f"num_layers_per_virtual_pipeline_stage={length} x pipeline_model_parallel_size={pipe} does not divide "
@@ -150,6 +150,8 @@ def _read_csv(path: str, pipe: int) -> PipelinePlan:
             done.add((stage, action[2], micro_batch))
     if sorted(where) != list(range(len(where))) or set(where.values()) != set(range(pipe)):
         raise ConfigError(f"pipeline_schedule={path} has stages {sorted(where)}; number them from 0, at least one a row.")
+    if where[0] != 0:
+        raise ConfigError(f"pipeline_schedule={path} has stage 0 in row {where[0] + 1}; it belongs in the first.")
     count = 1 + max(micro_batch for _, _, micro_batch in done)
     for stage in where:
         for micro_batch in range(count):
@@ -166,7 +168,7 @@ def _read_csv(path: str, pipe: int) -> PipelinePlan:
 def problems(config: RunConfig, world_size: int) -> list[str]:
     """What keeps a configuration's pipeline from running, one sentence each."""
     parallel = config.parallel
-    if parallel.pipeline_model_parallel_size < 1 or world_size % parallel.model_parallel_size:
+    if out_of_range(config) or world_size % parallel.model_parallel_size:
         return []
     if parallel.pipeline_model_parallel_size == 1:
         return list(_without_effect(config))
@@ -174,7 +176,7 @@ def problems(config: RunConfig, world_size: int) -> list[str]:
         plan = pipeline_plan(config)
     except ConfigError as error:
         return error.problems
-    return [*_stage_problems(config, plan), *_zero_problems(config, plan), *_batch_problems(config, plan, world_size)]
+    return [*stage_problems(config), *_zero_problems(config, plan), *_batch_problems(config, plan, world_size)]
 
 
 def _without_effect(config: RunConfig) -> Iterator[str]:
@@ -187,7 +189,9 @@ def _without_effect(config: RunConfig) -> Iterator[str]:
             yield f"{name}={value} needs a pipeline; give --pipeline-model-parallel-size 2 or more, or leave it out."
 
 
-def _stage_problems(config: RunConfig, plan: PipelinePlan) -> Iterator[str]:
+def stage_problems(config: RunConfig) -> Iterator[str]:
+    """What keeps a model from being cut into the stages of a pipeline that `pipeline_plan` takes."""
+    plan = pipeline_plan(config)
     layers, layout = config.model.num_layers, config.parallel.pipeline_model_parallel_layout
     if layout is not None:
         stages = len(parse_pipeline_layout(layout, layers))
