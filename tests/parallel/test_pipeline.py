@@ -126,6 +126,7 @@ def test_the_schedule_follows_the_flags(parallel, name, stages):
         ({"pipeline_schedule": "ZBVZeroBubble", "zero": 3}, "choose --zero-stage 2, or"),
         ({"num_virtual_stages_per_pipeline_rank": 2, "batch": 9}, "a global_batch_size of 12"),
         ({"pipeline_schedule": "DualPipeV", "batch": 4}, "takes at least its 8 stages; choose a global_batch_size of 8"),
+        ({"batch": 3}, "takes at least its 4 stages; choose a global_batch_size of 4"),
         ({"pipeline_model_parallel_size": 1, "pipeline_schedule": "GPipe"}, "needs a pipeline"),
         ({"pipeline_schedule": "absent.csv"}, "cannot be read"),
     ],

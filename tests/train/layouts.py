@@ -131,7 +131,7 @@ def _run(case: Case) -> Outcome:
         curve.append((result.loss, result.outcome.grad_norm))
         if step == 0:
             # After one step from zero, Adam's first moment is (1 - beta1) x the clipped gradient.
-            first_moment = {"adamw": "exp_avg/", "sgd": "momentum_buffer/"}[case.optimizer]
+            first_moment = "momentum_buffer/" if case.optimizer == "sgd" else "exp_avg/"
             gradients = [
                 (p.name.removeprefix(first_moment), p.global_shape, p.global_start, p.tensor.clone())
                 for p in engine.pieces()

@@ -19,7 +19,7 @@ CASES = {
         Case(pipe=2, layers=4, schedule="ZBVZeroBubble", micro_batches=4, zero=2, llama=True),
         Case(pipe=2, layers=4, schedule="DualPipeV", micro_batches=4, zero=0),
         # One micro-batch, fewer than stages; and layers laid out by hand, unevenly, a stage without any.
-        Case(pipe=2, layers=4, micro_batches=1, zero=3),
+        Case(pipe=2, layers=4, schedule="GPipe", micro_batches=1, zero=3),
         Case(pipe=2, layers=4, virtual=2, pipeline_layout="Ett||t|tL", micro_batches=2, zero=1, llama=True),
         Case(pipe=2, layers=4, micro_batches=4, zero=1, recompute="full", loss_chunk_size=20),
         Case(pipe=2, layers=4, schedule="ZBVZeroBubble", micro_batches=4, zero=1, recompute="selective"),
@@ -42,7 +42,7 @@ CASES = {
     8: [
         Case(pipe=2, tensor=2, data=2, layers=4, virtual=2, micro_batches=2, zero=3, llama=True),
         Case(pipe=2, tensor=2, data=2, layers=4, sequence_parallel=True, micro_batches=2, zero=1),
-        Case(pipe=4, data=2, layers=4, micro_batches=2, zero=2),
+        Case(pipe=4, data=2, layers=4, schedule="InterleavedZeroBubble", micro_batches=2, zero=2),
     ],
 }
 

@@ -238,6 +238,6 @@ def _micro_batch_problem(plan: PipelinePlan, pipe: int, count: int) -> tuple[str
     name = plan.schedule.name
     if name.startswith("Interleaved") and count % max(1, count // pipe):
         return f"takes a multiple of its {pipe} ranks", -(-count // pipe) * pipe
-    if name == "DualPipeV" and count < plan.stages:
+    if name in ("1F1B", "DualPipeV") and count < plan.stages:
         return f"takes at least its {plan.stages} stages", plan.stages
     return None
