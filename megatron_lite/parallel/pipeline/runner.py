@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
+from torch.distributed.pipelining.stage import _RecvInfo
 
 from megatron_lite.parallel.pipeline.rules import PipelinePlan
 from megatron_lite.parallel.process_mesh import ProcessMesh
@@ -117,10 +119,52 @@ class Pipeline:
 
 
 class _Stage(PipelineStage):
-    """A stage that tells of the gradients of weights that torch writes to `.grad` by itself."""
+    """A stage as torch has it, but for two things.
+
+    It tells of the gradients of weights that torch writes to `.grad` by itself. And what it receives has memory from
+    the order to receive it until it is used, not one buffer for each micro-batch of a step for good.
+    """
 
     take_gradients: TakeGradients
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._make_buffers(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if not self.is_last:
+            self._make_buffers(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments, **options):
+        output = super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
+        _drop_buffers(self.args_recv_info[fwd_chunk_id])
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments, **options) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
+        _drop_buffers(self.grad_recv_info[bwd_chunk_id])
+
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        super()._setup_forward_recv_info(num_microbatches, has_backward)
+        for infos in self.args_recv_info.values():
+            _drop_buffers(infos)
+
+    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
+        super()._setup_backward_recv_info(num_microbatches)
+        for infos in self.grad_recv_info.values():
+            _drop_buffers(infos)
+
+    def _make_buffers(self, infos: Sequence[_RecvInfo]) -> None:
+        for info in infos:
+            if not info.is_root_arg:
+                info.buffer = torch.empty(info.tensor_meta.shape, dtype=info.tensor_meta.dtype, device=self.device)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self.take_gradients(self.submod.parameters())
+
+
+def _drop_buffers(infos: Sequence[_RecvInfo]) -> None:
+    for info in infos:
+        info.buffer = None
