@@ -36,7 +36,7 @@ def dry_run_report(
     is the size of the training set where it is known. `world_size` is a multiple of the tensor size.
     """
     tensor = config.parallel.tensor_model_parallel_size
-    data_size = world_size // tensor
+    data_size = world_size // config.parallel.model_parallel_size
     memory = {"data_size": data_size, "device_type": device_type, "reduce_bucket_size": reduce_bucket_size}
     return [
         *_settings(config),

@@ -37,8 +37,8 @@ LAYOUTS = {
         Case(1, 2, 1, optimizer="adamw8bit", llama=True),
         Case(1, 2, 2, optimizer="adamw8bit", dtype="bf16"),
         Case(1, 2, 3, optimizer="adamw8bit"),
-        Case(pipe=2, zero=1),
-        Case(pipe=2, zero=3, llama=True, dtype="bf16"),
+        Case(pipe=2, schedule="GPipe", zero=1),
+        Case(pipe=2, schedule="LoopedBFS", zero=3, llama=True, dtype="bf16"),
         Case(pipe=2, layers=4, schedule="ZBVZeroBubble", zero=2),
     ],
 }

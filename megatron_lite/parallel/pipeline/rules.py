@@ -54,6 +54,8 @@ class PipelinePlan:
     """The file that the schedule is read from."""
     micro_batches: int | None = None
     """How many micro-batches a step must have, where the file says so."""
+    most_in_flight: tuple[int, ...] | None = None
+    """Stages times micro-batches that each rank of the file holds at once, at most."""
 
     @property
     def stages(self) -> int:
@@ -135,7 +137,9 @@ def _read_csv(path: str, pipe: int) -> PipelinePlan:
     where: dict[int, int] = {}
     kinds: set[str] = set()
     done: set[tuple[int, str, int]] = set()
+    in_flight = [0] * pipe
     for rank, row in enumerate(rows):
+        now = 0
         for cell in filter(None, map(str.strip, row)):
             action = _ACTION.fullmatch(cell)
             if action is None:
@@ -148,6 +152,8 @@ def _read_csv(path: str, pipe: int) -> PipelinePlan:
                 raise ConfigError(f"pipeline_schedule={path} has stage {stage} in rows {where[stage] + 1} and {rank + 1}.")
             kinds.add(action[2])
             done.add((stage, action[2], micro_batch))
+            now += {"F": 1, "I": 0, "B": -1, "W": -1}[action[2]]
+            in_flight[rank] = max(in_flight[rank], now)
     if sorted(where) != list(range(len(where))) or set(where.values()) != set(range(pipe)):
         raise ConfigError(f"pipeline_schedule={path} has stages {sorted(where)}; number them from 0, at least one a row.")
     if where[0] != 0:
@@ -162,7 +168,7 @@ def _read_csv(path: str, pipe: int) -> PipelinePlan:
                     "and B, or F, I and W, in every stage."
                 )
     placement = tuple(where[stage] for stage in sorted(where))
-    return PipelinePlan(Schedule(path, splits_backward="W" in kinds), placement, path, count)
+    return PipelinePlan(Schedule(path, splits_backward="W" in kinds), placement, path, count, tuple(in_flight))
 
 
 def problems(config: RunConfig, world_size: int) -> list[str]:
