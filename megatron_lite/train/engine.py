@@ -267,6 +267,9 @@ class ZeroEngine(Engine):
         )
         super().__init__(module, mesh, wrapped.optimizer, slots, shared)
         self.forward = self._deepspeed
+        if mesh.size("pipe") > 1:
+            # ZeRO 3 would compare the order of layers of all ranks, to fetch ahead in it.
+            self.forward = module.forward
         self.scales_loss = deepspeed_config["fp16"]["enabled"]
         self._zero = wrapped
         self.stage = int(self._deepspeed.zero_optimization_stage())
