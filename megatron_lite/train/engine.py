@@ -7,10 +7,8 @@ The one file that imports deepspeed, and only when a ZeRO stage is asked for. An
             backward(engine.forward(micro_batch) / target_tokens)
     outcome = engine.step(learning_rate)
 
-(with `engine.scheduled_gradients()` around the schedule of a pipeline, which calls backward by itself)
-
 where the loss divided by `target_tokens` is this rank's share of the mean over the whole global batch: the
-engine sums over data ranks, it does not average.
+engine sums over data ranks, it does not average. `scheduled_gradients` is for schedules that call backward themselves.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ from megatron_lite.errors import ConfigError
 from megatron_lite.optim.gradient_norm import clip_factor, sum_of_squares
 from megatron_lite.optim.state import allocate_state, set_step_count, slot_part, step_count
 from megatron_lite.parallel.collectives import all_reduce
-from megatron_lite.parallel.layout import Fragment, ParameterLayout
+from megatron_lite.parallel.layout import ParameterLayout
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.memory import REPLICA_BUCKET_BYTES
 from megatron_lite.train.backward import Backward, ScheduledBackward, SharedWeight
@@ -166,7 +164,7 @@ class Engine:
 class ReplicaEngine(Engine):
     """ZeRO 0 in fp32: every data rank holds all state; gradients are summed in one pass at the step."""
 
-    def __init__(self, module, mesh: ProcessMesh, optimizer, slots, clip_grad: float, shared: SharedWeight | None = None):
+    def __init__(self, module, mesh: ProcessMesh, optimizer, slots, clip_grad, shared: SharedWeight | None = None):
         super().__init__(module, mesh, optimizer, slots, shared)
         self._clip_grad = clip_grad
         self._allocate_state((p, group) for group in optimizer.param_groups for p in group["params"])
