@@ -97,12 +97,12 @@ def tell_changes(folder: Path, manifest: Manifest, data: DataConfig, facts: dict
 
 
 def stored_rows(
-    folder: Path, manifest: Manifest, rows: Mapping[str, int], *, positions_may_grow: bool
+    folder: Path, manifest: Manifest, model_rows: Mapping[str, int], *, positions_may_grow: bool
 ) -> dict[str, int]:
     """Parameter name -> rows that the checkpoint holds, of the parameters that have more here; said in the log.
 
-    `model_rows` are `GPT.rows`. Every rank gets the same. Raises CheckpointError where rows would be lost, and where positions would
-    grow and may not.
+    `model_rows` are `GPT.rows`. Every rank gets the same. Raises CheckpointError where rows would be lost, and where
+    positions would grow and may not.
     """
     grown: dict[str, int] = {}
     for name, here in model_rows.items():
