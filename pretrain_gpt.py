@@ -14,7 +14,8 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.data import rules
 from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.parallel.launch import Launch, command_line, likely_device
-from megatron_lite.parallel.mesh_shape import DEFAULT_SCHEDULE, parse_layout
+from megatron_lite.parallel.mesh_shape import parse_layout
+from megatron_lite.parallel.pipeline import rules as pipeline_rules
 from megatron_lite.train import deepspeed_config
 
 
@@ -51,6 +52,7 @@ def problems(config: RunConfig, world_size: int) -> list[str]:
     return [
         *check.problems(config, world_size),
         *rules.problems(config),
+        *pipeline_rules.problems(config, world_size),
         *deepspeed_config.problems(config, world_size),
     ]
 
@@ -81,26 +83,27 @@ def at_layout(config: RunConfig, options: LaunchOptions, me: Launch) -> tuple[Ru
     if options.layout is None:
         return config, options.world_size or me.world_size
     layout = parse_layout(options.layout)
-    others = {
-        "pp": layout.shape.pipe,
-        "vpp": layout.virtual_stages,
-        "cp": layout.shape.context,
-        "ep": layout.shape.expert,
-    }
+    others = {"cp": layout.shape.context, "ep": layout.shape.expert}
     refused = [f"{axis}={size}" for axis, size in others.items() if size > 1]
-    if layout.schedule != DEFAULT_SCHEDULE:
-        refused.append(f"schedule={layout.schedule}")
     if refused:
         raise ConfigError(f"--layout has {', '.join(refused)}, which is not in this version; leave it out.")
     ranks, given = layout.shape.world_size, options.world_size
     if given not in (None, ranks):
-        tensor = layout.shape.tensor
-        mend = f"write tp={tensor},dp={given // tensor}" if given % tensor == 0 else "change one of them"
+        shape, model = layout.shape, layout.shape.size("tensor", "pipe")
+        sizes = [f"tp={shape.tensor}", *([f"pp={shape.pipe}"] if shape.pipe > 1 else []), f"dp={given // model}"]
+        mend = f"write {','.join(sizes)}" if given % model == 0 else "change one of them"
+        factors = " x ".join(str(size) for size in (shape.tensor, shape.pipe, shape.data) if size > 1)
         raise ConfigError(
-            f"--layout {options.layout} is {ranks} ranks = {tensor} x {layout.shape.data}, but --world-size is "
-            f"{given}; {mend}, or leave --world-size out."
+            f"--layout {options.layout} is {ranks} ranks = {factors}, but --world-size is {given}; {mend}, or leave "
+            "--world-size out."
         )
-    parallel = {"tensor_model_parallel_size": layout.shape.tensor, "zero_stage": layout.zero}
+    parallel = {
+        "tensor_model_parallel_size": layout.shape.tensor,
+        "pipeline_model_parallel_size": layout.shape.pipe,
+        "num_virtual_stages_per_pipeline_rank": layout.virtual_stages if layout.virtual_stages > 1 else None,
+        "pipeline_schedule": layout.schedule,
+        "zero_stage": layout.zero,
+    }
     for name, value in parallel.items():
         if (asked := getattr(config.parallel, name)) not in (value, getattr(ParallelConfig(), name)):
             log.note(f"--layout plans {name}={value}, not the {asked} of the configuration")

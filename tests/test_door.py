@@ -73,11 +73,11 @@ def test_each_node_says_an_error_once_and_help_is_said_once_of_all(local_rank, s
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([*PLAN, "--layout", "tp=2,pp=4"], "pp=4, which is not in this version"),
+        ([*PLAN, "--layout", "tp=2,cp=4"], "cp=4, which is not in this version"),
         ([*PLAN, "--layout", "tq=2"], "write it as tp=2"),
         ([*PLAN[1:], "--layout", "tp=2"], "--layout goes with --dry-run"),
-        ([*PLAN, "--layout", "tp=2,schedule=banana"], "schedule=banana, which is not in this version"),
-        ([*PLAN, "--layout", "tp=2", "--world-size", "8"], "2 ranks = 2 x 1, but --world-size is 8; write tp=2,dp=4"),
+        ([*PLAN, "--layout", "pp=2,schedule=banana"], "pipeline_schedule=banana is not known; choose GPipe, 1F1B, Int"),
+        ([*PLAN, "--layout", "tp=2", "--world-size", "8"], "2 ranks = 2, but --world-size is 8; write tp=2,dp=4"),
         ([*PLAN, "--world-size", "-2"], "--world-size -2 is too small"),
         ([*PLAN, "--world-size", "0"], "--world-size 0 is too small"),
         ([*PLAN[1:], "--world-size", "2"], "--world-size goes with --dry-run"),

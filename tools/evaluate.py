@@ -128,6 +128,7 @@ def _evaluate(command: _CommandLine) -> None:
         opening.load,
         ckpt_step=opening.ckpt_step,
         tensor_size=opening.tensor_model_parallel_size,
+        pipe_size=opening.pipeline_model_parallel_size,
         dtype=opening.dtype,
         overrides=opening.overrides,
     )

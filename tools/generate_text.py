@@ -125,6 +125,7 @@ class _Session:
             opening.load,
             ckpt_step=opening.ckpt_step,
             tensor_size=opening.tensor_model_parallel_size,
+            pipe_size=opening.pipeline_model_parallel_size,
             dtype=opening.dtype,
             overrides=opening.overrides,
         )

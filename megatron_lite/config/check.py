@@ -17,11 +17,11 @@ def problems(config: RunConfig, world_size: int) -> list[str]:
     found = list(out_of_range.values())
     checks = {
         _heads: ("hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "rotary_percent"),
-        tensor_problems: ("tensor_model_parallel_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
+        tensor_problems: (*_SHARING, "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
         _lengths: ("seq_length", "max_position_embeddings", "tensor_model_parallel_size"),
         _recompute: ("recompute_num_layers", "num_layers"),
         _batch: (
-            "tensor_model_parallel_size",
+            *_SHARING,
             "micro_batch_size",
             "global_batch_size",
             "gradient_accumulation_steps",
@@ -39,6 +39,9 @@ def problems(config: RunConfig, world_size: int) -> list[str]:
     return found
 
 
+_SHARING = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+
+
 def out_of_range(config: RunConfig) -> set[str]:
     """Names of fields whose number is outside its range: nothing can be derived from those."""
     return set(dict(_ranges(config)))
@@ -54,6 +57,8 @@ def notices(config: RunConfig) -> list[str]:
         found.append(f"--deepspeed_config {parallel.deepspeed_config} has no effect at --zero-stage 0 in fp32.")
     if config.training.recompute_granularity != "full" and config.training.recompute_num_layers != 1:
         found.append("--recompute-num-layers has no effect without --recompute-granularity full.")
+    if parallel.pipeline_model_parallel_size > 1 and config.logging.log_histograms_interval:
+        found.append("--log-histograms-interval shows the layers of the first pipeline rank alone.")
     if config.model.swiglu and config.model.activation_func != "gelu_tanh":
         found.append(f"--activation-func {config.model.activation_func} has no effect with --swiglu.")
     if config.kernels.memory_efficient_layer_norm and config.kernels.norm_backend == "torch":
@@ -93,6 +98,7 @@ _AT_LEAST = {
     1: (
         "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size "
         "max_position_embeddings vocab_size make_vocab_size_divisible_by tensor_model_parallel_size "
+        "pipeline_model_parallel_size num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage "
         "loss_scale_window hysteresis min_loss_scale lr_decay_iters lr_decay_samples seq_length sample_stride "
         "micro_batch_size global_batch_size gradient_accumulation_steps train_iters train_samples train_tokens "
         "recompute_num_layers eval_iters early_stopping_patience exit_interval save_interval keep_last log_interval "
@@ -178,6 +184,13 @@ def tensor_problems(config: RunConfig, world_size: int) -> Iterator[str]:
         yield _does_not_divide("tensor_model_parallel_size", tensor, "ffn_hidden_size", model.ffn_size)
     if world_size % tensor:
         yield _does_not_divide("tensor_model_parallel_size", tensor, "the number of ranks", world_size)
+    elif world_size % config.parallel.model_parallel_size:
+        pipe = config.parallel.pipeline_model_parallel_size
+        yield (
+            f"tensor_model_parallel_size x pipeline_model_parallel_size = {tensor} x {pipe} = {tensor * pipe} does not "
+            f"divide the number of ranks={world_size}; choose a pipeline_model_parallel_size of "
+            f"{one_of(divisors(world_size // tensor))}."
+        )
 
 
 def _lengths(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -202,10 +215,10 @@ def _recompute(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
-    training, tensor = config.training, config.parallel.tensor_model_parallel_size
-    if world_size % tensor:
+    training, model_size = config.training, config.parallel.model_parallel_size
+    if world_size % model_size:
         return
-    data_size = world_size // tensor
+    data_size = world_size // model_size
     unit = training.micro_batch_size * data_size
     batch, steps = training.batch_size(data_size), training.gradient_accumulation_steps
     sum_text = f"micro_batch_size x data size = {training.micro_batch_size} x {data_size} = {unit}"

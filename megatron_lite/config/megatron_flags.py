@@ -81,7 +81,7 @@ def _neutral(names: str, values: str, reason: str, takes: int | None = 1) -> lis
 
 _LATER = "not in this version"
 _MOE = f"mixture of experts is {_LATER}"
-_PIPELINE = f"pipeline parallelism is {_LATER}; use --tensor-model-parallel-size and --zero-stage 3"
+_STAGES = "stages of unequal length are given by --pipeline-model-parallel-layout"
 _CONTEXT = f"context and Ulysses sequence parallelism are {_LATER}; --sequence-parallel shortens activations"
 _FP8 = f"fp8 is {_LATER}; use --bf16"
 _FUSION = "fused kernels change speed alone, and are used wherever the device has them"
@@ -199,16 +199,17 @@ _PARALLEL = [
     *_notice("--ddp-average-in-collective --calculate-per-token-loss", _COUNTED),
     *_notice("--grad-reduce-in-bf16 --accumulate-allreduce-grads-in-fp32", _FP32_GRADIENTS),
     *_notice("--distributed-backend", "the backend follows the device: nccl on a GPU, gloo on a CPU", 1),
-    *_neutral("--pipeline-model-parallel-size", "1", _PIPELINE),
     *_neutral("--context-parallel-size --ds-sequence-parallel-size", "1", _CONTEXT),
     *_neutral("--num-distributed-optimizer-instances", "1", f"a sharded group inside the data ranks is {_LATER}"),
-    *_refused(
-        "--num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank "
-        "--pipeline-model-parallel-split-rank --pipeline-model-parallel-layout --enable-zbh1-pipeline "
-        "--enable-zbh1-exact-semantics --overlap-p2p-communication "
-        "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers",
-        _PIPELINE,
+    *_same(
+        "--pipeline-model-parallel-size --num-layers-per-virtual-pipeline-stage "
+        "--num-virtual-stages-per-pipeline-rank --pipeline-model-parallel-layout"
     ),
+    _mapped("--enable-zbh1-pipeline", "--pipeline-schedule InterleavedZeroBubble"),
+    *_notice("--enable-zbh1-exact-semantics", "gradients are always clipped by the exact norm, before the step"),
+    *_notice("--overlap-p2p-communication", "stages always send and receive beside computing"),
+    *_refused("--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers", _STAGES),
+    *_refused("--pipeline-model-parallel-split-rank", "there is no encoder to split from a decoder"),
     *_refused(
         "--cp-comm-type --ds-sequence-parallel-fpdt --ds-sequence-parallel-fpdt-chunk-size "
         "--ds-sequence-parallel-fpdt-offloading --force-ds-sequence-parallel",

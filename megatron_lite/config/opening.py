@@ -18,6 +18,8 @@ class OpeningConfig(TokenizerFiles):
     """Step to load; default: the newest complete one."""
     tensor_model_parallel_size: int | None = None
     """Ranks that share the model, whatever it was trained on; default: all that were started."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers, each with a stretch of them."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of weights and activations; default: that of training, but fp32 on a CPU."""
     tokenizer_type: TokenizerType | None = None

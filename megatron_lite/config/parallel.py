@@ -13,9 +13,25 @@ class ParallelConfig:
     """Ranks that share each layer's matrices."""
     sequence_parallel: bool = False
     """Split norms and dropouts along the sequence over the tensor ranks (Korthikanti et al. 2022)."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers, each with a stretch or several of them."""
+    pipeline_schedule: str | None = None
+    """Order of forward and backward passes: GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble,
+    ZBVZeroBubble, DualPipeV, or a CSV file; default 1F1B, with several stages on a rank Interleaved1F1B."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Stages a pipeline rank holds."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """The same, by the layers of a stage."""
+    pipeline_model_parallel_layout: str | None = None
+    """Which stage holds what, such as Et*3|t*5|t*4L; default: stages that cost about the same."""
     zero_stage: int = 1
     """DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters, over the data ranks."""
     deepspeed_config: str | None = None
     """DeepSpeed JSON merged into the derived one; a value that contradicts a flag is an error."""
     distributed_timeout_minutes: float = 10.0
     """Longest a collective may take."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size

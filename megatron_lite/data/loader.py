@@ -29,6 +29,16 @@ class MicroBatch:
     """Number of the micro-batch within the global batch, over all data ranks."""
 
 
+class BlankStream:
+    """Samples of zeros, for ranks that need the number and the shape of micro-batches alone."""
+
+    def __init__(self, seq_length: int):
+        self._seq_length = seq_length
+
+    def __getitem__(self, sample: int) -> np.ndarray:
+        return np.zeros(self._seq_length + 1, np.int64)
+
+
 class BatchLoader:
     """The micro-batches of one data rank out of a stream.
 
@@ -39,7 +49,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        stream: SampleStream,
+        stream: SampleStream | BlankStream,
         *,
         data_rank: int,
         data_size: int,

@@ -7,7 +7,9 @@ this rank's too. Between layers activations are [S, B, H].
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,9 @@ from megatron_lite.model.init import initialize
 from megatron_lite.model.norm import Norm
 from megatron_lite.model.rotary import Rotary, Rotation
 from megatron_lite.parallel.layout import replicated
-from megatron_lite.parallel.linear import TensorAxis, empty_parameter
+from megatron_lite.parallel.linear import TensorAxis, empty_parameter, lay_out
+from megatron_lite.parallel.pipeline.partition import Stage, whole_model
+from megatron_lite.parallel.pipeline.relay import Relay
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.recompute import Recompute, run_layers
 from megatron_lite.parallel.vocab import (
@@ -46,6 +50,10 @@ class GPT(nn.Module):
     Parameters are named as in a serial model and carry `mesh_layout`. With `seed` they are initialised,
     without it left empty for `initialize` (and always on the meta device). A mesh without groups is
     enough to build it. Raises ValueError where the tensor size does not fit the shape.
+
+    In a pipeline `stages` are all stages of the model and `placement` the pipe rank of each: this rank holds its own
+    alone, and passes hidden states on. Where the output head is tied to the embedding of another rank, this rank
+    has a copy of that weight, whose owner is the other.
     """
 
     def __init__(
@@ -58,6 +66,8 @@ class GPT(nn.Module):
         kernels: KernelsConfig | None = None,
         sequence_parallel: bool = False,
         recompute: Recompute | None = None,
+        stages: Sequence[Stage] | None = None,
+        placement: Sequence[int] = (0,),
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -74,25 +84,60 @@ class GPT(nn.Module):
             width = int(config.head_dim * config.rotary_percent)
             self._rotary = Rotary(width, config.rotary_base, interleaved=config.rotary_interleaved)
 
+        stages = stages or whole_model(config.num_layers)
+        self.relay = Relay(mesh, placement)
+        self.stages = tuple(stage for stage in stages if placement[stage.index] == mesh.rank("pipe"))
+        begins_here = any(stage.is_first for stage in self.stages)
+        ends_here = any(stage.is_last for stage in self.stages)
+        is_tied = not config.untie_embeddings_and_output_weights
+
         options = {"device": device, "dtype": dtype}
-        self.embedding = Embedding(config, mesh, self.vocabulary, self.max_positions, **options)
+        self.embedding = None
+        if begins_here:
+            self.embedding = Embedding(config, mesh, self.vocabulary, self.max_positions, **options)
+        elif ends_here and is_tied:
+            self.embedding = nn.ModuleDict(
+                {"word": VocabParallelEmbedding(self.vocabulary, config.hidden_size, mesh, **options)}
+            )
+            weight = self.embedding.word.weight
+            lay_out(weight, dataclasses.replace(weight.mesh_layout, is_owner=False))
         recompute_core = self._recompute.granularity == "selective"
         self.layers = nn.ModuleDict(
             {
                 str(n): Block(config, mesh, n, self.kernels, recompute_core=recompute_core, **options)
-                for n in range(config.num_layers)
+                for stage in self.stages
+                for n in stage.layers
             }
         )
-        self.final_norm = None
-        if config.norm_position == "pre":
-            self.final_norm = Norm(config, mesh, self.kernels, **options)
-        # A tied head holds the embedding's own parameter, which keeps the embedding's name.
-        head_weight = self.embedding.word.weight
-        if config.untie_embeddings_and_output_weights:
-            head_weight = vocabulary_weight(self.vocabulary, config.hidden_size, mesh, **options)
-        self.head = Head(head_weight, self.vocabulary, mesh, self.kernels.loss_chunk_size)
+        self.final_norm = self.head = None
+        if ends_here:
+            if config.norm_position == "pre":
+                self.final_norm = Norm(config, mesh, self.kernels, **options)
+            # A tied head holds the embedding's own parameter, which keeps the embedding's name.
+            if is_tied:
+                head_weight = self.embedding.word.weight
+            else:
+                head_weight = vocabulary_weight(self.vocabulary, config.hidden_size, mesh, **options)
+            self.head = Head(head_weight, self.vocabulary, mesh, self.kernels.loss_chunk_size)
         if seed is not None and torch.device(device or "cpu").type != "meta":
             initialize(self, config, seed)
+
+    @property
+    def shared_weight(self) -> nn.Parameter | None:
+        """The embedding that the output head is tied to, where one of them is on another rank, here or there."""
+        is_tied = not self.config.untie_embeddings_and_output_weights
+        begins_here = any(stage.is_first for stage in self.stages)
+        return self.embedding.word.weight if is_tied and begins_here != (self.head is not None) else None
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of the whole model's parameters that have one for each token id or position, on all ranks alike."""
+        found = {"embedding.word.weight": self.vocabulary.vocab_size}
+        if self.config.position_embedding_type == "learned_absolute":
+            found["embedding.position.weight"] = self.max_positions
+        if self.config.untie_embeddings_and_output_weights:
+            found["head.weight"] = self.vocabulary.vocab_size
+        return found
 
     def forward(
         self,
@@ -105,11 +150,32 @@ class GPT(nn.Module):
         """The sum of this batch's token losses where the mask is 1: an fp32 scalar, equal on all tensor ranks.
 
         Label smoothing, z-loss and dropout belong to training mode. `dropout_seed` is `micro_batch_seed`'s;
-        None is no dropout. The caller divides by the step's number of target tokens.
+        None is no dropout. The caller divides by the step's number of target tokens. In a pipeline, where this is
+        not what is differentiated, it is 0 on all ranks but the last stage's.
         """
-        entered_SBH = self._entered(tokens_BS, self._plain_pass(tokens_BS, dropout_seed if self.training else None))
+        run = self.plain_pass(tokens_BS.shape[1], dropout_seed)
+        hidden_SBH = self._relayed(tokens_BS, run)
+        if hidden_SBH is None:
+            return torch.zeros((), device=tokens_BS.device)
+        return self.loss(hidden_SBH, labels_BS, loss_mask_BS, run)
+
+    def begin(
+        self, tokens_BS: torch.Tensor, run: ForwardPass, start: int = 0, positions_BS: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The hidden states before the first layer, [S, B, H]."""
+        return self.embedding(tokens_BS, run, start, positions_BS)
+
+    def through(self, stage: Stage, hidden_SBH: torch.Tensor, run: ForwardPass) -> torch.Tensor:
+        """`hidden_SBH` after the layers of a stage."""
+        layers = tuple(self.layers[str(n)] for n in stage.layers)
+        return run_layers(layers, hidden_SBH, self._recompute, run)
+
+    def loss(
+        self, hidden_SBH: torch.Tensor, labels_BS: torch.Tensor, loss_mask_BS: torch.Tensor, run: ForwardPass
+    ) -> torch.Tensor:
+        """What `forward` gives, from the hidden states behind the last layer."""
         loss_SB = self.head(
-            entered_SBH,
+            self._entered(hidden_SBH, run),
             labels_BS.t(),
             label_smoothing=self.config.label_smoothing if self.training else 0.0,
             z_loss=self.config.z_loss if self.training else 0.0,
@@ -122,18 +188,26 @@ class GPT(nn.Module):
 
         fp32 and bool [B, S], equal on all tensor ranks; `correct` says that the label has the largest logit.
         """
-        entered_SBH = self._entered(tokens_BS, self._plain_pass(tokens_BS, None))
+        run = self.plain_pass(tokens_BS.shape[1], None)
+        hidden_SBH = self._relayed(tokens_BS, run)
+        if hidden_SBH is None:
+            judged_BS = torch.zeros_like(labels_BS, dtype=torch.float32), torch.zeros_like(labels_BS, dtype=torch.bool)
+        else:
+            judged_BS = self._judged(self._entered(hidden_SBH, run), labels_BS)
+        return self.relay.tell(judged_BS[0]), self.relay.tell(judged_BS[1])
+
+    def _judged(self, entered_SBH: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of each token, and whether its label has the largest logit, [B, S]."""
         labels_SB = labels_BS.t()
         # Without a gradient, some tokens' logits over the whole vocabulary take as little memory as a tile of it.
         chunk = self.kernels.loss_chunk_size or self.vocabulary.length
         tokens = math.ceil(labels_SB.numel() * chunk / self.vocabulary.length)
         pieces = zip(entered_SBH.flatten(0, 1).split(tokens), labels_SB.flatten().split(tokens), strict=True)
-        judged = zip(*(self._judged(*piece) for piece in pieces), strict=True)
+        judged = zip(*(self._judged_piece(*piece) for piece in pieces), strict=True)
         loss_SB, correct_SB = (torch.cat(parts).view(labels_SB.shape) for parts in judged)
         return loss_SB.t(), correct_SB.t()
 
-    def _judged(self, entered_TH: torch.Tensor, labels_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of each token, and whether its label has the largest logit."""
+    def _judged_piece(self, entered_TH: torch.Tensor, labels_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits_TV = self.head(entered_TH)
         guess_T = vocab_parallel_argmax(logits_TV, self.vocabulary, self._axis.group)
         return vocab_parallel_cross_entropy(logits_TV, labels_T, self.vocabulary, self._axis.group), guess_T == labels_T
@@ -164,22 +238,27 @@ class GPT(nn.Module):
             mask = _causal_mask(start, stop, torch.zeros_like(tokens_BS[:1, 0]))
         rotation = self._rotation(start, stop, tokens_BS.device, positions_BS)
         run = ForwardPass(TensorAxis(self._axis.mesh), rotation=rotation, mask=mask, cache=cache)
-        entered_SBH = self._entered(tokens_BS, run, start, positions_BS, last_only=last_only)
-        logits_SBV = self.head(entered_SBH)
+        hidden_SBH = self._relayed(tokens_BS, run, start, positions_BS)
         if cache is not None:
             cache.advance(tokens_BS.shape[1])
-        return logits_SBV.transpose(0, 1)
+        if hidden_SBH is None:
+            length, batch = 1 if last_only else tokens_BS.shape[1], tokens_BS.shape[0]
+            dtype = next(self.parameters()).dtype
+            logits_SBV = torch.zeros(length, batch, self.vocabulary.length, dtype=dtype, device=tokens_BS.device)
+        else:
+            logits_SBV = self.head(self._entered(hidden_SBH[-1:] if last_only else hidden_SBH, run))
+        return self.relay.tell(logits_SBV).transpose(0, 1)
 
     def full_logits(self, logits_BSV: torch.Tensor) -> torch.Tensor:
         """The logits of the true vocabulary, joined over tensor ranks."""
         return gather_vocabulary(logits_BSV, self.vocabulary, self._axis.group)
 
-    def _plain_pass(self, tokens_BS: torch.Tensor, dropout_seed: int | None) -> ForwardPass:
-        length = tokens_BS.shape[1]
+    def plain_pass(self, length: int, dropout_seed: int | None) -> ForwardPass:
+        """A pass over sequences from their beginning, of `length` tokens."""
         # A mode of memory, not of meaning: lengths that the ranks do not divide go without it.
-        divides = length % self._axis.size == 0
-        axis = self._axis if divides else TensorAxis(self._axis.mesh)
-        return ForwardPass(axis, dropout_seed, self._rotation(0, length, tokens_BS.device))
+        axis = self._axis if length % self._axis.size == 0 else TensorAxis(self._axis.mesh)
+        seed = dropout_seed if self.training else None
+        return ForwardPass(axis, seed, self._rotation(0, length, self._axis.mesh.device))
 
     def _rotation(
         self, start: int, stop: int, device: torch.device, positions_BS: torch.Tensor | None = None
@@ -190,23 +269,66 @@ class GPT(nn.Module):
             return self._rotary.between(start, stop, device)
         return self._rotary.at(positions_BS.t(), stop)
 
-    def _entered(
-        self,
-        tokens_BS: torch.Tensor,
-        run: ForwardPass,
-        start: int = 0,
-        positions_BS: torch.Tensor | None = None,
-        *,
-        last_only: bool = False,
-    ) -> torch.Tensor:
+    def _relayed(
+        self, tokens_BS: torch.Tensor, run: ForwardPass, start: int = 0, positions_BS: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """The hidden states behind the last layer, [S, B, H]; None where another rank has them.
+
+        Between ranks no gradient flows.
+        """
+        hidden_SBH = None
+        for stage in self.stages:
+            if stage.is_first:
+                hidden_SBH = self.begin(tokens_BS, run, start, positions_BS)
+            else:
+                batch, length = tokens_BS.shape
+                shape = (length // (run.axis.size if run.axis.sequence_parallel else 1), batch, self.config.hidden_size)
+                dtype = next(self.parameters()).dtype
+                hidden_SBH = self.relay.receive(stage.index, shape, dtype)
+            hidden_SBH = self.through(stage, hidden_SBH, run)
+            if not stage.is_last:
+                self.relay.send(stage.index, hidden_SBH)
+        return hidden_SBH if self.head is not None else None
+
+    def _entered(self, hidden_SBH: torch.Tensor, run: ForwardPass) -> torch.Tensor:
         """The hidden states of the whole sequence, as the head takes them: [S, B, H]."""
-        hidden_SBH = self.embedding(tokens_BS, run, start, positions_BS)
-        hidden_SBH = run_layers(tuple(self.layers.values()), hidden_SBH, self._recompute, run)
-        if last_only:
-            hidden_SBH = hidden_SBH[-1:]
         if self.final_norm is not None:
             hidden_SBH = self.final_norm(hidden_SBH, run.axis)
         return run.axis.enter(hidden_SBH)
+
+
+class StageModule(nn.Module):
+    """A stage of a GPT as a module of its own, around the same parameters, as a pipeline schedule calls it.
+
+    The first stage takes token ids [B, S], the others hidden states [S, B, H] as `TensorAxis.leave` leaves them; the
+    last one gives what `GPT.forward` gives, the others hidden states. Labels and loss mask, [B, S], reach every stage
+    of the last one's rank. `dropout_seed` holds the micro-batch's seed, int64 [1] on the CPU.
+    """
+
+    def __init__(self, model: GPT, stage: Stage, seq_length: int):
+        super().__init__()
+        # Held in a tuple: this module has the parameters of its stage alone.
+        self._model = (model,)
+        self._stage = stage
+        self._seq_length = seq_length
+        self.layers = nn.ModuleList(model.layers[str(n)] for n in stage.layers)
+        self.embedding = model.embedding if stage.is_first else None
+        self.final_norm = model.final_norm if stage.is_last else None
+        self.head = model.head if stage.is_last else None
+
+    def forward(
+        self,
+        received: torch.Tensor,
+        *,
+        labels: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        dropout_seed: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        (model,) = self._model
+        run = model.plain_pass(self._seq_length, None if dropout_seed is None else int(dropout_seed))
+        hidden_SBH = model.begin(received, run) if self._stage.is_first else received
+        hidden_SBH = model.through(self._stage, hidden_SBH, run)
+        return model.loss(hidden_SBH, labels, loss_mask, run) if self._stage.is_last else hidden_SBH
 
 
 class Embedding(nn.Module):

@@ -38,29 +38,37 @@ def default_rules(config: OptimizerConfig) -> list[GroupRule]:
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], rules: list[GroupRule]
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], rules: list[GroupRule], elsewhere: Iterable[str] = ()
 ) -> list[dict[str, object]]:
-    """torch.optim parameter groups, one a rule, each with the keys "name" and "bits".
+    """torch.optim parameter groups, one a rule that has parameters here, each with the keys "name" and "bits".
 
-    Raises ConfigError for a parameter without a rule and for a rule without a parameter.
+    Raises ConfigError for a parameter without a rule and for a rule without a parameter, neither here nor among
+    those that are named `elsewhere`, on other pipeline stages.
     """
     members: dict[str, list[torch.nn.Parameter]] = {rule.name: [] for rule in rules}
     homeless = []
     for name, parameter in named_parameters:
-        rule = next((rule for rule in rules if re.search(rule.pattern, name)), None)
+        rule = _rule_of(name, rules)
         if rule is None:
             homeless.append(name)
         else:
             members[rule.name].append(parameter)
     problems = [f"no optimizer rule matches the parameter {name}" for name in homeless]
+    used = {rule.name for rule in rules if members[rule.name]}
+    used |= {rule.name for rule in (_rule_of(name, rules) for name in elsewhere) if rule is not None}
     problems += [
         f"the optimizer rule {rule.name!r} ({rule.pattern}) matches no parameter"
         for rule in rules
-        if not members[rule.name]
+        if rule.name not in used
     ]
     if problems:
         raise ConfigError(problems)
     return [
         {"name": rule.name, "params": members[rule.name], "weight_decay": rule.weight_decay, "bits": rule.bits}
         for rule in rules
+        if members[rule.name]
     ]
+
+
+def _rule_of(name: str, rules: list[GroupRule]) -> GroupRule | None:
+    return next((rule for rule in rules if re.search(rule.pattern, name)), None)

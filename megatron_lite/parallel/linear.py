@@ -79,15 +79,21 @@ class TensorAxis:
 def empty_parameter(
     layout: ParameterLayout, *, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Parameter:
-    """An uninitialised parameter that carries its layout as `mesh_layout`.
-
-    `model_parallel` is DeepSpeed's word: it counts a parameter in the gradient norm on tensor rank 0,
-    and on another rank only where this is true. So each box is counted once.
-    """
+    """An uninitialised parameter that carries its layout as `mesh_layout`."""
     parameter = nn.Parameter(torch.empty(layout.local_shape, device=device, dtype=dtype))
-    parameter.mesh_layout = layout
-    parameter.model_parallel = layout.is_split and layout.is_owner
+    lay_out(parameter, layout)
     return parameter
+
+
+def lay_out(parameter: nn.Parameter, layout: ParameterLayout) -> None:
+    """Say how a parameter lies on the mesh, to us as `mesh_layout` and to DeepSpeed.
+
+    DeepSpeed counts a parameter in the gradient norm on every rank if it is `model_parallel`, on the first one anyway,
+    and nowhere (but for ZeRO 3) if it is `ds_pipe_replicated`. So each box is counted once.
+    """
+    parameter.mesh_layout = layout
+    parameter.model_parallel = layout.is_owner
+    parameter.ds_pipe_replicated = not layout.is_owner
 
 
 class ColumnParallelLinear(nn.Module):

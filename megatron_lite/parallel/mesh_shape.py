@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from megatron_lite.errors import ConfigError
 
 AXES = ("pipe", "data", "context", "expert", "tensor")
-DEFAULT_SCHEDULE = "1F1B"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +104,13 @@ class Layout:
     shape: MeshShape
     zero: int = 1
     virtual_stages: int = 1
-    schedule: str = DEFAULT_SCHEDULE
+    schedule: str | None = None
 
 
 def parse_layout(text: str) -> Layout:
     """The layout that `--layout` names; missing axes are 1. Raises ConfigError."""
     sizes = {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1, "ep": 1, "zero": 1}
-    schedule = DEFAULT_SCHEDULE
+    schedule = None
     named: set[str] = set()
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = item.partition("=")

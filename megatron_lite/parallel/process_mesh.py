@@ -104,6 +104,22 @@ class ProcessMesh:
             self._groups[key] = self.make_group(neighbours) if length > 1 else None
         return self._groups[key]
 
+    def ends(self, axis: str, first: int, last: int) -> dist.ProcessGroup | None:
+        """The group of places `first` and `last` along `axis`; a collective call over all ranks.
+
+        None on ranks in between, where both are one place, and on a mesh without groups.
+        """
+        if not self._groups or first == last:
+            return None
+        key = (axis, f"{first} and {last}")
+        if key not in self._groups:
+            groups = []
+            for ranks in self.shape.groups(axis):
+                pair = [ranks[first], ranks[last]]
+                groups += [pair, *([rank] for rank in ranks if rank not in pair)]
+            self._groups[key] = self.make_group(groups)
+        return self._groups[key] if self.rank(axis) in (first, last) else None
+
     def gather_json(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank. JSON, never pickled objects."""
         if self.world_size == 1:

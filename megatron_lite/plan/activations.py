@@ -15,6 +15,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.config.precision import PrecisionConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.training import TrainingConfig
+from megatron_lite.parallel.pipeline.partition import Stage, whole_model
 from megatron_lite.plan.parameters import padded_vocab_size
 
 FP32 = 4
@@ -53,9 +54,16 @@ def element_bytes(precision: PrecisionConfig) -> int:
 
 
 def plan_activations(
-    config: RunConfig, *, vocab_size: int, device_type: str = "cpu", granularity: str | None = None
+    config: RunConfig,
+    *,
+    vocab_size: int,
+    device_type: str = "cpu",
+    granularity: str | None = None,
+    stage: Stage | None = None,
 ) -> Activations:
-    """What a micro-batch of `config` keeps; `granularity` stands in for the configured recompute."""
+    """What a micro-batch of `config` keeps in a stage (default: the whole model); `granularity` stands in for the
+    configured recompute."""
+    stage = stage or whole_model(config.model.num_layers)[0]
     model, training = config.model, config.training
     tensor = config.parallel.tensor_model_parallel_size
     element = element_bytes(config.precision)
@@ -75,7 +83,7 @@ def plan_activations(
     else:
         plain, again = first_half + core + second_half, 0
     layers, recomputed, sizes = _by_recompute(
-        model.num_layers, plain, residual, training, granularity, again, input_kept
+        len(stage.layers), plain, residual, training, granularity, again, input_kept
     )
 
     rows = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, tensor) // tensor
@@ -85,12 +93,13 @@ def plan_activations(
         logits = 0
         chunk = tokens * config.kernels.loss_chunk_size * element
         head_temporary = chunk + tokens * model.hidden_size * FP32 + whole
+    head = (norm if model.norm_position == "pre" else 0) + whole + logits + tokens * LOSS_BYTES_PER_TOKEN
     return Activations(
-        embedding=tokens * TOKEN_ID,
+        embedding=tokens * TOKEN_ID if stage.is_first else 0,
         layers=layers,
         recomputed=recomputed,
         group_sizes=sizes,
-        head=(norm if model.norm_position == "pre" else 0) + whole + logits + tokens * LOSS_BYTES_PER_TOKEN,
+        head=head if stage.is_last else 0,
         layer_temporary=whole + max(feed_forward_temporary, core_temporary - second_half),
         head_temporary=head_temporary,
     )
@@ -153,7 +162,7 @@ def _by_recompute(
     num_layers: int, plain: int, residual: int, training: TrainingConfig, granularity: str, again: int, input_kept: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """(kept of each layer, made again by each group, layers of each group); `input_kept` of `plain` is the input."""
-    length = min(training.recompute_num_layers, num_layers)
+    length = max(1, min(training.recompute_num_layers, num_layers))
     if granularity != "full":
         return (plain,) * num_layers, (again,) * num_layers, (1,) * num_layers
     if training.recompute_method == "block":

@@ -9,6 +9,8 @@ d data ranks, w bytes a weight, n optimizer slots of fp32 (of 8-bit codes: see o
     2       w p       4 p/d     4 n p/d   4 p/d
     3       w p/d     4 p/d     4 n p/d   4 p/d, and a bucket; weights are gathered in forward and backward
 
+In a pipeline p is what the rank's stages hold, and gradients are 4 p in stages 2 and 3 too until the schedule ends.
+
 In stages 2 and 3 reduction goes through a bucket of `reduce_bucket_size` elements and a flat copy of it, and
 the step flattens this rank's gradients into another fp32 copy; in stage 1 both work on the gradients where they
 are. Between CPUs gloo lays what it gathers out once more. A peak is looked for at several moments, and the
@@ -21,9 +23,11 @@ import dataclasses
 from collections.abc import Iterator
 
 from megatron_lite.config.run import RunConfig
+from megatron_lite.parallel.pipeline.partition import Stage
 from megatron_lite.plan.activations import FP32, Activations, element_bytes, plan_activations
 from megatron_lite.plan.optimizer import is_coded, slot_bytes
-from megatron_lite.plan.parameters import ParameterShape, parameter_shapes
+from megatron_lite.plan.parameters import ParameterShape
+from megatron_lite.plan.stages import chunks_in_flight, heads_in_flight, shapes_of_rank, stages_of_rank
 
 GRANULARITIES = ("none", "selective", "full")
 REPLICA_BUCKET_BYTES = 64 * 2**20
@@ -85,7 +89,8 @@ def plan_state(config: RunConfig, elements: int, coded: int, data_size: int) -> 
     if stage == 0:
         return State(FP32 * elements, slot_bytes(config.optimizer, elements, coded), FP32 * elements)
     weights = width * (part if stage == 3 else elements)
-    gradients = FP32 * (elements if stage == 1 else part)
+    is_whole = stage == 1 or config.parallel.pipeline_model_parallel_size > 1
+    gradients = FP32 * (elements if is_whole else part)
     masters = 0 if stage == 1 and width == FP32 else FP32 * part
     return State(weights, masters + slot_bytes(config.optimizer, part, coded * part // elements), gradients)
 
@@ -98,16 +103,16 @@ def moments(
     device_type: str = "cpu",
     granularity: str | None = None,
     reduce_bucket_size: int = 500_000_000,
+    pipe_rank: int = 0,
 ) -> list[Moment]:
-    """The moments of a step at which memory can be highest.
+    """The moments of a step at which memory of a rank at that place of the pipeline can be highest.
 
     `reduce_bucket_size` is DeepSpeed's, in elements, and stands for its all-gather bucket too. On a CPU a
     page of it counts once it is written.
     """
-    tensor = config.parallel.tensor_model_parallel_size
-    shapes = list(
-        parameter_shapes(config.model, vocab_size=vocab_size, seq_length=config.data.seq_length, tensor_size=tensor)
-    )
+    shapes = shapes_of_rank(config, vocab_size, pipe_rank)
+    stages = stages_of_rank(config, vocab_size, pipe_rank)
+    count = micro_batches(config, data_size)
     elements = sum(shape.local_elements for shape in shapes)
     coded = sum(shape.local_elements for shape in shapes if is_coded(config.optimizer, shape))
     filled = min(reduce_bucket_size, elements)
@@ -116,15 +121,24 @@ def moments(
         width=element_bytes(config.precision),
         is_cpu=device_type == "cpu",
         data_size=data_size,
-        accumulates=micro_batches(config, data_size) > 1,
+        accumulates=count > 1,
+        is_pipelined=config.parallel.pipeline_model_parallel_size > 1,
         elements=elements,
         filled=filled,
         bucket=filled if device_type == "cpu" else reduce_bucket_size,
         state=plan_state(config, elements, coded, data_size),
     )
-    activations = plan_activations(config, vocab_size=vocab_size, device_type=device_type, granularity=granularity)
-    held = list(rank.in_forward(activations.kept - activations.head))
-    held += [rank.in_backward(point) for point in _backward(config, activations, shapes, rank.width)]
+    options = {"vocab_size": vocab_size, "device_type": device_type, "granularity": granularity}
+    of_stage = [plan_activations(config, stage=stage, **options) for stage in stages]
+    held: list[_Held] = []
+    for stage, activations in zip(stages, of_stage, strict=True):
+        # Beside the micro-batch that is looked at, others are on their way through this rank's stages.
+        others = (chunks_in_flight(config, count, pipe_rank) - 1) * max(a.kept - a.head for a in of_stage)
+        if stage.is_last and config.parallel.pipeline_model_parallel_size > 1:
+            others += (heads_in_flight(config, count) - 1) * activations.head
+        held += rank.in_forward(activations.kept - activations.head + others)
+        points = _backward(config, stage, activations, shapes, rank.width)
+        held += [rank.in_backward(dataclasses.replace(point, alive=point.alive + others)) for point in points]
     return [
         Moment(
             name,
@@ -140,8 +154,10 @@ def moments(
 
 
 def peak(config: RunConfig, **arguments) -> Moment:
-    """The moment of `moments` with the largest total."""
-    return max(moments(config, **arguments), key=lambda moment: moment.total)
+    """The moment of `moments` with the largest total, on whatever rank of the pipeline has it."""
+    ranks = range(config.parallel.pipeline_model_parallel_size)
+    every = (moment for rank in ranks for moment in moments(config, pipe_rank=rank, **arguments))
+    return max(every, key=lambda moment: moment.total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +183,8 @@ class _Rank:
     is_cpu: bool
     data_size: int
     accumulates: bool
+    is_pipelined: bool
+    """Gradients stay whole until the schedule has ended."""
     elements: int
     filled: int
     """Elements in a bucket when it is reduced."""
@@ -178,12 +196,15 @@ class _Rank:
         if self.stage == 3 and self.data_size > 1:
             # The buffer that whole weights came in goes when the last of them has been used.
             arrived = self.width * min(self.elements, PREFETCHED_PARAMETERS)
-            yield "forward of the layers", self.state.gradients, alive, self._bucket + self._gathered + arrived
+            bucket = 0 if self.is_pipelined else self._bucket
+            yield "forward of the layers", self.state.gradients, alive, bucket + self._gathered + arrived
 
     def in_backward(self, point: _Point) -> _Held:
         share = point.made / self.elements
         reduces = point.made >= self.filled
         gradients, temporary = self.state.gradients, point.temporary
+        if self.is_pipelined:
+            return point.name, gradients, point.alive, temporary + self._gathered
         if self.stage >= 2:
             temporary += self._reduction if reduces else 0
         if self.stage == 0 and not self.accumulates:
@@ -212,7 +233,9 @@ class _Rank:
     @property
     def _gathered(self) -> int:
         """Bytes of whole weights in stage 3, which one rank alone has as they are."""
-        return self.width * min(self.elements, GATHERED_PARAMETERS) if self.data_size > 1 else 0
+        if self.stage < 3 or self.data_size == 1:
+            return 0
+        return self.width * min(self.elements, GATHERED_PARAMETERS)
 
     def after_backward(self) -> Iterator[_Held]:
         gradients, part = self.state.gradients, FP32 * -(-self.elements // self.data_size)
@@ -225,7 +248,10 @@ class _Rank:
             yield "reducing gradients", gradients, 0, part if shares and self.is_cpu else 0
             yield "optimizer step", gradients, 0, 0
         else:
-            yield "reducing gradients", gradients, 0, self._bucket + self._reduction
+            # A pipeline's gradients are whole until they are reduced into this rank's part.
+            beside = part if self.is_pipelined else 0
+            yield "reducing gradients", gradients, 0, beside + self._bucket + self._reduction
+            gradients = part
             kept = part if self.width == FP32 else 0
             yield "optimizer step", gradients, 0, part + self._bucket if self.stage == 3 else kept
         if self.stage < 3 and shares and self.is_cpu:
@@ -233,25 +259,28 @@ class _Rank:
 
 
 def _backward(
-    config: RunConfig, activations: Activations, shapes: list[ParameterShape], width: int
+    config: RunConfig, stage: Stage, activations: Activations, shapes: list[ParameterShape], width: int
 ) -> Iterator[_Point]:
-    """The moments of backward, each of them where it needs most."""
-    model = config.model
+    """The moments of backward of a stage, each of them where it needs most."""
     # A weight's gradient is made in the weight's dtype before it is added to the sum.
-    vocabulary = next(shape.local_elements for shape in shapes if shape.name == "embedding.word.weight")
-    down = next(shape.local_elements for shape in shapes if shape.name == "layers.0.mlp.down.weight")
-    in_layer = sum(shape.local_elements for shape in shapes if shape.name.startswith("layers.0."))
-    alive = activations.kept
-    yield _Point("backward of the output layer", alive, activations.head_temporary + width * vocabulary, 0)
-    alive -= activations.head
+    sizes = {shape.name: shape.local_elements for shape in shapes}
+    vocabulary = sizes.get("head.weight") or sizes.get("embedding.word.weight", 0)
+    layer = f"layers.{stage.layers.start}."
+    down = sizes.get(f"{layer}mlp.down.weight", 0)
+    in_layer = sum(elements for name, elements in sizes.items() if name.startswith(layer))
+    alive, made, waiting, last = activations.kept, 0, 0, len(stage.layers)
     # Tied to the embedding, the output layer's gradient waits for the other one.
-    is_tied = not model.untie_embeddings_and_output_weights
-    waiting = vocabulary if is_tied else 0
-    made, last = vocabulary - waiting, model.num_layers
+    is_tied = stage.is_first and stage.is_last and not config.model.untie_embeddings_and_output_weights
+    if stage.is_last:
+        yield _Point("backward of the output layer", alive, activations.head_temporary + width * vocabulary, 0)
+        alive -= activations.head
+        waiting = vocabulary if is_tied else 0
+        made = vocabulary - waiting
     for size, again in zip(reversed(activations.group_sizes), reversed(activations.recomputed), strict=True):
         temporary = activations.layer_temporary + width * (waiting + down)
         yield _Point("backward of the layers", alive + again, temporary, made)
         alive -= sum(activations.layers[last - size : last])
         made += size * in_layer
         last -= size
-    yield _Point("backward of the embedding", alive, width * vocabulary * (3 if is_tied else 1), made)
+    if stage.is_first:
+        yield _Point("backward of the embedding", alive, width * vocabulary * (3 if is_tied else 1), made)

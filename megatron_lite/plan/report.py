@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_lite.config.run import RunConfig
+from megatron_lite.parallel.pipeline.partition import Stage
+from megatron_lite.parallel.pipeline.rules import pipeline_plan
 from megatron_lite.plan.flops import flops_per_token
 from megatron_lite.plan.memory import (
     GRANULARITIES,
     Moment,
     checkpoint_bytes,
+    micro_batches,
+    moments,
     peak,
 )
 from megatron_lite.plan.optimizer import is_coded, slot_line
 from megatron_lite.plan.parameters import count_parameters, padded_vocab_size, parameter_shapes
+from megatron_lite.plan.stages import chunks_in_flight, shapes_of_rank, stages_of_rank
 
 
 def dry_run_report(
@@ -33,10 +38,10 @@ def dry_run_report(
 
     `device_type` is "cpu" or "cuda", which keep different things in memory.
     `batch_lines` are the sums of the batch plan and `total_samples` its length; `samples_per_epoch`
-    is the size of the training set where it is known. `world_size` is a multiple of the tensor size.
+    is the size of the training set where it is known. `world_size` is a multiple of the ranks that hold one copy of
+    the model.
     """
-    tensor = config.parallel.tensor_model_parallel_size
-    data_size = world_size // tensor
+    data_size = world_size // config.parallel.model_parallel_size
     memory = {"data_size": data_size, "device_type": device_type, "reduce_bucket_size": reduce_bucket_size}
     return [
         *_settings(config),
@@ -47,6 +52,7 @@ def dry_run_report(
         "",
         *_parameters(config, vocab_size),
         "",
+        *_pipeline(config, vocab_size, memory),
         *_compute(config, vocab_size, world_size, data_size, total_samples),
         "",
         *_memory(config, vocab_size, memory),
@@ -95,6 +101,30 @@ def _parameters(config: RunConfig, vocab_size: int) -> list[str]:
         f"  {'on a tensor rank':<20} {count.on_rank:>18,}  of {tensor} tensor ranks, as laid out in memory{padding}"
     )
     return lines
+
+
+def _pipeline(config: RunConfig, vocab_size: int, memory: dict[str, Any]) -> list[str]:
+    """What each rank of a pipeline holds; nothing where there is none."""
+    pipe = config.parallel.pipeline_model_parallel_size
+    if pipe == 1:
+        return []
+    plan, count = pipeline_plan(config), micro_batches(config, memory["data_size"])
+    lines = [f"pipeline ({plan.schedule.name}: {plan.stages} stages on {pipe} ranks, {count} micro-batches)"]
+    for rank in range(pipe):
+        held = ", ".join(_shown_stage(stage) for stage in stages_of_rank(config, vocab_size, rank))
+        elements = sum(shape.local_elements for shape in shapes_of_rank(config, vocab_size, rank))
+        most = max(moments(config, vocab_size=vocab_size, pipe_rank=rank, **memory), key=lambda moment: moment.total)
+        lines.append(
+            f"  rank {rank}  {held}; {elements:,} parameters; {chunks_in_flight(config, count, rank)} in flight; "
+            f"peak {size(most.total)}"
+        )
+    return [*lines, ""]
+
+
+def _shown_stage(stage: Stage) -> str:
+    first, count = stage.layers.start, len(stage.layers)
+    layers = ("no layer", f"layer {first}", f"layers {first}-{first + count - 1}")[min(count, 2)]
+    return "embedding, " * stage.is_first + layers + ", output layer" * stage.is_last
 
 
 def _compute(

@@ -13,29 +13,34 @@ from megatron_lite import log
 from megatron_lite.checkpoint import ranks
 from megatron_lite.config import check
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.loader import BatchLoader
+from megatron_lite.data.loader import BatchLoader, BlankStream
 from megatron_lite.data.stream import SampleStream, build_stream
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import ConfigError, MegatronLiteError, UserError
 from megatron_lite.kernels import extension
 from megatron_lite.model.apex import nvidia_apex_norms
-from megatron_lite.model.gpt import GPT
+from megatron_lite.model.gpt import GPT, StageModule
 from megatron_lite.model.init import initial_value, initialize
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.optim.groups import default_rules, parameter_groups
 from megatron_lite.parallel import launch
 from megatron_lite.parallel.mesh_shape import MeshShape
+from megatron_lite.parallel.pipeline.rules import pipeline_plan
+from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.recompute import Recompute
+from megatron_lite.plan.parameters import parameter_shapes
+from megatron_lite.plan.stages import plan_stages
 from megatron_lite.train import deepspeed_config
-from megatron_lite.train.engine import Engine, ReplicaEngine, ZeroEngine, build_partitioned
+from megatron_lite.train.backward import SharedWeight
+from megatron_lite.train.engine import DTYPES, Engine, ReplicaEngine, ZeroEngine, build_partitioned
 
 T = TypeVar("T")
 
 
-def start_ranks(me: launch.Launch, *, tensor: int, timeout_minutes: float) -> ProcessMesh:
-    """The live mesh of all ranks that were launched; the data size is what the tensor size leaves."""
-    shape = MeshShape.of_world(me.world_size, tensor=tensor)
+def start_ranks(me: launch.Launch, *, tensor: int, pipe: int = 1, timeout_minutes: float) -> ProcessMesh:
+    """The live mesh of all ranks that were launched; the data size is what the other sizes leave."""
+    shape = MeshShape.of_world(me.world_size, tensor=tensor, pipe=pipe)
     device = launch.start(me, timeout_minutes)
     return ProcessMesh.create(shape, device, timedelta(minutes=timeout_minutes))
 
@@ -111,6 +116,22 @@ def build_model_to_train(config: RunConfig, mesh: ProcessMesh, vocab_size: int) 
     )
 
 
+def build_pipeline(config: RunConfig, model: GPT, mesh: ProcessMesh) -> Pipeline | None:
+    """The pipeline of this rank's stages; None where one rank holds all layers."""
+    if mesh.size("pipe") == 1:
+        return None
+    batch, length = config.training.micro_batch_size, config.data.seq_length
+    parts = mesh.size("tensor") if config.parallel.sequence_parallel else 1
+    return Pipeline(
+        {stage.index: StageModule(model, stage, length) for stage in model.stages},
+        pipeline_plan(config),
+        mesh,
+        batch_shape=(batch, length),
+        hidden_shape=(length // parts, batch, config.model.hidden_size),
+        dtype=DTYPES[config.precision.dtype],
+    )
+
+
 def _empty_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int) -> GPT:
     return GPT(
         config.model,
@@ -124,6 +145,8 @@ def _empty_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int) -> GPT:
             config.training.recompute_method,
             config.training.recompute_num_layers,
         ),
+        stages=plan_stages(config, vocab_size),
+        placement=pipeline_plan(config).placement,
         device=mesh.device,
     )
 
@@ -134,18 +157,30 @@ def build_engine(config: RunConfig, model: GPT, mesh: ProcessMesh) -> Engine:
     if problems:
         with alike():
             raise ConfigError(problems)
-    groups = parameter_groups(model.named_parameters(), default_rules(config.optimizer))
+    whole = parameter_shapes(config.model, vocab_size=model.vocabulary.vocab_size, seq_length=config.data.seq_length)
+    groups = parameter_groups(
+        model.named_parameters(), default_rules(config.optimizer), elsewhere=[shape.name for shape in whole]
+    )
     optimizer = build_optimizer(config.optimizer, groups)
     names = config.optimizer.slots
     stage = config.effective_zero_stage
+    shared = _shared_weight(config, model, mesh)
     if stage == 0:
-        return ReplicaEngine(model, mesh, optimizer, names, config.optimizer.clip_grad)
+        return ReplicaEngine(model, mesh, optimizer, names, config.optimizer.clip_grad, shared)
     if stage != config.parallel.zero_stage:
         log.warn(
             f"ZeRO {config.parallel.zero_stage} in {config.precision.dtype} runs as ZeRO {stage}: "
             f"16-bit weights need fp32 masters, which ZeRO keeps"
         )
-    return ZeroEngine(model, mesh, optimizer, names, deepspeed_config.build(config, mesh.size("data")))
+    return ZeroEngine(model, mesh, optimizer, names, deepspeed_config.build(config, mesh.size("data")), shared)
+
+
+def _shared_weight(config: RunConfig, model: GPT, mesh: ProcessMesh) -> SharedWeight | None:
+    if mesh.size("pipe") == 1 or config.model.untie_embeddings_and_output_weights:
+        return None
+    # All ranks make the group, whether it is theirs or not.
+    group = mesh.ends("pipe", *pipeline_plan(config).ends)
+    return None if model.shared_weight is None else SharedWeight(model.shared_weight, group)
 
 
 def open_stream(
@@ -167,14 +202,15 @@ def open_stream(
 
 
 def open_loader(config: RunConfig, stream: SampleStream, mesh: ProcessMesh, vocab_size: int) -> BatchLoader:
-    """The micro-batches of this data rank out of `stream`."""
+    """The micro-batches of this data rank out of `stream`; empty ones in the middle of a pipeline."""
+    reads = mesh.size("pipe") == 1 or mesh.rank("pipe") in pipeline_plan(config).ends
     return BatchLoader(
-        stream,
+        stream if reads else BlankStream(config.data.seq_length),
         data_rank=mesh.rank("data"),
         data_size=mesh.size("data"),
         micro_batch_size=config.training.micro_batch_size,
         vocab_size=vocab_size,
-        num_workers=config.data.num_workers,
+        num_workers=config.data.num_workers if reads else 0,
     )
 
 

@@ -346,7 +346,7 @@ def problems(config: RunConfig, world_size: int) -> list[str]:
     if path is None or not Path(path).is_file() or check.out_of_range(config):
         return []
     try:
-        merge(config, max(1, world_size // config.parallel.tensor_model_parallel_size), read(path))
+        merge(config, max(1, world_size // config.parallel.model_parallel_size), read(path))
     except ConfigError as error:
         return error.problems
     return []

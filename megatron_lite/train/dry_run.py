@@ -21,7 +21,7 @@ def dry_run(config: RunConfig, world_size: int, device_type: str) -> list[str]:
     Raises what a run would for data or a tokenizer that cannot be opened.
     """
     tokenizer, vocab_size = resolve_vocabulary(config)
-    data_size = world_size // config.parallel.tensor_model_parallel_size
+    data_size = world_size // config.parallel.model_parallel_size
     samples_per_epoch = None
     if config.data.mock_data or config.data.data_path or config.data.train_data_path:
         stream = build_stream(

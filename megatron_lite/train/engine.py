@@ -8,7 +8,7 @@ The one file that imports deepspeed, and only when a ZeRO stage is asked for. An
     outcome = engine.step(learning_rate)
 
 where the loss divided by `target_tokens` is this rank's share of the mean over the whole global batch: the
-engine sums over data ranks, it does not average.
+engine sums over data ranks, it does not average. `scheduled_gradients` is for schedules that call backward themselves.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ from megatron_lite.errors import ConfigError
 from megatron_lite.optim.gradient_norm import clip_factor, sum_of_squares
 from megatron_lite.optim.state import allocate_state, set_step_count, slot_part, step_count
 from megatron_lite.parallel.collectives import all_reduce
-from megatron_lite.parallel.layout import Fragment, ParameterLayout
+from megatron_lite.parallel.layout import ParameterLayout
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.memory import REPLICA_BUCKET_BYTES
+from megatron_lite.train.backward import Backward, ScheduledBackward, SharedWeight
 from megatron_lite.train.deepspeed_config import for_own_gradients, read, schema_problems
 from megatron_lite.train.deepspeed_mesh import MeshForDeepSpeed
 from megatron_lite.train.flat_gradients import FlatGradients
+from megatron_lite.train.fragment import MasterFragment
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,33 +56,17 @@ class StepOutcome:
     loss_scale: float
 
 
-Backward = Callable[[torch.Tensor], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fragment:
-    """Elements [start, start + length) of a parameter's flattened local tensor, and where this rank
-    keeps their fp32 master: from `offset` on in the flat tensor `master`."""
-
-    parameter: torch.nn.Parameter
-    name: str
-    layout: ParameterLayout
-    start: int
-    length: int
-    master: torch.Tensor
-    offset: int
-
-    def parts(self) -> Iterator[tuple[Fragment, int, int]]:
-        """Rectangles of the global tensor, each with its first and last element (exclusive) in `master`."""
-        for part in self.layout.fragments(self.start, self.start + self.length):
-            first = self.offset + part.flat_start - self.start
-            yield part, first, first + math.prod(part.shape)
-
-
 class Engine:
     """What the two engines share: state in pieces of global tensors, for checkpoints."""
 
-    def __init__(self, module: torch.nn.Module, mesh: ProcessMesh, optimizer: torch.optim.Optimizer, slots):
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        mesh: ProcessMesh,
+        optimizer: torch.optim.Optimizer,
+        slots: Iterable[str],
+        shared: SharedWeight | None,
+    ):
         self.module = module
         self.mesh = mesh
         #: The model as it is called: DeepSpeed counts forward passes, so it stands in between.
@@ -91,8 +77,12 @@ class Engine:
         #: Gradients of a step are there, from `gradients` to a `step` that used them up.
         self.holds_gradients = False
         self._optimizer = optimizer
+        self._shared = shared
 
     def gradients(self, count: int) -> contextlib.AbstractContextManager[Backward]:
+        raise TypeError("use ZeroEngine or ReplicaEngine")
+
+    def scheduled_gradients(self) -> contextlib.AbstractContextManager[ScheduledBackward]:
         raise TypeError("use ZeroEngine or ReplicaEngine")
 
     def step(self, learning_rate: float) -> StepOutcome:
@@ -144,7 +134,7 @@ class Engine:
         """This tensor rank's whole fp32 weights; collective as `named_gradients` is."""
         raise TypeError("use ZeroEngine or ReplicaEngine")
 
-    def _fragments(self) -> Iterator[_Fragment]:
+    def _fragments(self) -> Iterator[MasterFragment]:
         raise TypeError("use ZeroEngine or ReplicaEngine")
 
     def _allocate_state(self, masters: Iterable[tuple[torch.Tensor, dict[str, Any]]]) -> None:
@@ -174,8 +164,8 @@ class Engine:
 class ReplicaEngine(Engine):
     """ZeRO 0 in fp32: every data rank holds all state; gradients are summed in one pass at the step."""
 
-    def __init__(self, module, mesh: ProcessMesh, optimizer: torch.optim.Optimizer, slots, clip_grad: float):
-        super().__init__(module, mesh, optimizer, slots)
+    def __init__(self, module, mesh: ProcessMesh, optimizer, slots, clip_grad, shared: SharedWeight | None = None):
+        super().__init__(module, mesh, optimizer, slots, shared)
         self._clip_grad = clip_grad
         self._allocate_state((p, group) for group in optimizer.param_groups for p in group["params"])
 
@@ -185,6 +175,13 @@ class ReplicaEngine(Engine):
         self.holds_gradients = True
         yield lambda loss: loss.backward()
         self._sum_over_data_ranks()
+
+    @contextlib.contextmanager
+    def scheduled_gradients(self) -> Iterator[ScheduledBackward]:
+        with self.gradients(0):
+            yield ScheduledBackward(lambda share: share)
+            if self._shared is not None:
+                self._shared.join(self._shared.parameter.grad)
 
     def _sum_over_data_ranks(self, bucket_bytes: int = REPLICA_BUCKET_BYTES) -> None:
         group = self.mesh.group("data")
@@ -224,9 +221,9 @@ class ReplicaEngine(Engine):
         for name, parameter in self.module.named_parameters():
             yield name, parameter.detach()
 
-    def _fragments(self) -> Iterator[_Fragment]:
+    def _fragments(self) -> Iterator[MasterFragment]:
         for name, parameter in self.module.named_parameters():
-            yield _Fragment(parameter, name, parameter.mesh_layout, 0, parameter.numel(), parameter, 0)
+            yield MasterFragment(parameter, name, parameter.mesh_layout, 0, parameter.numel(), parameter, 0)
 
     def _owns_replica(self) -> bool:
         return self.mesh.rank("data") == 0
@@ -246,6 +243,7 @@ class ZeroEngine(Engine):
         optimizer: torch.optim.Optimizer,
         slots: tuple[str, ...],
         deepspeed_config: dict[str, Any],
+        shared: SharedWeight | None = None,
     ):
         deepspeed = _import_deepspeed()
         names = [(name, parameter, parameter.mesh_layout) for name, parameter in module.named_parameters()]
@@ -265,8 +263,11 @@ class ZeroEngine(Engine):
             config=own or deepspeed_config,
             dist_init_required=False,
         )
-        super().__init__(module, mesh, wrapped.optimizer, slots)
+        super().__init__(module, mesh, wrapped.optimizer, slots, shared)
         self.forward = self._deepspeed
+        if mesh.size("pipe") > 1:
+            # ZeRO 3 would compare the order of layers of all ranks, to fetch ahead in it.
+            self.forward = module.forward
         self.scales_loss = deepspeed_config["fp16"]["enabled"]
         self._zero = wrapped
         self.stage = int(self._deepspeed.zero_optimization_stage())
@@ -311,6 +312,22 @@ class ZeroEngine(Engine):
             self._deepspeed.backward(loss * data_size)
 
         yield backward
+
+    @contextlib.contextmanager
+    def scheduled_gradients(self) -> Iterator[ScheduledBackward]:
+        self.holds_gradients = True
+        if self._flat_gradients is not None:
+            with self._deepspeed.no_sync():
+                yield ScheduledBackward(self._deepspeed.scale, self._flat_gradients.take)
+            if self._shared is not None:
+                self._shared.join(self._flat_gradients.place_of(self._shared.parameter))
+            self._zero.averaged_gradients.update(enumerate(self._flat_gradients.reduce()))
+            return
+        data_size = self.mesh.size("data")
+        with self._deepspeed.coalesce_grad_reduction():
+            yield ScheduledBackward(lambda share: self._deepspeed.scale(share * data_size))
+            if self._shared is not None:
+                self._shared.join(self._shared.parameter.grad)
 
     def step(self, learning_rate: float) -> StepOutcome:
         scale = float(self._zero.loss_scale)
@@ -371,7 +388,7 @@ class ZeroEngine(Engine):
             self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
         )
 
-    def _fragments(self) -> Iterator[_Fragment]:
+    def _fragments(self) -> Iterator[MasterFragment]:
         if self.stage == 3:
             yield from self._stage_3_fragments()
             return
@@ -381,7 +398,7 @@ class ZeroEngine(Engine):
         for name, parameter, layout in self._names:
             link = parameter._hp_mapping
             if link is not None:
-                yield _Fragment(
+                yield MasterFragment(
                     parameter,
                     name,
                     layout,
@@ -391,14 +408,14 @@ class ZeroEngine(Engine):
                     link.hp_fragment_address.start,
                 )
 
-    def _stage_3_fragments(self) -> Iterator[_Fragment]:
+    def _stage_3_fragments(self) -> Iterator[MasterFragment]:
         for name, parameter, layout in self._names:
             group, offset, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
             # Partitions are of equal length; the last one ends in padding.
             start = self.mesh.rank("data") * length
             held = max(0, min(length, parameter.ds_numel - start))
             if held:
-                yield _Fragment(parameter, name, layout, start, held, self._masters()[group], offset)
+                yield MasterFragment(parameter, name, layout, start, held, self._masters()[group], offset)
 
 
 def build_partitioned(

@@ -61,6 +61,19 @@ class FlatGradients:
             self._buffers.append(buffer)
             self._parts.append(GradientPart(part, sections))
 
+    def take(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add gradients that were written to `.grad` without the parameter's hook being called."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self._take(parameter)
+
+    def place_of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What has been added up for a parameter since the last `reduce`, fp32."""
+        if parameter not in self._filled:
+            self._places[parameter].zero_()
+            self._filled.add(parameter)
+        return self._places[parameter]
+
     def _take(self, parameter: torch.nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         if parameter in self._filled:

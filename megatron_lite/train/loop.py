@@ -19,6 +19,7 @@ from megatron_lite.monitor.metrics import Metrics, throughput
 from megatron_lite.monitor.sinks import Sinks
 from megatron_lite.optim.schedule import Schedule
 from megatron_lite.parallel.launch import StopRequest
+from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.memory import Moment
 from megatron_lite.train.batch_plan import BatchPlan
@@ -39,6 +40,7 @@ class Run:
     config: RunConfig
     mesh: ProcessMesh
     engine: Engine
+    pipeline: Pipeline | None
     plan: BatchPlan
     schedule: Schedule
     progress: Progress
@@ -133,6 +135,7 @@ def _one_step(run: Run, started: float) -> str | None:
         step=progress.step + 1,
         seed=run.dropout_seed,
         learning_rate=rate,
+        pipeline=run.pipeline,
         look=_look_of(run, progress.step + 1),
     )
     progress.step += 1

@@ -16,6 +16,7 @@ from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.checkpoint.piece import Piece
 from megatron_lite.config import check, sources
 from megatron_lite.config.data import DataConfig
+from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data import tokenizer_files
 from megatron_lite.data.tokenizer import build_tokenizer
@@ -24,7 +25,10 @@ from megatron_lite.errors import CheckpointError, ConfigError, TokenizerError
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.init import initial_value
 from megatron_lite.parallel import launch
+from megatron_lite.parallel.pipeline import rules
+from megatron_lite.parallel.pipeline.rules import pipeline_plan
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.plan.stages import plan_stages
 from megatron_lite.train import build, checkpoint_fit
 from megatron_lite.train.engine import DTYPES
 
@@ -46,15 +50,18 @@ def open_model(
     *,
     ckpt_step: int | None = None,
     tensor_size: int | None = None,
+    pipe_size: int = 1,
     dtype: str | None = None,
     overrides: sources.Overrides | None = None,
 ) -> OpenedModel:
     """Start the ranks that were launched and open a model on them, as `open_on` does.
 
-    `tensor_size` ranks share the model (default: all). Raises what `open_on` does.
+    `tensor_size` ranks share each of `pipe_size` stages of the model (default: all that are left). Raises what
+    `open_on` does.
     """
     me = launch.Launch.from_environment()
-    mesh = build.start_ranks(me, tensor=tensor_size or me.world_size, timeout_minutes=10)
+    tensor = tensor_size or max(1, me.world_size // pipe_size)
+    mesh = build.start_ranks(me, tensor=tensor, pipe=pipe_size, timeout_minutes=10)
     return open_on(mesh, load_dir, ckpt_step=ckpt_step, dtype=dtype, overrides=overrides)
 
 
@@ -87,10 +94,12 @@ def open_on(
         vocab_size=config.model.vocab_size,
         seq_length=config.data.seq_length,
         sequence_parallel=config.parallel.sequence_parallel,
+        stages=plan_stages(config, config.model.vocab_size),
+        placement=pipeline_plan(config).placement,
         device=mesh.device,
         dtype=_dtype(dtype, config.precision.dtype, mesh.device),
     )
-    rows = checkpoint_fit.stored_rows(folder, manifest, model, positions_may_grow=False)
+    rows = checkpoint_fit.stored_rows(folder, manifest, model.rows, positions_may_grow=False)
     _fill_unstored(model, config, rows)
     load(folder, checkpoint_fit.within_stored_rows(weight_pieces(model), rows), mesh, only="weight/", cast=True)
     return OpenedModel(model.eval(), config, mesh, tokenizer, manifest, manifest.step)
@@ -118,8 +127,13 @@ def _read(
     manifest = read_manifest(folder)
     stored = sources.from_plain(manifest.config, str(folder))
     config = sources.override(stored, overrides)
-    config = sources.override(config, {"parallel": {"tensor_model_parallel_size": mesh.size("tensor")}})
-    if problems := list(check.tensor_problems(config, mesh.world_size)):
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=mesh.size("tensor"),
+        pipeline_model_parallel_size=mesh.size("pipe"),
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
+    config = dataclasses.replace(config, parallel=parallel)
+    if problems := [*check.tensor_problems(config, mesh.world_size), *rules.stage_problems(config)]:
         raise ConfigError(problems)
     tokenizer = _open_tokenizer(
         folder, manifest, stored.data.special_tokens, config.data, overrides.get("data", {}).keys()

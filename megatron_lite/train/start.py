@@ -64,6 +64,7 @@ def run_training(config: RunConfig, me: Launch, command: str) -> None:
     mesh = build.start_ranks(
         me,
         tensor=config.parallel.tensor_model_parallel_size,
+        pipe=config.parallel.pipeline_model_parallel_size,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
     train_on(mesh, config, stop, command)
@@ -152,6 +153,7 @@ def _assemble(config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: M
         config=config,
         mesh=mesh,
         engine=engine,
+        pipeline=build.build_pipeline(config, engine.module, mesh),
         plan=plan,
         schedule=start.schedule,
         progress=start.progress,
@@ -301,7 +303,7 @@ def _load(
     build.together(
         mesh, lambda: checkpoint_fit.tell_changes(folder, manifest, config.data, facts, finetune=weights_only)
     )
-    rows = checkpoint_fit.stored_rows(folder, manifest, engine.module, positions_may_grow=weights_only)
+    rows = checkpoint_fit.stored_rows(folder, manifest, engine.module.rows, positions_may_grow=weights_only)
     pieces = checkpoint_fit.within_stored_rows(engine.pieces(optimizer=optimizer), rows)
     state = load(folder, pieces, mesh, only="" if optimizer else "weight/")
     engine.refresh()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_lite.data.loader import BatchLoader, MicroBatch
 from megatron_lite.errors import NonFiniteError
 from megatron_lite.monitor.health import Hurt, describe, first_hurt
+from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import micro_batch_seed
 from megatron_lite.train.engine import Engine, StepOutcome
@@ -37,6 +38,7 @@ def train_step(
     step: int,
     seed: int | None,
     learning_rate: float,
+    pipeline: Pipeline | None = None,
     look: Callable[[Engine], None] | None = None,
 ) -> StepResult:
     """One optimizer step on this rank's micro-batches of a global batch.
@@ -48,12 +50,25 @@ def train_step(
     """
     # ------------------------------------------------------------------ single training step
     loss = torch.zeros((), dtype=torch.float32, device=mesh.device)
-    with engine.gradients(len(micro_batches)) as backward:
-        for micro_batch in micro_batches:
-            share = forward(engine, mesh, micro_batch, step=step, seed=seed) / target_tokens
-            backward(share)
-            loss += share.detach()
-    value = _sum_over_data_ranks(loss, mesh)
+
+    def share(loss_sum: torch.Tensor) -> torch.Tensor:
+        part = loss_sum / target_tokens
+        loss.add_(part.detach())
+        return part
+
+    if pipeline is None:
+        with engine.gradients(len(micro_batches)) as backward:
+            for micro_batch in micro_batches:
+                backward(share(forward(engine, mesh, micro_batch, step=step, seed=seed)))
+    else:
+        with engine.scheduled_gradients() as scheduled:
+            pipeline.run(
+                *on_device(micro_batches, mesh),
+                None if seed is None else [micro_batch_seed(seed, step, batch.index) for batch in micro_batches],
+                share=lambda loss_sum: scheduled.scaled(share(loss_sum)),
+                take_gradients=scheduled.take_gradients,
+            )
+    value = _sum_over_ranks(loss, mesh)
     if not math.isfinite(value):
         raise_non_finite(engine, mesh, step, value, share=loss.item())
     if look is not None:
@@ -68,12 +83,14 @@ def train_step(
 def forward(engine: Engine, mesh: ProcessMesh, batch: MicroBatch, *, step: int, seed: int | None) -> torch.Tensor:
     """Sum of the token losses of one micro-batch, fp32 scalar."""
     dropout_seed = None if seed is None else micro_batch_seed(seed, step, batch.index)
-    return engine.forward(
-        batch.tokens.to(mesh.device, non_blocking=True),
-        batch.labels.to(mesh.device, non_blocking=True),
-        batch.loss_mask.to(mesh.device, non_blocking=True),
-        dropout_seed=dropout_seed,
-    )
+    tokens, labels, loss_masks = on_device([batch], mesh)
+    return engine.forward(tokens[0], labels[0], loss_masks[0], dropout_seed=dropout_seed)
+
+
+def on_device(batches: Sequence[MicroBatch], mesh: ProcessMesh) -> tuple[list[torch.Tensor], ...]:
+    """(tokens, labels, loss masks) of micro-batches on this rank's device."""
+    columns = zip(*((batch.tokens, batch.labels, batch.loss_mask) for batch in batches), strict=True)
+    return tuple([tensor.to(mesh.device, non_blocking=True) for tensor in column] for column in columns)
 
 
 @torch.no_grad()
@@ -95,18 +112,24 @@ def validate(
         for micro_batch in micro_batches:
             total[0] += forward(engine, mesh, micro_batch, step=0, seed=None)
             total[1] += micro_batch.loss_mask.sum()
-    if (group := mesh.group("data")) is not None:
-        dist.all_reduce(total, group=group)
+    # Of a pipeline, only the last stage's rank has a loss; each of its ranks has counted the tokens.
+    total[1] /= mesh.size("pipe")
+    _all_reduce_over_ranks(total, mesh)
     engine.module.train()
     return (total[0] / total[1]).item()
 
 
-def _sum_over_data_ranks(value: torch.Tensor, mesh: ProcessMesh) -> float:
-    if (group := mesh.group("data")) is None:
-        return value.item()
+def _sum_over_ranks(value: torch.Tensor, mesh: ProcessMesh) -> float:
+    """The sum of `value` over data and pipe ranks."""
     total = value.clone()
-    dist.all_reduce(total, group=group)
+    _all_reduce_over_ranks(total, mesh)
     return total.item()
+
+
+def _all_reduce_over_ranks(total: torch.Tensor, mesh: ProcessMesh) -> None:
+    for axis in ("data", "pipe"):
+        if (group := mesh.group(axis)) is not None:
+            dist.all_reduce(total, group=group)
 
 
 def raise_non_finite(

@@ -10,6 +10,7 @@ from megatron_lite.generate.generate import Prompt, generate
 from megatron_lite.generate.sampling import Sampling
 from megatron_lite.model.gpt import GPT
 from megatron_lite.parallel.mesh_shape import MeshShape
+from megatron_lite.parallel.pipeline.partition import balanced_counts, stages_of_counts
 from megatron_lite.parallel.process_mesh import ProcessMesh
 
 VOCABULARY, POSITIONS, NEW = 101, 48, 20
@@ -49,8 +50,17 @@ def mesh():
 
 
 def our_model(case, mesh):
-    model = GPT(case["config"], mesh, vocab_size=VOCABULARY, seq_length=POSITIONS)
-    load_serial(model, {key: torch.from_numpy(value) for key, value in case["weights"].items()})
+    pipe, weights = mesh.size("pipe"), case["weights"]
+    model = GPT(
+        case["config"],
+        mesh,
+        vocab_size=VOCABULARY,
+        seq_length=POSITIONS,
+        stages=stages_of_counts(balanced_counts(case["config"].num_layers, pipe, embedding=0, head=0)),
+        placement=range(pipe),
+    )
+    held = dict(model.named_parameters()) if pipe > 1 else weights
+    load_serial(model, {name: torch.from_numpy(weights[name]) for name in held})
     return model.eval()
 
 
@@ -64,8 +74,8 @@ def tokens_of(continuations):
     return [continuation.tokens for continuation in continuations]
 
 
-def _check(size, references):
-    mesh = ProcessMesh.create(MeshShape(tensor=size))
+def _check(tensor, references, pipe=1):
+    mesh = ProcessMesh.create(MeshShape(pipe, tensor=tensor))
     drawn = []
     for case in references.values():
         model = our_model(case, mesh)
@@ -79,6 +89,12 @@ def test_greedy_equals_transformers_and_samples_agree_on_1_2_and_4_tensor_ranks(
     drawn = _check(1, references)
     for size in (2, 4):
         assert run_on_ranks(_check, size, size, references) == [drawn] * size
+
+
+def test_a_pipeline_generates_the_same(references):
+    drawn = _check(1, references)
+    assert run_on_ranks(_check, 2, 1, references, pipe=2) == [drawn] * 2
+    assert run_on_ranks(_check, 4, 2, references, pipe=2) == [drawn] * 4
 
 
 def test_greedy_with_a_repetition_penalty_equals_transformers(mesh):

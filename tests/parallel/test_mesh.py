@@ -38,7 +38,8 @@ def test_world_that_does_not_divide_is_refused_with_the_numbers():
 
 def test_layout_line():
     layout = parse_layout("tp=2, dp=4,zero=3")
-    assert layout.shape == MeshShape(data=4, tensor=2) and layout.zero == 3 and layout.schedule == "1F1B"
+    assert layout.shape == MeshShape(data=4, tensor=2) and layout.zero == 3 and layout.schedule is None
+    assert parse_layout("pp=2,vpp=2,schedule=LoopedBFS").schedule == "LoopedBFS"
     for bad in ("tp=0", "tq=2", "tp", "zero=4", "tp=2,tp=4"):
         with pytest.raises(ConfigError, match=r"--layout (has|.* twice)"):
             parse_layout(bad)

@@ -41,6 +41,12 @@ class Case:
     recompute: str = "none"
     loss_chunk_size: int = 0
     steps: int = 5
+    pipe: int = 1
+    schedule: str | None = None
+    virtual: int | None = None
+    pipeline_layout: str | None = None
+    layers: int = 2
+    dropout: float = 0.0
 
     def __str__(self) -> str:
         changed = (f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
@@ -64,19 +70,23 @@ def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
     """A two-layer model with more vocabulary rows than ids, trained on mock data."""
     fields: sources.Overrides = {
         "model": {
-            "num_layers": 2,
+            "num_layers": case.layers,
             "hidden_size": 32,
             "num_attention_heads": 4,
             "vocab_size": VOCABULARY,
             "make_vocab_size_divisible_by": 8,
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
+            "hidden_dropout": case.dropout,
+            "attention_dropout": case.dropout,
             **(LLAMA if case.llama else GPT2),
         },
         "parallel": {
             "tensor_model_parallel_size": case.tensor,
             "sequence_parallel": case.sequence_parallel,
             "zero_stage": case.zero,
+            "pipeline_model_parallel_size": case.pipe,
+            "pipeline_schedule": case.schedule,
+            "num_virtual_stages_per_pipeline_rank": case.virtual,
+            "pipeline_model_parallel_layout": case.pipeline_layout,
         },
         "kernels": {"loss_chunk_size": case.loss_chunk_size},
         "precision": {"bf16": case.dtype == "bf16"},
@@ -101,9 +111,10 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
 
 
 def _run(case: Case) -> Outcome:
-    mesh = ProcessMesh.create(MeshShape(data=case.data, tensor=case.tensor))
+    mesh = ProcessMesh.create(MeshShape(case.pipe, case.data, tensor=case.tensor))
     config = config_of(case)
     engine = build.build_engine(config, build.build_model_to_train(config, mesh, VOCABULARY), mesh)
+    pipeline = build.build_pipeline(config, engine.module, mesh)
     loader = build.open_loader(config, build.open_stream(config, "train", VOCABULARY), mesh, VOCABULARY)
     curve, gradients = [], []
     for step in range(case.steps):
@@ -113,13 +124,14 @@ def _run(case: Case) -> Outcome:
             loader.step(step * BATCH, BATCH),
             target_tokens=BATCH * LENGTH,
             step=step + 1,
-            seed=None,
+            seed=17 if case.dropout else None,
             learning_rate=1e-2,
+            pipeline=pipeline,
         )
         curve.append((result.loss, result.outcome.grad_norm))
         if step == 0:
             # After one step from zero, Adam's first moment is (1 - beta1) x the clipped gradient.
-            first_moment = {"adamw": "exp_avg/", "sgd": "momentum_buffer/"}[case.optimizer]
+            first_moment = "momentum_buffer/" if case.optimizer == "sgd" else "exp_avg/"
             gradients = [
                 (p.name.removeprefix(first_moment), p.global_shape, p.global_start, p.tensor.clone())
                 for p in engine.pieces()

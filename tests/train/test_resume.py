@@ -37,6 +37,9 @@ LAYOUTS = {
         Case(1, 2, 1, optimizer="adamw8bit", llama=True),
         Case(1, 2, 2, optimizer="adamw8bit", dtype="bf16"),
         Case(1, 2, 3, optimizer="adamw8bit"),
+        Case(pipe=2, schedule="GPipe", zero=1),
+        Case(pipe=2, schedule="LoopedBFS", zero=3, llama=True, dtype="bf16"),
+        Case(pipe=2, layers=4, schedule="ZBVZeroBubble", zero=2),
     ],
 }
 
@@ -63,7 +66,11 @@ def _config(case: Case, folder: Path, **changes) -> RunConfig:
 
 def _train(config: RunConfig) -> None:
     mesh = ProcessMesh.create(
-        MeshShape.of_world(torch.distributed.get_world_size(), tensor=config.parallel.tensor_model_parallel_size)
+        MeshShape.of_world(
+            torch.distributed.get_world_size(),
+            tensor=config.parallel.tensor_model_parallel_size,
+            pipe=config.parallel.pipeline_model_parallel_size,
+        )
     )
     train_on(mesh, config, StopRequest(), "test")
 
@@ -119,6 +126,8 @@ def test_state_is_the_same_at_another_layout(tmp_path):
         Case(1, 2, 1, llama=True),
         Case(2, 1, 0, llama=True),
         Case(2, 1, 3, llama=True),
+        Case(pipe=2, zero=1, llama=True),
+        Case(pipe=2, zero=3, llama=True),
     ]
     by_rank = run_on_ranks(_loaded_pieces, 2, [(str(first), case) for case in targets])
     four = run_on_ranks(
@@ -137,7 +146,7 @@ def _loaded_pieces(jobs):
 
     found = []
     for folder, case in jobs:
-        mesh = ProcessMesh.create(MeshShape(data=case.data, tensor=case.tensor))
+        mesh = ProcessMesh.create(MeshShape(case.pipe, case.data, tensor=case.tensor))
         config = config_of(case, training={"seed": 99})
         engine = build.build_engine(config, build.build_model_to_train(config, mesh, config.model.vocab_size), mesh)
         load(Path(folder) / "step-00000002", engine.pieces(), mesh)
@@ -155,7 +164,9 @@ def test_training_goes_on_at_another_layout(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_on_ranks(_train, 2, config(Case(2, 1, 1), whole))
     run_on_ranks(_train, 2, config(Case(2, 1, 1), parts, exit_interval=3))
-    run_on_ranks(_train, 2, config(Case(1, 2, 3), parts, micro_batch_size=1))
+    run_on_ranks(_train, 2, config(Case(1, 2, 3), parts, micro_batch_size=1, exit_interval=4))
+    run_on_ranks(_train, 2, config(Case(pipe=2, zero=1), parts, micro_batch_size=1, exit_interval=5))
+    run_on_ranks(_train, 1, config(Case(zero=2), parts, micro_batch_size=1))
     ours, theirs = _losses(parts), _losses(whole)
     assert ours.keys() == theirs.keys()
     for step, loss in theirs.items():

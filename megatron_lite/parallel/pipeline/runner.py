@@ -1,0 +1,170 @@
+"""The schedule of a pipeline, run on this rank: torch.distributed.pipelining around the stages held here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import schedules as torch_schedules
+from torch.distributed.pipelining.stage import _RecvInfo
+
+from megatron_lite.parallel.pipeline.rules import PipelinePlan
+from megatron_lite.parallel.process_mesh import ProcessMesh
+
+TakeGradients = Callable[[Iterable[nn.Parameter]], None]
+"""Told of parameters whose `.grad` was written without a hook of theirs being called."""
+
+
+class Pipeline:
+    """The stages of this rank and their schedule.
+
+    `modules` are the stages held here by number; the first stage takes a batch [B, S] of token ids, the last gives a
+    scalar loss, and between stages go tensors of `hidden_shape` in `dtype`.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[int, nn.Module],
+        plan: PipelinePlan,
+        mesh: ProcessMesh,
+        *,
+        batch_shape: tuple[int, int],
+        hidden_shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ):
+        self._modules = dict(modules)
+        self._plan = plan
+        self._mesh = mesh
+        self._tokens = torch.empty(batch_shape, dtype=torch.int64, device="meta")
+        self._hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
+        self._loss = torch.empty((), dtype=torch.float32, device="meta", requires_grad=True)
+        self._take_gradients: TakeGradients | None = None
+        self._share: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._schedule: torch_schedules._PipelineSchedule | None = None
+        self._micro_batches = 0
+
+    @property
+    def has_first(self) -> bool:
+        return 0 in self._modules
+
+    @property
+    def has_last(self) -> bool:
+        return self._plan.stages - 1 in self._modules
+
+    def run(
+        self,
+        tokens: Sequence[torch.Tensor],
+        labels: Sequence[torch.Tensor],
+        loss_masks: Sequence[torch.Tensor],
+        seeds: Sequence[int] | None,
+        *,
+        share: Callable[[torch.Tensor], torch.Tensor],
+        take_gradients: TakeGradients | None,
+    ) -> None:
+        """Forward and backward of all micro-batches of a step.
+
+        What backward begins from is `share(loss)` of each micro-batch's loss, asked for on the last stage's rank.
+        Each stage adds its gradients to `.grad`; `take_gradients` may take them away.
+        """
+        self._share, self._take_gradients = share, take_gradients
+        if self._micro_batches != len(tokens):
+            self._schedule, self._micro_batches = self._make_schedule(len(tokens)), len(tokens)
+        inputs: tuple[torch.Tensor, ...] = ()
+        options: dict[str, torch.Tensor] = {}
+        target = None
+        if self.has_first:
+            inputs = (torch.cat(list(tokens)),)
+        if self.has_last:
+            options = {"labels": torch.cat(list(labels)), "loss_mask": torch.cat(list(loss_masks))}
+            target = options["labels"]
+        if seeds is not None:
+            # The same 64 bits as a signed number, which is what tensors hold.
+            signed = [seed - (1 << 64) if seed >> 63 else seed for seed in seeds]
+            options["dropout_seed"] = torch.tensor(signed, dtype=torch.int64)
+        self._schedule.step(*inputs, target=target, return_outputs=False, **options)
+
+    def _make_schedule(self, micro_batches: int) -> torch_schedules._PipelineSchedule:
+        plan = self._plan
+        stages = [
+            _Stage(
+                module,
+                index,
+                plan.stages,
+                self._mesh.device,
+                input_args=self._tokens if index == 0 else self._hidden,
+                output_args=self._loss if index == plan.stages - 1 else self._hidden,
+                group=self._mesh.group("pipe"),
+            )
+            for index, module in sorted(self._modules.items())
+        ]
+        for stage in stages:
+            stage.take_gradients = self._took
+        options = {"n_microbatches": micro_batches, "loss_fn": self._loss_of, "scale_grads": False}
+        if plan.csv is not None:
+            schedule = torch_schedules._PipelineScheduleRuntime(stages, **options)
+            schedule._load_csv(plan.csv)
+            return schedule
+        kind = torch_schedules.get_schedule_class(plan.schedule.name)
+        return kind(stages if plan.schedule.takes_many_stages else stages[0], **options)
+
+    def _loss_of(self, loss: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return self._share(loss)
+
+    def _took(self, parameters: Iterable[nn.Parameter]) -> None:
+        if self._take_gradients is not None:
+            self._take_gradients(parameters)
+
+
+class _Stage(PipelineStage):
+    """A stage as torch has it, but for two things.
+
+    It tells of the gradients of weights that torch writes to `.grad` by itself. And what it receives has memory from
+    the order to receive it until it is used, not one buffer for each micro-batch of a step for good.
+    """
+
+    take_gradients: TakeGradients
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._make_buffers(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if not self.is_last:
+            self._make_buffers(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments, **options):
+        output = super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
+        _drop_buffers(self.args_recv_info[fwd_chunk_id])
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments, **options) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
+        _drop_buffers(self.grad_recv_info[bwd_chunk_id])
+
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        super()._setup_forward_recv_info(num_microbatches, has_backward)
+        for infos in self.args_recv_info.values():
+            _drop_buffers(infos)
+
+    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
+        super()._setup_backward_recv_info(num_microbatches)
+        for infos in self.grad_recv_info.values():
+            _drop_buffers(infos)
+
+    def _make_buffers(self, infos: Sequence[_RecvInfo]) -> None:
+        for info in infos:
+            if not info.is_root_arg:
+                info.buffer = torch.empty(info.tensor_meta.shape, dtype=info.tensor_meta.dtype, device=self.device)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        self.take_gradients(self.submod.parameters())
+
+
+def _drop_buffers(infos: Sequence[_RecvInfo]) -> None:
+    for info in infos:
+        info.buffer = None

@@ -1,0 +1,84 @@
+"""The pipeline stages of a configuration: as it lays them out, or balanced by what layers and head compute."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from megatron_lite.config.run import RunConfig
+from megatron_lite.parallel.pipeline.partition import Stage, balanced_counts, parse_pipeline_layout, stages_of_counts
+from megatron_lite.parallel.pipeline.rules import pipeline_plan
+from megatron_lite.plan.flops import forward_flops_per_token
+from megatron_lite.plan.parameters import ParameterShape, parameter_shapes
+
+
+def plan_stages(config: RunConfig, vocab_size: int) -> tuple[Stage, ...]:
+    """All stages of the model, in order. Raises ConfigError for a pipeline that does not fit it."""
+    model, layout = config.model, config.parallel.pipeline_model_parallel_layout
+    if layout is not None:
+        return stages_of_counts(parse_pipeline_layout(layout, model.num_layers))
+    sizes = {"vocab_size": vocab_size, "seq_length": config.data.seq_length}
+    layer = forward_flops_per_token(dataclasses.replace(model, num_layers=1), **sizes)
+    head = forward_flops_per_token(dataclasses.replace(model, num_layers=0), **sizes)
+    # Looking a token up is no arithmetic worth counting.
+    counts = balanced_counts(model.num_layers, pipeline_plan(config).stages, embedding=0.0, head=head / (layer - head))
+    return stages_of_counts(counts)
+
+
+def stages_of_rank(config: RunConfig, vocab_size: int, pipe_rank: int) -> list[Stage]:
+    """The stages that a pipe rank holds, in order."""
+    stages = plan_stages(config, vocab_size)
+    return [stages[index] for index in pipeline_plan(config).held_by(pipe_rank)]
+
+
+def shapes_of_rank(config: RunConfig, vocab_size: int, pipe_rank: int) -> list[ParameterShape]:
+    """The parameters that the ranks of a pipe rank hold; a tied head's weight on the first and on the last stage's."""
+    held = stages_of_rank(config, vocab_size, pipe_rank)
+    layers = {n for stage in held for n in stage.layers}
+    begins, ends = any(stage.is_first for stage in held), any(stage.is_last for stage in held)
+    is_tied = not config.model.untie_embeddings_and_output_weights
+    every = parameter_shapes(
+        config.model,
+        vocab_size=vocab_size,
+        seq_length=config.data.seq_length,
+        tensor_size=config.parallel.tensor_model_parallel_size,
+    )
+
+    def is_here(name: str) -> bool:
+        part, _, rest = name.partition(".")
+        if part == "layers":
+            return int(rest.partition(".")[0]) in layers
+        if name == "embedding.word.weight":
+            return begins or (ends and is_tied)
+        return begins if part == "embedding" else ends
+
+    return [shape for shape in every if is_here(shape.name)]
+
+
+def chunks_in_flight(config: RunConfig, micro_batches: int, pipe_rank: int) -> int:
+    """Stages times micro-batches whose activations a pipe rank holds at once, at most."""
+    plan, pipe = pipeline_plan(config), config.parallel.pipeline_model_parallel_size
+    held = len(plan.held_by(pipe_rank))
+    most = held * micro_batches
+    if plan.most_in_flight is not None:
+        return plan.most_in_flight[pipe_rank]
+    later = pipe - pipe_rank - 1
+    in_a_round = micro_batches // max(1, micro_batches // pipe)
+    return min(
+        most,
+        {
+            "1F1B": later + 1,
+            "Interleaved1F1B": (held - 1) * in_a_round + 2 * later + 1,
+            "InterleavedZeroBubble": held * in_a_round,
+            "ZBVZeroBubble": 2 * pipe,
+            "DualPipeV": 2 * pipe + 1,
+        }.get(plan.schedule.name, most),
+    )
+
+
+def heads_in_flight(config: RunConfig, micro_batches: int) -> int:
+    """Micro-batches whose logits the last stage holds at once, about."""
+    plan = pipeline_plan(config)
+    if plan.schedule.name in ("1F1B", "Interleaved1F1B"):
+        return 1
+    last = plan.placement[-1]
+    return -(-chunks_in_flight(config, micro_batches, last) // len(plan.held_by(last)))
