@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from megatron_lite.errors import KernelError
 from megatron_lite.kernels import sources
-from megatron_lite.kernels.build import built, find_compiler, find_nvcc, find_pybind11
+from megatron_lite.kernels.build import built, find_pybind11
 
 
 class BuildNative(build_ext):
@@ -60,19 +60,19 @@ class BuildNative(build_ext):
         return None, {"cuda": None}
 
     def _host(self):
-        return built(sources.host_module(find_compiler(), find_pybind11()), "")
+        return built(sources.host_module(find_pybind11()), "")
 
     def _cpu(self):
         torch, version = self._torch()
         if torch is None:
             raise KernelError("torch is not installed yet (or hidden by pip's build isolation)")
-        return built(sources.cpu_kernels(find_compiler(), torch), version["__version__"])
+        return built(sources.cpu_kernels(torch), version["__version__"])
 
     def _cuda(self):
         torch, version = self._torch()
         if torch is None:
             raise KernelError("torch is not installed yet (or hidden by pip's build isolation)")
-        return built(sources.cuda_kernels(find_compiler(), find_nvcc(), torch), version["__version__"])
+        return built(sources.cuda_kernels(torch), version["__version__"])
 
 
 setup(

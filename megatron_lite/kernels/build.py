@@ -1,8 +1,8 @@
 """Compiles a `Library` with ninja into build/kernels/ of the checkout; ranks that start together build once.
 
 A folder holds the objects of one set of commands and one torch, so an edit recompiles what it touches. The
-finished library's name carries a hash of sources and commands: a library that is there is up to date, one that
-another process has loaded is never written to, and no lock is taken to find it.
+finished library's name carries a hash of sources and flags: a library that is there is up to date, one that
+another process has loaded is never written to, and neither a lock nor a compiler is needed to find it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from megatron_lite import log
 from megatron_lite.errors import KernelError
-from megatron_lite.kernels.sources import CSRC, ROOT, Library
+from megatron_lite.kernels.sources import CSRC, CXX, NVCC, ROOT, Library
 
 CACHE = ROOT / "build" / "kernels"
 
@@ -56,13 +57,13 @@ def find_ninja() -> str:
     return found
 
 
-def find_compiler() -> str:
-    """The C++ compiler: the one that CXX names, else c++, g++ or clang++."""
-    named = os.environ.get("CXX")
-    for name in [named] if named else ["c++", "g++", "clang++"]:
+def find_compiler() -> tuple[str, ...]:
+    """The words that call the C++ compiler: CXX's ("ccache g++ -m64"), else c++, g++ or clang++."""
+    named = os.environ.get("CXX", "").strip()
+    for name, *arguments in [shlex.split(named)] if named else [["c++"], ["g++"], ["clang++"]]:
         found = shutil.which(name)
         if found:
-            return found
+            return found, *arguments
     raise KernelError(
         f"no C++ compiler ({named or 'c++, g++ or clang++'}) is on the PATH, so nothing can be compiled; on Debian and "
         "Ubuntu: apt install g++; or name one: CXX=/path/to/g++"
@@ -77,6 +78,18 @@ def find_nvcc() -> str:
     if not found:
         raise KernelError("no nvcc is on the PATH or in CUDA_HOME, so the CUDA kernels cannot be compiled")
     return found
+
+
+def _called(command: tuple[str, ...]) -> tuple[str, ...]:
+    """A unit's or a link's command with the tools of this machine."""
+    tool, *arguments = command
+    compiler = find_compiler()
+    if tool == CXX:
+        return *compiler, *arguments
+    assert tool == NVCC
+    # nvcc takes one program, which must be the compiler itself.
+    host = next((word for word in compiler if Path(word).name not in ("ccache", "sccache", "distcc")), compiler[0])
+    return find_nvcc(), f"-ccbin={host}", *arguments
 
 
 def find_pybind11() -> Path:
@@ -97,12 +110,13 @@ def _ninja_file(library: Library, target: Path) -> str:
     def command(parts: tuple[str, ...]) -> str:
         return " ".join("'" + part.replace("'", "'\\''").replace("$", "$$") + "'" for part in parts)
 
+    link, libraries = command(_called(library.link)), command(library.link_libraries)
     lines = ["ninja_required_version = 1.5"]
     for index, unit in enumerate(library.units):
         lines += [
             f"rule compile{index}",
             # What the compiler says stays beside the object, also when a later build skips it.
-            f"  command = {command(unit.command)} -MD -MF $out.d -c $in -o $out "
+            f"  command = {command(_called(unit.command))} -MD -MF $out.d -c $in -o $out "
             ">$out.log 2>&1 || (cat $out.log; exit 1)",
             "  deps = gcc",
             "  depfile = $out.d",
@@ -110,7 +124,7 @@ def _ninja_file(library: Library, target: Path) -> str:
         ]
     lines += [
         "rule link",
-        f"  command = {command(library.link)} $in {command(library.link_libraries)} -o $out.new && mv $out.new $out",
+        f"  command = {link} $in {libraries} -o $out.new && mv $out.new $out",
         f"build {quoted(target.name)}: link {' '.join(quoted(unit.object) for unit in library.units)}",
         f"default {quoted(target.name)}",
     ]
@@ -132,7 +146,7 @@ def built(library: Library, versions: str, cache: Path = CACHE) -> Path:
     folder, target = _place(library, versions, cache)
     if target.exists():
         return target
-    ninja = find_ninja()
+    ninja, instructions = find_ninja(), _ninja_file(library, target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "lock").touch()
@@ -147,7 +161,7 @@ def built(library: Library, versions: str, cache: Path = CACHE) -> Path:
         log.every_rank(f"compiling {library.name}, once: {len(library.units)} files, {library.effort}, into {folder}")
         began = time.monotonic()
         written = folder / "build.ninja.new"
-        written.write_text(_ninja_file(library, target), encoding="utf-8")
+        written.write_text(instructions, encoding="utf-8")
         written.rename(folder / "build.ninja")
         done = subprocess.run([ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:

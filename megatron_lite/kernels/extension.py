@@ -16,7 +16,7 @@ import torch
 from megatron_lite import log
 from megatron_lite.errors import KernelError
 from megatron_lite.kernels import sources
-from megatron_lite.kernels.build import built, find_compiler, find_nvcc, found
+from megatron_lite.kernels.build import built, found
 
 DEVICES = ("cpu", "cuda")
 LEAST_CAPABILITY = (8, 0)  # what the oldest of sources.CUDA_ARCHITECTURES needs
@@ -58,7 +58,7 @@ def forgo(device: str, reason: str) -> None:
 
 def available(device: str) -> bool:
     """Whether torch itself can use a device type here."""
-    return device == "cpu" or torch.cuda.is_available()
+    return device != "cuda" or torch.cuda.is_available()
 
 
 def library(device: str) -> Path:
@@ -107,12 +107,11 @@ def _find(device: str) -> Path:
     if not sources.CSRC.is_dir():
         return _packed(device)
     if device == "cpu":
-        return built(sources.cpu_kernels(find_compiler(), TORCH), torch.__version__)
+        return built(sources.cpu_kernels(TORCH), torch.__version__)
     # What was compiled ahead of time serves every card; what is compiled now, this machine's alone, in a quarter
     # of the time.
-    command = find_compiler(), find_nvcc(), TORCH
-    return found(sources.cuda_kernels(*command), torch.__version__) or built(
-        sources.cuda_kernels(*command, _architectures()), torch.__version__
+    return found(sources.cuda_kernels(TORCH), torch.__version__) or built(
+        sources.cuda_kernels(TORCH, _architectures()), torch.__version__
     )
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 from megatron_lite import log
 from megatron_lite.errors import KernelError
 from megatron_lite.kernels import sources
-from megatron_lite.kernels.build import built, find_compiler, find_pybind11
+from megatron_lite.kernels.build import built, find_pybind11
 
 
 @functools.cache
@@ -29,7 +29,7 @@ def module() -> ModuleType | None:
 def _load() -> ModuleType:
     if not sources.CSRC.is_dir():
         return importlib.import_module("megatron_lite._host")
-    path = built(sources.host_module(find_compiler(), find_pybind11()), "")
+    path = built(sources.host_module(find_pybind11()), "")
     spec = importlib.util.spec_from_file_location("megatron_lite._host", path)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

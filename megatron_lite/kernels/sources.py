@@ -1,6 +1,7 @@
 """What is compiled: the one list of sources and flags, for building ahead of time and just in time.
 
-Needs no torch, only to be told where its headers are. To add an operation: its name in `OPERATIONS`, and one
+Needs no torch, only to be told where its headers are, and no compiler: a command begins with `CXX` or `NVCC`, for
+which build.py puts this machine's when it compiles. To add an operation: its name in `OPERATIONS`, and one
 line in each of csrc/bind_cpu.cpp and csrc/bind_cuda.cpp.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+CXX, NVCC = "c++", "nvcc"
 
 OPERATIONS = (
     "adamw",
@@ -81,12 +83,11 @@ def _torch_include(torch: Path) -> tuple[str, ...]:
     return ("-isystem", str(torch / "include"))
 
 
-def _shared(compiler: str) -> tuple[str, ...]:
-    # macOS looks symbols up in what is already loaded only when told to.
-    return (compiler, "-shared", *(("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()))
+# macOS looks symbols up in what is already loaded only when told to.
+_SHARED = (CXX, "-shared", *(("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()))
 
 
-def cpu_kernels(compiler: str, torch: Path, extra: tuple[str, ...] = ()) -> Library:
+def cpu_kernels(torch: Path, extra: tuple[str, ...] = ()) -> Library:
     """The CPU launchers, once per instruction set of this kind of processor, and their binding to `torch`'s folder.
 
     extra: further flags for compiling and linking, of a sanitizer say.
@@ -96,27 +97,23 @@ def cpu_kernels(compiler: str, torch: Path, extra: tuple[str, ...] = ()) -> Libr
         Unit(
             CSRC / operation / f"{operation}_cpu.cpp",
             f"{operation}_{name}.o",
-            (compiler, *CPP_FLAGS, *KERNEL_FLAGS, *flags, f"-DMEGATRON_LITE_INSTRUCTION_SET={name}", *extra),
+            (CXX, *CPP_FLAGS, *KERNEL_FLAGS, *flags, f"-DMEGATRON_LITE_INSTRUCTION_SET={name}", *extra),
         )
         for operation in OPERATIONS
         for name, flags in sets.items()
     ]
-    plain = (compiler, *CPP_FLAGS, "-O2", *extra)
+    plain = (CXX, *CPP_FLAGS, "-O2", *extra)
     units.append(Unit(CSRC / "base/instruction_set.cpp", "instruction_set.o", plain))
     units.append(Unit(CSRC / "bind_cpu.cpp", "bind_cpu.o", (*plain, *_torch_include(torch), TORCH_ABI)))
-    link, libraries = (*_shared(compiler), *extra), (f"-L{torch / 'lib'}", "-ltorch_cpu")
+    link, libraries = (*_SHARED, *extra), (f"-L{torch / 'lib'}", "-ltorch_cpu")
     return Library("libmegatron_lite_cpu", tuple(units), link, libraries, "some 20 s on two cores")
 
 
 def cuda_kernels(
-    compiler: str,
-    nvcc: str,
-    torch: Path,
-    architectures: tuple[str, ...] = CUDA_ARCHITECTURES,
-    torch_lib: Path | None = None,
+    torch: Path, architectures: tuple[str, ...] = CUDA_ARCHITECTURES, torch_lib: Path | None = None
 ) -> Library:
     """The CUDA launchers and their binding; `torch_lib` holds libtorch_cuda.so or a stub of that name."""
-    command = (nvcc, f"-ccbin={compiler}", *CUDA_FLAGS, f"-I{CSRC}")
+    command = (NVCC, *CUDA_FLAGS, f"-I{CSRC}")
     targets = [f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in architectures]
     units = [
         Unit(CSRC / operation / f"{operation}_cuda.cu", f"{operation}_cuda.o", (*command, *targets))
@@ -125,16 +122,16 @@ def cuda_kernels(
     binding = (*command, *_torch_include(torch), TORCH_ABI, "-DUSE_CUDA")
     units.append(Unit(CSRC / "bind_cuda.cpp", "bind_cuda.o", binding))
     # nvcc links as well: it knows where its own runtime is, and puts it in, so none need be found at load.
-    link = (nvcc, f"-ccbin={compiler}", "-shared", "-cudart=static")
+    link = (NVCC, "-shared", "-cudart=static")
     libraries = (f"-L{torch_lib or torch / 'lib'}", f"-L{torch / 'lib'}", "-ltorch_cuda", "-ltorch_cpu")
     return Library("libmegatron_lite_cuda", tuple(units), link, libraries, "a minute or more")
 
 
-def host_module(compiler: str, pybind11: Path) -> Library:
+def host_module(pybind11: Path) -> Library:
     """The Python module `megatron_lite._host`: what is no tensor operation. Needs pybind11's headers, not torch."""
     include = ("-isystem", str(pybind11), "-isystem", sysconfig.get_paths()["include"])
     units = tuple(
-        Unit(source, f"{source.stem}.o", (compiler, *CPP_FLAGS, "-O3", *include))
+        Unit(source, f"{source.stem}.o", (CXX, *CPP_FLAGS, "-O3", *include))
         for source in sorted((CSRC / "host").glob("*.cpp"))
     )
-    return Library("_host", units, _shared(compiler))
+    return Library("_host", units, _SHARED)

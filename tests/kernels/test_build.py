@@ -12,7 +12,7 @@ import torch
 from megatron_lite.data.order import Permutation
 from megatron_lite.errors import KernelError
 from megatron_lite.kernels import build, extension, sources
-from megatron_lite.kernels.sources import Library, Unit
+from megatron_lite.kernels.sources import CXX, NVCC, Library, Unit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,8 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def small_library(folder, text='extern "C" int answer() { return 42; }\n'):
     source = folder / "answer.cpp"
     source.write_text(text)
-    compiler = build.find_compiler()
-    return Library("answer", (Unit(source, "answer.o", (compiler, "-fPIC")),), (compiler, "-shared"))
+    return Library("answer", (Unit(source, "answer.o", (CXX, "-fPIC")),), (CXX, "-shared"))
 
 
 def test_processes_that_start_together_compile_once(tmp_path):
@@ -64,11 +63,58 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         build.built(small_library(tmp_path), "1", tmp_path / "cache")
 
 
-def test_without_a_compiler_the_reference_runs_and_the_log_says_so_once():
-    script = """
-import torch
+def test_a_library_that_is_there_needs_no_compiler_whatever_its_name(tmp_path, monkeypatch):
+    first = build.built(small_library(tmp_path), "1", tmp_path / "cache")
+    for name in ("g++", "c++", "no-such-compiler"):
+        monkeypatch.setenv("CXX", name)
+        assert build.built(small_library(tmp_path), "1", tmp_path / "cache") == first
+
+
+def test_the_compiler_may_have_a_launcher_and_arguments(tmp_path, monkeypatch):
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path / "calls"}\nexec "$@"\n')
+    launcher.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{launcher} {' '.join(build.find_compiler())} -DNAMED=1")
+    build.built(small_library(tmp_path), "1", tmp_path / "cache")
+    compiled, linked = (tmp_path / "calls").read_text().splitlines()
+    assert "-DNAMED=1 -fPIC" in compiled and "-DNAMED=1 -shared" in linked
+
+
+def test_nvcc_is_given_the_compiler_without_its_launcher(monkeypatch):
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/cuda/bin/nvcc")
+    monkeypatch.setattr(build, "find_compiler", lambda: ("/usr/bin/ccache", "g++"))
+    assert build._called((NVCC, "-O3")) == ("/cuda/bin/nvcc", "-ccbin=g++", "-O3")
+
+
+def without_a_compiler(script):
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_without_a_compiler_the_kernels_that_are_built_are_used():
+    expected = Permutation(1000, 1)(7)
+    done = without_a_compiler("""
 from megatron_lite.data.order import Permutation
 from megatron_lite.kernels import extension
+print(Permutation(1000, 1)(7))
+extension.require_native("cpu")
+""")
+    assert done.stdout == f"{expected}\n" and not done.stderr
+
+
+def test_a_device_without_kernels_is_said_aloud(capsys):
+    assert not extension.load("mps")
+    assert "kernels on mps: plain torch is used, since there are native kernels" in capsys.readouterr().err
+
+
+def test_without_a_compiler_the_reference_runs_and_the_log_says_so_once():
+    done = without_a_compiler("""
+import torch
+from megatron_lite.kernels import extension, sources
+sources.CPP_FLAGS += ("-DNEVER_BUILT",)
+from megatron_lite.data.order import Permutation
 from megatron_lite.kernels.rms_norm import rms_norm
 from megatron_lite.errors import KernelError
 for _ in range(3):
@@ -77,10 +123,7 @@ try:
     extension.require_native("cpu")
 except KernelError as error:
     print(error)
-"""
-    environment = {**os.environ, "CXX": "no-such-compiler"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+""")
     assert done.stdout.count(f"12.0 {Permutation(1000, 1)(7)}\n") == 3
     assert "--require-native-kernels: the kernels for cpu are not native, since no C++ compiler" in done.stdout
     said = done.stderr.splitlines()

@@ -20,16 +20,15 @@ STUB = "int aoti_torch_get_current_cuda_stream(void) { return 1; }"
 @pytest.fixture(scope="module")
 def library():
     try:
-        nvcc = build.find_nvcc()
+        build.find_nvcc()
     except KernelError as error:
         pytest.skip(str(error))
     folder = build.CACHE / "stub"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stub.c").write_text(STUB)
-    compiler = build.find_compiler()
-    stub = [compiler, "-xc", "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", folder / "libtorch_cuda.so"]
+    stub = [*build.find_compiler(), "-xc", "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", folder / "libtorch_cuda.so"]
     subprocess.run([*stub, folder / "stub.c"], check=True)
-    kernels = sources.cuda_kernels(compiler, nvcc, extension.TORCH, torch_lib=folder)
+    kernels = sources.cuda_kernels(extension.TORCH, torch_lib=folder)
     path = build.built(kernels, torch.__version__)
     log = "".join((path.parent / f"{unit.object}.log").read_text() for unit in kernels.units)
     return path, log, folder / "libtorch_cuda.so"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_lite.kernels import build, extension
-from megatron_lite.kernels.sources import CPP_FLAGS, CSRC, OPERATIONS, TORCH_ABI, Library, Unit
+from megatron_lite.kernels.sources import CPP_FLAGS, CSRC, CXX, OPERATIONS, TORCH_ABI, Library, Unit
 
 TESTS = Path(__file__).resolve().parents[1]
 SCRIPT = """
@@ -22,8 +22,9 @@ from megatron_lite.kernels import extension
 torch.ops.load_library(sys.argv[1])
 extension._libraries["cpu"] = sys.argv[1]
 from kernel_cases import DTYPES, assert_equals_reference, cases
-# Nothing; less than a pack; odd; a few packs of one warp; rows that share a block; many warps a row; long and odd.
-for shape in [(0, 8), (1, 1), (3, 7), (2, 3, 64), (37, 65), (21, 256), (19, 1024), (3, 2048), (2, 2051)]:
+# Nothing; less than a pack; odd; a few packs of one warp; rows that share a block; many warps a row; long and odd; more
+# packs than registers hold.
+for shape in [(0, 8), (1, 1), (3, 7), (2, 3, 64), (37, 65), (21, 256), (19, 1024), (3, 2048), (2, 2051), (2, 16392)]:
     for dtype in DTYPES:
         for name, arguments in cases(shape, dtype):
             assert_equals_reference(name, arguments)
@@ -47,7 +48,6 @@ def as_cpp(text):
 
 @pytest.fixture(scope="module")
 def library():
-    compiler = build.find_compiler()
     copy = build.CACHE / "cuda_on_cpu"
     for source in [*CSRC.rglob("*.cu"), *CSRC.rglob("*.cuh"), *CSRC.rglob("*.h")]:
         target = (copy / source.relative_to(CSRC)).with_suffix(".cpp" if source.suffix == ".cu" else source.suffix)
@@ -62,12 +62,11 @@ def library():
         f"STABLE_TORCH_LIBRARY_IMPL(megatron_lite, CPU, library) {{\n{calls}}}\n}}\n"
     )
     flags = [flag for flag in CPP_FLAGS if not flag.startswith(("-I", "-W"))]
-    command = (compiler, *flags, "-O2", "-w", f"-I{TESTS / 'cuda_on_cpu'}", f"-I{copy}")
+    command = (CXX, *flags, "-O2", "-w", f"-I{TESTS / 'cuda_on_cpu'}", f"-I{copy}")
     units = [Unit(copy / name / f"{name}_cuda.cpp", f"{name}.o", command) for name in OPERATIONS]
     bind = (*command, "-isystem", str(extension.TORCH / "include"), TORCH_ABI)
     units.append(Unit(copy / "bind.cpp", "bind.o", bind))
-    link = (compiler, "-shared")
-    kernels = Library("libcuda_on_cpu", tuple(units), link, (f"-L{extension.TORCH / 'lib'}", "-ltorch_cpu"))
+    kernels = Library("libcuda_on_cpu", tuple(units), (CXX, "-shared"), (f"-L{extension.TORCH / 'lib'}", "-ltorch_cpu"))
     headers = "".join(path.read_text() for path in sorted((TESTS / "cuda_on_cpu").iterdir()))
     return build.built(kernels, torch.__version__ + headers)
 

@@ -28,7 +28,7 @@ for name in ("baseline", "avx2", "avx512"):
 
 
 def _run(*script: str) -> subprocess.CompletedProcess:
-    runtime = subprocess.run([build.find_compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True)
+    runtime = subprocess.run([*build.find_compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True)
     tests = Path(__file__).resolve().parents[1]
     environment = {
         **os.environ,
@@ -41,6 +41,6 @@ def _run(*script: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="the sanitizer is preloaded the way Linux does it")
 def test_no_kernel_reads_or_writes_out_of_bounds():
-    library = sources.cpu_kernels(build.find_compiler(), extension.TORCH, FLAGS)
+    library = sources.cpu_kernels(extension.TORCH, FLAGS)
     done = _run(SCRIPT, str(build.built(library, torch.__version__)))
     assert done.returncode == 0, done.stderr[-4000:]
