@@ -29,7 +29,7 @@ class State8bit(NamedTuple):
     def zeros(cls, parameter: torch.Tensor) -> State8bit:
         """The state before the first step."""
         codes = torch.zeros(parameter.shape, dtype=torch.uint8, device=parameter.device)
-        absmax = torch.zeros(blocks(parameter.numel()), device=parameter.device)
+        absmax = torch.zeros(blocks(parameter.numel()), dtype=torch.float32, device=parameter.device)
         return cls(torch.full_like(codes, SIGNED.index(0)), absmax, codes, absmax.clone())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import accumulate, compress
 from typing import Any, NamedTuple
 
@@ -54,7 +55,8 @@ class AdamW(torch.optim.Optimizer):
     groups: torch.optim's, each with "bits" 32 (as without) or 8. State of 32 bits is torch.optim.AdamW's: "step",
     "exp_avg" and "exp_avg_sq" of the parameter's shape. With 8 bits those are codes, uint8, and "exp_avg_absmax" and
     "exp_avg_sq_absmax" are beside them, one fp32 number for each block of 256 elements: 2.03 bytes an element in all.
-    keep_second_moments: as `kernels.adamw8bit` takes it.
+    keep_second_moments: as `kernels.adamw8bit` takes it. `load_state_dict` is refused: a checkpoint is read into what
+    `allocate` made.
     """
 
     def __init__(
@@ -78,16 +80,17 @@ class AdamW(torch.optim.Optimizer):
         itself; what lies in none (padding) is left alone. Without them the parameter is one piece.
         """
         state = self.state[parameter]
+        zeros = partial(torch.zeros, dtype=torch.float32, device=parameter.device)
         state["step"] = torch.zeros((), dtype=torch.int64)
         if bits == 32:
-            state.update({name: torch.zeros(parameter.shape, device=parameter.device) for name in MOMENTS})
+            state.update({name: zeros(parameter.shape) for name in MOMENTS})
             return
         length = parameter.numel()
         pieces = Pieces.of(length, [(0, length)] if cuts is None and length else cuts or [])
         for name, signed in MOMENTS.items():
             zero = SIGNED.index(0) if signed else 0
             state[name] = torch.full(parameter.shape, zero, dtype=torch.uint8, device=parameter.device)
-            state[f"{name}_absmax"] = torch.zeros(sum(pieces.blocks), device=parameter.device)
+            state[f"{name}_absmax"] = zeros(sum(pieces.blocks))
         self._pieces[parameter] = pieces
 
     def absmax(self, parameter: torch.Tensor, slot: str, first: int, length: int) -> torch.Tensor | None:
@@ -96,6 +99,14 @@ class AdamW(torch.optim.Optimizer):
             return None
         begin = self._pieces[parameter].first_block[first]
         return self.state[parameter][f"{slot}_absmax"][begin : begin + blocks(length)]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refused with TypeError: torch's would cast codes and fp32 moments to the parameter's dtype, in silence."""
+        raise TypeError(
+            "AdamW has no load_state_dict: torch's casts 8-bit codes and fp32 moments to the parameters' dtype, and "
+            "knows no pieces. Checkpoints go through Engine.pieces (checkpoint/save.py and load.py), which copy into "
+            "the state that allocate_state made"
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> None:

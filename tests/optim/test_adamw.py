@@ -48,6 +48,33 @@ def test_16_bit_parameters_have_fp32_moments(bits):
     assert kept.dtype == torch.float32 and not torch.equal(parameter, before)
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+def test_moments_are_fp32_whatever_torchs_default(bits):
+    parameter = torch.nn.Parameter(drawn(300))
+    optimizer = AdamW([{"params": [parameter], "bits": bits}], **RULE)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer.allocate(parameter, bits)
+        kept = [*optimizer.state[parameter].values(), *State8bit.zeros(parameter)]
+    finally:
+        torch.set_default_dtype(before)
+    assert {t.dtype for t in kept if t.dim()} == {torch.float32, torch.uint8}
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_torchs_way_to_load_is_refused(bits):
+    """It would make codes fp32 and the moments of a bf16 parameter bf16."""
+    parameter = torch.nn.Parameter(drawn(300).bfloat16())
+    optimizer = AdamW([{"params": [parameter], "bits": bits}], **RULE)
+    parameter.grad = drawn(300, seed=1).bfloat16()
+    optimizer.step()
+    before = {name: value.clone() for name, value in optimizer.state[parameter].items()}
+    with pytest.raises(TypeError, match=r"no load_state_dict: .* Checkpoints go through Engine\.pieces"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(value, optimizer.state[parameter][name]) for name, value in before.items())
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_8_bits_are_the_kernels_steps_on_each_piece(keep):
     # A flat master with a gap and padding at its end, as ZeRO 3 leaves them.
