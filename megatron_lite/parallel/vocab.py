@@ -112,9 +112,14 @@ def vocab_parallel_cross_entropy(
     Z - (1 - label_smoothing) x_t - label_smoothing m + z_loss Z^2 (Szegedy et al. 2016; Chowdhery et
     al. 2022). A negative label is no target: loss and gradient are 0. One of `vocab_size` or more gives NaN.
 
-    One all-gather of four numbers a token joins the ranks. Backward runs once and uses `logits` up, which must not
-    be a leaf of the graph: their gradient is written over them, in their dtype.
+    One all-gather of four numbers a token joins the ranks. Backward runs once and uses `logits` up: their gradient is
+    written over them, in their dtype. Raises ValueError for a leaf of the graph, which somebody else still holds.
     """
+    if logits.requires_grad and logits.is_leaf:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} are a leaf that requires grad, which backward would overwrite with "
+            "their gradient; pass logits.clone()"
+        )
     return _CrossEntropy.apply(logits, labels, part, group, label_smoothing, z_loss)
 
 

@@ -206,6 +206,12 @@ def test_what_needs_the_logits_in_backward_is_told_that_they_are_gone():
         loss.backward()
 
 
+def test_a_leaf_is_not_overwritten():
+    leaf = torch.randn(4, 10, requires_grad=True)
+    with pytest.raises(ValueError, match=r"shape \(4, 10\) are a leaf .* pass logits.clone\(\)"):
+        vocab_parallel_cross_entropy(leaf, torch.arange(4), _alone(10), None)
+
+
 def test_tiles_are_parts():
     part = VocabularyPart(vocab_size=20, padded_size=32, first=16, length=8)
     assert [(p.first, p.length, p.held) for p in part.tiles(3)] == [(16, 3, 3), (19, 3, 1), (22, 2, 0)]
