@@ -38,7 +38,8 @@ struct Cuda {
   }
 
   static int64_t row_parts(const Tensor& at, int64_t rows, int64_t length) {
-    return cuda::row_parts(multiprocessors(at.get_device_index()), rows, length * static_cast<int64_t>(at.element_size()));
+    const int64_t bytes = length * static_cast<int64_t>(at.element_size());
+    return cuda::row_parts(multiprocessors(at.get_device_index()), rows, bytes);
   }
 
   static std::string explain(Status status) {

@@ -15,7 +15,7 @@ void keep_above_zero(const float* values, uint8_t* codes, int64_t count) {
 
 Status launch(const Context& context, const Adamw8bit& a) {
   const AdamwRule rule = a.rule;
-  for_blocks(context, a.tensors, a.blocks, kQuantizeBlock, [&](const Adamw8bitTensor& of, int64_t first, int64_t count) {
+  for_blocks(context, a.tensors, a.blocks, kQuantizeBlock, [&](const auto& of, int64_t first, int64_t count) {
     alignas(64) float gradient_buffer[kQuantizeBlock], buffer[kQuantizeBlock], m[kQuantizeBlock], v[kQuantizeBlock];
     const int64_t block = first / kQuantizeBlock;
     uint8_t *first_codes = of.first_codes + first, *second_codes = of.second_codes + first;

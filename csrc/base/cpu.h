@@ -107,7 +107,8 @@ inline __m256i rounded_to_bfloat16(__m512 value) {
 }
 
 // By the instruction of newer processors, which is all but equal: it flushes denormals, so those go the long way.
-__attribute__((target("avx512bf16"))) inline void narrow_by_instruction(const float* from, BFloat16* to, int64_t count) {
+__attribute__((target("avx512bf16")))
+inline void narrow_by_instruction(const float* from, BFloat16* to, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) {
     const __m512 value = _mm512_loadu_ps(from + i);
     constexpr int kDenormal = 0x20;
@@ -347,7 +348,8 @@ class ColumnSum {
 template <class Element>
 void sum_parts(const Context& context, const float* partials, int64_t parts, int64_t length, void* result) {
   constexpr int64_t kColumns = 256;
-  for_ranges(context, (length + kColumns - 1) / kColumns, 1 + 262144 / (parts * kColumns), [=](int64_t from, int64_t to) {
+  const int64_t blocks = (length + kColumns - 1) / kColumns, grain = 1 + 262144 / (parts * kColumns);
+  for_ranges(context, blocks, grain, [=](int64_t from, int64_t to) {
     for (int64_t begin = from * kColumns; begin < to * kColumns; begin += kColumns) {
       const int64_t count = length - begin < kColumns ? length - begin : kColumns;
       double sums[kColumns] = {};

@@ -5,12 +5,10 @@
 namespace megatron_lite::cpu::MEGATRON_LITE_INSTRUCTION_SET {
 namespace {
 
-// A strip of a row, while the next one is on its way; beyond the end a prefetch does nothing.
+// A strip of a row, while the next one is on its way.
 template <class Element>
 const float* read_ahead(StripReader<Element>& read, const void* logits, int64_t begin, int64_t count) {
-  const char* next = reinterpret_cast<const char*>(static_cast<const Element*>(logits) + begin + count);
-  const int64_t bytes = count * static_cast<int64_t>(sizeof(Element));
-  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(next + offset);
+  prefetch(static_cast<const Element*>(logits) + begin + count, count);
   return read(logits, begin, count);
 }
 

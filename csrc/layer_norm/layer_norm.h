@@ -4,7 +4,9 @@
 //   y = (x - mean) r w + b,    r = 1 / sqrt(variance + epsilon),    variance = mean of (x - mean)^2
 //
 // The variance is taken in a second pass over the row, which is in cache by then: the mean of squares less the
-// square of the mean loses every digit where the mean is large. With x^ = (x - mean) r and g = dy w:
+// square of the mean loses every digit where the mean is large. Where the sum of squares overflows fp32, r is
+// NaN: by a 0 the output would be b, and nobody would see that training diverged.
+// With x^ = (x - mean) r and g = dy w:
 //
 //   dx = r (g - mean(g) - x^ mean(g x^)) (+ the gradient of the sum),    dw = sum of dy x^,    db = sum of dy
 //
@@ -13,6 +15,8 @@
 // Instead of x, y may be kept: x^ = (y - b) / w, with an error of half a digit of y over w, and NaN where w is 0.
 
 #pragma once
+
+#include <cmath>
 
 #include "base/launch.h"
 
@@ -52,12 +56,18 @@ struct LayerNormBackward {
 MEGATRON_LITE_LAUNCHERS(LayerNormForward)
 MEGATRON_LITE_LAUNCHERS(LayerNormBackward)
 
+// `squares` is the row's sum of (x - mean)^2.
+MEGATRON_LITE_INLINE float layer_norm_variance(float squares, int64_t length) {
+  return squares < INFINITY ? squares / length : NAN;
+}
+
 MEGATRON_LITE_INLINE float layer_norm_output(float x, float mean, float inverse, float weight, float bias) {
   return (x - mean) * inverse * weight + bias;
 }
 
 // `mean_g` and `mean_g_normal` are the row's means of g = dy w and of g x^.
-MEGATRON_LITE_INLINE float layer_norm_gradient(float g, float normal, float inverse, float mean_g, float mean_g_normal) {
+MEGATRON_LITE_INLINE float layer_norm_gradient(float g, float normal, float inverse, float mean_g,
+                                               float mean_g_normal) {
   return inverse * (g - mean_g - normal * mean_g_normal);
 }
 

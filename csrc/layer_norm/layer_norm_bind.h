@@ -56,7 +56,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_forward(const Ten
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& gradient, const std::optional<Tensor>& sum_gradient,
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& gradient,
+                                                       const std::optional<Tensor>& sum_gradient,
                                                        const Tensor& kept, const Tensor& weight,
                                                        const std::optional<Tensor>& bias, const Tensor& mean,
                                                        const Tensor& inverse) {

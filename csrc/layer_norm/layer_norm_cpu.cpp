@@ -24,7 +24,7 @@ void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end) {
     along(a.length, [&](int64_t i, int lane) { total.lanes[lane] += x[i]; });
     const float mean = total.total() / a.length;
     along(a.length, [&](int64_t i, int lane) { squares.lanes[lane] += (x[i] - mean) * (x[i] - mean); });
-    const float inverse = 1 / std::sqrt(squares.total() / a.length + a.epsilon);
+    const float inverse = 1 / std::sqrt(layer_norm_variance(squares.total(), a.length) + a.epsilon);
     float* y = output.line(a.output, row);
 #pragma omp simd
     for (int64_t i = 0; i < a.length; ++i) y[i] = layer_norm_output(x[i], mean, inverse, weight[i], bias[i]);

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(1024) forward_kernel(const LayerNormForward a)
       for (int i = 0; i < kCount; ++i) squares[0] += (values[i] - mean) * (values[i] - mean);
     });
     row_sums(squares);
-    const float inverse = rsqrtf(squares[0] / a.length + a.epsilon);
+    const float inverse = rsqrtf(layer_norm_variance(squares[0], a.length) + a.epsilon);
     if (!mine) continue;
     each_pack<Element, kPacks>(a.length, [&](int pack, int64_t index) {
       const auto values = x(pack, index), w = read<Element, kCount>(weight + index);

@@ -10,7 +10,7 @@ namespace megatron_lite::cuda {
 constexpr int kLaneValues = kQuantizeBlock / 32;
 constexpr int kWarps = 8;
 
-// Calls body(block, lane's first element, elements of the tensor) once for each block of this warp.
+// Calls body(block, this lane's first element) once for each block of this warp.
 template <class Body>
 __device__ __forceinline__ void each_block(int64_t length, const Body& body) {
   const int64_t blocks = quantize_blocks(length), stride = static_cast<int64_t>(gridDim.x) * kWarps;

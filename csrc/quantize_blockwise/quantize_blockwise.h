@@ -1,5 +1,5 @@
-// Block-wise 8-bit quantisation (Dettmers et al. 2022): of each 256 elements, the largest magnitude in fp32 (absmax), and a
-// byte for every element, the code of the map's value nearest to element / absmax.
+// Block-wise 8-bit quantisation (Dettmers et al. 2022): of each 256 elements, the largest magnitude in fp32 (absmax),
+// and a byte for every element, the code of the map's value nearest to element / absmax.
 //
 // A map has 7 decades; the one from 10^-(d+1) to 10^-d has n = 64 / 2^d codes (signed, the same for negative values)
 // or 128 / 2^d (unsigned), in the middles of n cells of one width. Counted in steps from 0 (codes from the one

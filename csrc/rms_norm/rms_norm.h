@@ -3,7 +3,8 @@
 //   x = input, or input + residual rounded to their dtype (what the next layer sees is what is normalised)
 //   y = x r w,    r = 1 / sqrt(mean of x^2 + epsilon)
 //
-// With x^ = x r and g = dy w:
+// Where the sum of squares overflows fp32, r is NaN: by a 0 the output would be 0, and nobody would see that training
+// diverged. With x^ = x r and g = dy w:
 //
 //   dx = r (g - x^ mean(g x^)) (+ the gradient of the sum),    dw = sum of dy x^
 //
@@ -12,6 +13,8 @@
 // Instead of x, y may be kept: x^ = y / w, as exact as y, and NaN where w is 0.
 
 #pragma once
+
+#include <cmath>
 
 #include "base/launch.h"
 
@@ -45,6 +48,11 @@ struct RmsNormBackward {
 
 MEGATRON_LITE_LAUNCHERS(RmsNormForward)
 MEGATRON_LITE_LAUNCHERS(RmsNormBackward)
+
+// `squares` is the row's sum of x^2.
+MEGATRON_LITE_INLINE float rms_norm_mean_square(float squares, int64_t length) {
+  return squares < INFINITY ? squares / length : NAN;
+}
 
 MEGATRON_LITE_INLINE float rms_norm_output(float x, float inverse, float weight) { return x * inverse * weight; }
 

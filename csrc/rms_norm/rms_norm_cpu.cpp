@@ -22,7 +22,7 @@ void forward_rows(const RmsNormForward& a, int64_t begin, int64_t end) {
     }
     LaneSum squares;
     along(a.length, [&](int64_t i, int lane) { squares.lanes[lane] += x[i] * x[i]; });
-    const float inverse = 1 / std::sqrt(squares.total() / a.length + a.epsilon);
+    const float inverse = 1 / std::sqrt(rms_norm_mean_square(squares.total(), a.length) + a.epsilon);
     float* y = output.line(a.output, row);
 #pragma omp simd
     for (int64_t i = 0; i < a.length; ++i) y[i] = rms_norm_output(x[i], inverse, weight[i]);

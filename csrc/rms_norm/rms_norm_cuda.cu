@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(1024) forward_kernel(const RmsNormForward a) {
       for (int i = 0; i < kCount; ++i) squares[0] += values[i] * values[i];
     });
     row_sums(squares);
-    const float inverse = rsqrtf(squares[0] / a.length + a.epsilon);
+    const float inverse = rsqrtf(rms_norm_mean_square(squares[0], a.length) + a.epsilon);
     if (!mine) continue;
     each_pack<Element, kPacks>(a.length, [&](int pack, int64_t index) {
       const auto values = x(pack, index), w = read<Element, kCount>(weight + index);

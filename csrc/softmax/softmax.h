@@ -25,7 +25,6 @@ struct SoftmaxMask {
   const uint8_t* data = nullptr;  // null: nothing is hidden
   int64_t sizes[kDims] = {1, 1, 1, 1}, strides[kDims] = {};
   bool one_column = false;  // a row is one byte that stands for all of its columns
-
 };
 
 struct SoftmaxForward {

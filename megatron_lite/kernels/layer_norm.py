@@ -20,8 +20,9 @@ def layer_norm(
 
     input: [..., H], fp32, bf16 or fp16, any strides; weight, bias: [H] of the same dtype and device. Gives a
     contiguous [..., H]. fp32 inside, rounded once. Differentiable once; its gradients repeat bit for bit
-    whatever the number of threads. A NaN or an infinity makes its row NaN. Raises TypeError for a dtype and
-    ValueError for a shape or device that will not do. Ba, Kiros and Hinton 2016.
+    whatever the number of threads. A NaN or an infinity makes its row NaN, and so do finite values whose squared
+    distances from the mean sum to more than fp32 holds, 3.4e38. Raises TypeError for a dtype and ValueError for a
+    shape or device that will not do. Ba, Kiros and Hinton 2016.
 
     With `memory_efficient` the output is kept for the gradient instead of the input (apex's option): nothing more,
     where the next layer keeps it anyway. The normalised value is then (output - bias) / weight, and off by the
@@ -58,7 +59,8 @@ def _forward_reference(input, weight, bias, epsilon, memory_efficient):
     values = input.float().contiguous()
     mean = values.mean(-1, keepdim=True)
     centred = values - mean
-    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + epsilon)
+    variance = centred.square().mean(-1, keepdim=True)
+    inverse = torch.rsqrt(variance.masked_fill(variance.isinf(), torch.nan) + epsilon)
     output = (centred * inverse * weight.float() + bias.float()).to(input.dtype)
     return output, mean.flatten(), inverse.flatten()
 

@@ -15,9 +15,9 @@ def rms_norm(
 
     input: [..., H], fp32, bf16 or fp16, any strides; weight: [H] of the same dtype and device. Gives a
     contiguous [..., H]. fp32 inside, rounded once. Differentiable once; its gradients repeat bit for bit
-    whatever the number of threads. A NaN makes its row NaN; an infinity becomes NaN and the rest of its row 0, as in
-    torch. Raises TypeError for a dtype and ValueError for a shape or device that will not do. Zhang and
-    Sennrich 2019.
+    whatever the number of threads. A NaN or an infinity makes its row NaN, and so do finite values whose squares sum to
+    more than fp32 holds, 3.4e38, where torch gives zeros. Raises TypeError for a dtype and ValueError for a shape or
+    device that will not do. Zhang and Sennrich 2019.
 
     With `memory_efficient` the output is kept for the gradient instead of the input (apex's option): nothing more,
     where the next layer keeps it anyway. The normalised value is then output / weight, off by half a digit of
@@ -51,7 +51,8 @@ def residual_rms_norm(
 
 def _forward_reference(input, weight, epsilon, memory_efficient):
     values = input.float().contiguous()
-    inverse = torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
+    mean_square = values.square().mean(-1, keepdim=True)
+    inverse = torch.rsqrt(mean_square.masked_fill(mean_square.isinf(), torch.nan) + epsilon)
     return (values * inverse * weight.float()).to(input.dtype), inverse.flatten()
 
 

@@ -58,6 +58,11 @@ def test_what_is_not_finite_shows(instruction_set):
     assert l2_norm([x]).item() == math.inf
 
 
+def test_squares_of_a_block_overflow_together_and_those_of_blocks_do_not(instruction_set):
+    assert l2_norm([torch.full((2048,), 5e17)]).item() == math.inf
+    assert l2_norm([torch.full((2048 * 50,), 3e17)]).item() == pytest.approx(3e17 * math.sqrt(2048 * 50))
+
+
 def test_refusals_give_the_numbers():
     with pytest.raises(ValueError, match="at least one is needed"):
         l2_norm([])

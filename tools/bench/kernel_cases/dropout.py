@@ -22,7 +22,7 @@ def dropouts(setting: Setting) -> Iterator[Case]:
     def theirs(x, bias, residual):
         return residual + F.dropout(x + bias, 0.1)
 
-    everyone = {"ours": ours, "torch": theirs, "torch_compiled": compiled(setting, theirs)}
+    everyone = {"ours": ours, "torch": theirs, "torch compiled": compiled(setting, theirs)}
     with torch.no_grad():
         forward = {who: applied(function, *arguments) for who, function in everyone.items()}
         yield setting.case("bias_dropout_add", 3, **forward)

@@ -54,7 +54,7 @@ def norms(setting: Setting) -> Iterator[Case]:
             {"liger": liger_rms and (lambda x, w: liger_rms.apply(x, w, 1e-5)), "quack": quack_rms},
         ),
     ):
-        everyone = {"ours": ours, "torch": theirs, "torch_compiled": compiled(setting, theirs), **peers}
+        everyone = {"ours": ours, "torch": theirs, "torch compiled": compiled(setting, theirs), **peers}
         forward = {who: applied(function, *arguments) for who, function in everyone.items()}
         with torch.no_grad():
             yield setting.case(name, 2, **forward)
@@ -66,7 +66,7 @@ def norms(setting: Setting) -> Iterator[Case]:
         ("residual_layer_norm", residual_layer_norm, torch_residual_layer, [x, residual, weight, bias]),
         ("residual_rms_norm", residual_rms_norm, torch_residual_rms, [x, residual, weight]),
     ):
-        everyone = {"ours": ours, "torch": theirs, "torch_compiled": compiled(setting, theirs)}
+        everyone = {"ours": ours, "torch": theirs, "torch compiled": compiled(setting, theirs)}
         with torch.no_grad():
             yield setting.case(name, 4, **{who: applied(function, *arguments) for who, function in everyone.items()})
 
