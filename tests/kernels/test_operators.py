@@ -51,6 +51,17 @@ def test_inputs_are_left_alone(name, arguments):
                 assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
+COMPILED = ("rms_norm", "residual_", "swiglu", "bias_gelu", "quantize", "adamw8bit", "l2_norm")
+
+
+@pytest.mark.parametrize(("name", "arguments"), [case for case in EVERY if case.values[0].startswith(COMPILED)])
+def test_every_kind_of_operator_compiles_without_a_graph_break(name, arguments):
+    torch.compiler.reset()
+    compiled = torch.compile(operator(name), fullgraph=True, backend="aot_eager")
+    for one, other in zip(outcome(name, compiled, arguments), outcome(name, operator(name), arguments), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_second_derivative_is_refused():
     x, weight, bias = (t.requires_grad_() for t in (drawn(2, 5), drawn(5), drawn(5)))
     (dx,) = torch.autograd.grad(layer_norm(x, weight, bias).square().sum(), x, create_graph=True)
