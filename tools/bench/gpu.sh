@@ -59,13 +59,15 @@ fi
 if [[ $only != tests ]]; then
     if [[ -n $on_cpu ]]; then
         kernels=(--threads 1 --rows 64 --rounds 3 --groups norms activations) step=(--bf16 --shapes gpt2-tiny --turns 2 --steps 1)
-        device=smoke
+        native=(--shapes gpt2-tiny --turns 2 --steps 1) device=smoke
     else
         # 64 MB a tensor or more: less fits into the card's cache.
         kernels=(--device cuda --rows 32768 --hidden 1024 2048 4096 8192 16384 --dtypes bfloat16 float32) step=()
+        native=(--precisions bf16)
         device=gpu
     fi
     part 'kernels' "$PYTHON" tools/bench/kernels.py "${kernels[@]}" --output "$OUT/kernels-$device.json"
+    part 'native step' "$PYTHON" tools/bench/native_step.py "${native[@]}" --output "$OUT/native_step-$device.json"
     part 'training step' "$PYTHON" tools/bench/train_step.py "${step[@]}" --output "$OUT/train_step-$device.json"
 fi
 
