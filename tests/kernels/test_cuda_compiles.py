@@ -1,6 +1,7 @@
 """Every CUDA kernel compiles for every target without a warning or a spill, and the library links and registers.
 
-It needs nvcc but no GPU and no CUDA build of torch: a stub stands for libtorch_cuda.so.
+It needs nvcc but no GPU and no CUDA build of torch: a stub stands for libtorch_cuda.so. Without nvcc
+it is skipped, and says so: test_cuda_on_cpu.py then runs the same sources with the C++ compiler.
 """
 
 import re
