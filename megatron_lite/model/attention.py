@@ -86,6 +86,8 @@ class Attention(nn.Module):
         self, query_BNSD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor, run: ForwardPass
     ) -> torch.Tensor:
         if run.context.is_ring:
+            if run.drops(self._dropout):
+                raise ValueError("ring attention has no probabilities to drop")
             return ring_attention(query_BNSD, key_BKSD, value_BKSD, run.context.group, self._backend)
         seed = run.seed(self._layer, Site.ATTENTION_PROBABILITIES, differs=True) if self._dropout else None
         attend = ATTENTION_BACKENDS[self._backend]

@@ -23,13 +23,10 @@ CASES = {
     ],
     4: [
         Case(context=4, zero=1),
-        Case(context=4, zero=0, llama=True, exchange="a2a"),
         Case(context=2, data=2, zero=0, llama=True),
-        Case(context=2, data=2, zero=1, micro_batches=2, exchange="a2a"),
         Case(context=2, data=2, zero=2, llama=True, micro_batches=2),
         Case(context=2, data=2, zero=3, micro_batches=2),
         Case(context=2, tensor=2, zero=0, sequence_parallel=True),
-        Case(context=2, tensor=2, zero=1, llama=True),
         Case(context=2, tensor=2, zero=2, sequence_parallel=True, llama=True, exchange="a2a"),
         Case(context=2, tensor=2, zero=3, sequence_parallel=True, micro_batches=2),
         Case(context=2, tensor=2, zero=1, sequence_parallel=True, dropout=0.1, attention_dropout=0.0),
@@ -42,7 +39,6 @@ CASES = {
         Case(context=2, data=2, tensor=2, zero=1, sequence_parallel=True, llama=True),
         Case(context=2, data=2, tensor=2, zero=3, sequence_parallel=True, exchange="a2a"),
         Case(context=2, tensor=2, pipe=2, layers=4, sequence_parallel=True, micro_batches=2, zero=2),
-        Case(context=2, data=2, pipe=2, layers=4, micro_batches=2, zero=1, llama=True),
         Case(context=4, data=2, zero=2, llama=True),
     ],
 }
