@@ -12,8 +12,8 @@
 
 namespace megatron_lite {
 
-// How many elements a thread takes at a time.
-constexpr int64_t kAdamwBlock = 1024;
+// How many elements a thread takes at a time; few, so that loading the next overlaps with computing these.
+constexpr int64_t kAdamwBlock = 256;
 
 struct AdamwRule {
   float beta1, rest1;     // rest = 1 - beta

@@ -313,8 +313,8 @@ class StageModule(nn.Module):
     """A stage of a GPT as a module of its own, around the same parameters, as a pipeline schedule calls it.
 
     The first stage takes token ids [B, S], the others hidden states [S, B, H] as `TensorAxis.leave` leaves them; the
-    last one gives what `GPT.forward` gives, the others hidden states. Labels and loss mask, [B, S], reach every stage of
-    the last one's rank. `dropout_seed` holds the micro-batch's seed, int64 [1] on the CPU.
+    last one gives what `GPT.forward` gives, the others hidden states. Labels and loss mask, [B, S], reach every stage
+    of the last one's rank. `dropout_seed` holds the micro-batch's seed, int64 [1] on the CPU.
     """
 
     def __init__(self, model: GPT, stage: Stage, seq_length: int):

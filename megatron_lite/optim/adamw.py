@@ -80,7 +80,7 @@ class AdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         state["step"] = torch.zeros((), dtype=torch.int64)
         if bits == 32:
-            state.update({name: torch.zeros_like(parameter, requires_grad=False) for name in MOMENTS})
+            state.update({name: torch.zeros(parameter.shape, device=parameter.device) for name in MOMENTS})
             return
         length = parameter.numel()
         pieces = Pieces.of(length, [(0, length)] if cuts is None and length else cuts or [])
@@ -110,20 +110,23 @@ class AdamW(torch.optim.Optimizer):
                         self.allocate(parameter, group["bits"])
                     count = self.state[parameter]["step"].add_(1)
                     by_step[int(count)].append(parameter)
-            rule = {"lr": group["lr"], "betas": group["betas"], "epsilon": group["eps"]}
-            rule["weight_decay"] = group["weight_decay"]
+            update = self._update_by_pieces if group["bits"] == 8 else self._update
             for step, parameters in by_step.items():
-                if group["bits"] == 8:
-                    self._update_by_pieces(parameters, step, rule)
-                else:
-                    self._update(parameters, step, rule)
+                update(
+                    parameters,
+                    step=step,
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    epsilon=group["eps"],
+                    weight_decay=group["weight_decay"],
+                )
 
-    def _update(self, parameters: list[torch.Tensor], step: int, rule: dict[str, Any]) -> None:
+    def _update(self, parameters: list[torch.Tensor], **rule: Any) -> None:
         gradients = [parameter.grad for parameter in parameters]
         moments = ([self.state[parameter][name] for parameter in parameters] for name in MOMENTS)
-        adamw(parameters, gradients, *moments, step=step, **rule)
+        adamw(parameters, gradients, *moments, **rule)
 
-    def _update_by_pieces(self, parameters: list[torch.Tensor], step: int, rule: dict[str, Any]) -> None:
+    def _update_by_pieces(self, parameters: list[torch.Tensor], **rule: Any) -> None:
         values: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
         states: list[State8bit] = []
@@ -135,4 +138,4 @@ class AdamW(torch.optim.Optimizer):
             for name in MOMENTS:
                 slots += [pieces.split(state[name]), state[f"{name}_absmax"].split(pieces.blocks)]
             states += map(State8bit, *slots)
-        adamw8bit(values, gradients, states, step=step, keep_second_moments=self._keep_second_moments, **rule)
+        adamw8bit(values, gradients, states, keep_second_moments=self._keep_second_moments, **rule)

@@ -38,9 +38,9 @@ def dry_run_report(
 
     `device_type` is "cpu" or "cuda", which keep different things in memory.
     `batch_lines` are the sums of the batch plan and `total_samples` its length; `samples_per_epoch`
-    is the size of the training set where it is known. `world_size` is a multiple of the ranks that hold one copy of the model.
+    is the size of the training set where it is known. `world_size` is a multiple of the ranks that hold one copy of
+    the model.
     """
-    tensor = config.parallel.tensor_model_parallel_size
     data_size = world_size // config.parallel.model_parallel_size
     memory = {"data_size": data_size, "device_type": device_type, "reduce_bucket_size": reduce_bucket_size}
     return [

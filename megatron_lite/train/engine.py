@@ -7,10 +7,9 @@ The one file that imports deepspeed, and only when a ZeRO stage is asked for. An
             backward(engine.forward(micro_batch) / target_tokens)
     outcome = engine.step(learning_rate)
 
-(with `engine.scheduled_gradients()` around the schedule of a pipeline, which calls backward by itself)
-
 where the loss divided by `target_tokens` is this rank's share of the mean over the whole global batch: the
-engine sums over data and context ranks, it does not average.
+engine sums over data and context ranks, it does not average. `scheduled_gradients` is for schedules that call
+backward themselves.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from megatron_lite.errors import ConfigError
 from megatron_lite.optim.gradient_norm import clip_factor, sum_of_squares
 from megatron_lite.optim.state import allocate_state, set_step_count, slot_part, step_count
 from megatron_lite.parallel.collectives import all_reduce
-from megatron_lite.parallel.layout import Fragment, ParameterLayout
+from megatron_lite.parallel.layout import ParameterLayout
 from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.memory import REPLICA_BUCKET_BYTES
@@ -167,7 +166,7 @@ class Engine:
 class ReplicaEngine(Engine):
     """ZeRO 0 in fp32: every replica holds all state; gradients are summed in one pass at the step."""
 
-    def __init__(self, module, mesh: ProcessMesh, optimizer, slots, clip_grad: float, shared: SharedWeight | None = None):
+    def __init__(self, module, mesh: ProcessMesh, optimizer, slots, clip_grad, shared: SharedWeight | None = None):
         super().__init__(module, mesh, optimizer, slots, shared)
         self._clip_grad = clip_grad
         self._allocate_state((p, group) for group in optimizer.param_groups for p in group["params"])
@@ -268,6 +267,9 @@ class ZeroEngine(Engine):
         )
         super().__init__(module, mesh, wrapped.optimizer, slots, shared)
         self.forward = self._deepspeed
+        if mesh.size("pipe") > 1:
+            # ZeRO 3 would compare the order of layers of all ranks, to fetch ahead in it.
+            self.forward = module.forward
         self.scales_loss = deepspeed_config["fp16"]["enabled"]
         self._zero = wrapped
         self.stage = int(self._deepspeed.zero_optimization_stage())
@@ -466,17 +468,18 @@ def _schemas() -> dict[str, type]:
     return {"zero_optimization": DeepSpeedZeroConfig, "comms_logger": CommsLoggerConfig, **monitors}
 
 
-def _no_accelerator_news(record: logging.LogRecord) -> bool:
-    return "Setting accelerator to CPU" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for DeepSpeed's warnings of what is so on purpose: a machine without a GPU, our own optimizers."""
+    text = record.getMessage()
+    no_gpu = "Setting accelerator to CPU" in text and not torch.cuda.is_available()
+    return not (no_gpu or "ZeRO with an untested optimizer" in text)
 
 
 def _import_deepspeed():
     """deepspeed, quiet and without what takes long to load or compile and is not used."""
     if "deepspeed" not in sys.modules:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        if not torch.cuda.is_available():
-            # On a machine without a GPU that is no news, and no warning.
-            logging.getLogger("DeepSpeed").addFilter(_no_accelerator_news)
+        logging.getLogger("DeepSpeed").addFilter(_is_news)
     try:
         import deepspeed
     except ImportError as error:

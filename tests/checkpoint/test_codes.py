@@ -136,6 +136,11 @@ def test_any_cut_loads_at_any_other(before, after, one_rank, tmp_path, no_fsync,
                     absmax[here] = box.absmax[there]
         assert torch.equal(piece.tensor.flatten(), codes) and torch.equal(piece.absmax, absmax)
         assert_near(piece, values)
+    # A rank that wants the end of a box alone needs what stands at its beginning.
+    last = wanted[-1]
+    alone = coded(last.name, last.rectangle, torch.ones(last.rectangle.shape))
+    load(folder, [alone], one_rank, only="exp_avg_sq/")
+    assert torch.equal(alone.tensor, last.tensor) and torch.equal(alone.absmax, last.absmax)
     if before == after:
         assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(saved, wanted, strict=True))
 

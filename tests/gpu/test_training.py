@@ -136,6 +136,8 @@ def test_dropout_follows_from_the_seed(device, tmp_path):
         {"zero_stage": 3, "bf16": True},
         {"zero_stage": 1, "fp16": True, "initial_loss_scale": 2**20, "loss_scale_window": 2, "hysteresis": 1},
         {"zero_stage": 3, "fp16": True, "initial_loss_scale": 2**20, "loss_scale_window": 2, "hysteresis": 1},
+        {"optimizer": "adamw8bit", "zero_stage": 0},
+        {"optimizer": "adamw8bit", "zero_stage": 3, "bf16": True},
     ],
     ids=lambda options: ",".join(f"{name}={value}" for name, value in list(options.items())[:2]),
 )

@@ -1,7 +1,8 @@
-"""What a CPU's meter counts, and what it does not."""
+"""What a CPU's meter counts, and what it does not: each in a process of its own, for memory has a history."""
 
 import numpy
 import torch
+from ranks import run_on_ranks
 
 from megatron_lite.monitor.memory import EXACT_STEPS, MemoryMeter, process_memory
 from megatron_lite.monitor.metrics import METRICS
@@ -17,6 +18,10 @@ def use_and_free(sizes, count=8):
 
 
 def test_the_peak_grows_with_what_is_allocated():
+    run_on_ranks(_grows, 1)
+
+
+def _grows():
     meter = MemoryMeter("cpu")
     held = torch.ones(64 * MIB // 4)
     now, highest = process_memory()
@@ -31,6 +36,10 @@ def test_the_peak_grows_with_what_is_allocated():
 
 
 def test_freed_memory_is_not_in_use_though_it_is_kept_later():
+    run_on_ranks(_is_given_back_and_then_kept, 1)
+
+
+def _is_given_back_and_then_kept():
     meter = MemoryMeter("cpu")
     use_and_free((8, 9, 10, 11))
     for _ in range(EXACT_STEPS):
@@ -48,6 +57,10 @@ def test_freed_memory_is_not_in_use_though_it_is_kept_later():
 def test_mapped_files_are_no_memory_of_the_run(tmp_path):
     path = tmp_path / "tokens.bin"
     path.write_bytes(bytes(32 * MIB))
+    run_on_ranks(_mapped_is_not_counted, 1, path)
+
+
+def _mapped_is_not_counted(path):
     meter = MemoryMeter("cpu")
     tokens = numpy.memmap(path, dtype=numpy.uint8, mode="r")
     assert tokens.sum() == 0

@@ -37,6 +37,17 @@ def test_32_bits_are_torchs():
     assert step_count(optimizer) == step_count(reference) == 10
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+def test_16_bit_parameters_have_fp32_moments(bits):
+    parameter = torch.nn.Parameter(drawn(300).bfloat16())
+    optimizer = AdamW([{"params": [parameter], "bits": bits}], **RULE)
+    before = parameter.detach().clone()
+    parameter.grad = drawn(300, seed=1).bfloat16()
+    optimizer.step()
+    kept = optimizer.state[parameter]["exp_avg" if bits == 32 else "exp_avg_absmax"]
+    assert kept.dtype == torch.float32 and not torch.equal(parameter, before)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_8_bits_are_the_kernels_steps_on_each_piece(keep):
     # A flat master with a gap and padding at its end, as ZeRO 3 leaves them.

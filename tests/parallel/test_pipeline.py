@@ -115,17 +115,24 @@ def test_the_schedule_follows_the_flags(parallel, name, stages):
     [
         ({"pipeline_schedule": "banana"}, "choose GPipe, 1F1B,"),
         ({"pipeline_schedule": "1F1B", "num_virtual_stages_per_pipeline_rank": 2}, "choose Interleaved1F1B"),
-        ({"pipeline_schedule": "DualPipeV", "num_virtual_stages_per_pipeline_rank": 4}, "has 2 stages on a rank, but 4"),
+        (
+            {"pipeline_schedule": "DualPipeV", "num_virtual_stages_per_pipeline_rank": 4},
+            "has 2 stages on a rank, but 4",
+        ),
         ({"num_layers_per_virtual_pipeline_stage": 3}, "does not divide num_layers=8; choose 1 or 2"),
         (
             {"num_layers_per_virtual_pipeline_stage": 2, "num_virtual_stages_per_pipeline_rank": 2},
             "2 by num_virtual_stages_per_pipeline_rank, 1 by num_layers_per_virtual_pipeline_stage",
         ),
         ({"num_virtual_stages_per_pipeline_rank": 3}, "12 stages, more than num_layers=8"),
+        ({"pipeline_model_parallel_layout": "Et*4||t*4|L"}, "leaves pipeline rank 1 without anything"),
         ({"pipeline_model_parallel_layout": "Et*4|t*4L"}, "has 2 stages, which is no multiple of"),
         ({"pipeline_schedule": "ZBVZeroBubble", "zero": 3}, "choose --zero-stage 2, or"),
         ({"num_virtual_stages_per_pipeline_rank": 2, "batch": 9}, "a global_batch_size of 12"),
-        ({"pipeline_schedule": "DualPipeV", "batch": 4}, "takes at least its 8 stages; choose a global_batch_size of 8"),
+        (
+            {"pipeline_schedule": "DualPipeV", "batch": 4},
+            "takes at least its 8 stages; choose a global_batch_size of 8",
+        ),
         ({"batch": 3}, "takes at least its 4 stages; choose a global_batch_size of 4"),
         ({"pipeline_model_parallel_size": 1, "pipeline_schedule": "GPipe"}, "needs a pipeline"),
         ({"pipeline_schedule": "absent.csv"}, "cannot be read"),

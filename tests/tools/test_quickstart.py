@@ -26,6 +26,8 @@ def test_quickstart_trains_evaluates_samples_and_says_so(tmp_path):
     run.mkdir()
     # Left behind by an earlier run: nothing of it may survive.
     (run / "metrics.jsonl").write_text('{"step": 999, "loss": 0.0}\n')
+    for name in ("config.yaml", "versions.json"):
+        (run / name).write_text("{}")
     done = subprocess.run(
         ["bash", "examples/quickstart.sh", "--train-iters", str(STEPS)],
         cwd=ROOT,

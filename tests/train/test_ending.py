@@ -71,9 +71,9 @@ def _outcomes(jobs: list[tuple[RunConfig, str]]) -> list[tuple[str, str, bool]]:
     sys.modules["wandb"] = None
     for config, sabotage in jobs:
         if dist.get_rank() == 1:
-            _SABOTAGE[sabotage]()
+            _SABOTAGE[sabotage](Path(config.checkpoint.save))
         try:
-            _train(config, timedelta(seconds=1 if sabotage == "is late" else 60))
+            _train(config, timedelta(seconds=2 if sabotage == "is late" else 60))
         except Exception as error:
             found.append((type(error).__name__, str(error), getattr(error, "on_all_ranks", False)))
         BatchLoader.step, loop.train_step = step, train_step
@@ -93,30 +93,31 @@ def _lose_a_sample(number: int, time: int) -> None:
     BatchLoader.step = lost
 
 
-def _run_out_of_memory() -> None:
+def _run_out_of_memory(folder: Path) -> None:
     def overflow(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
 
     loop.train_step = overflow
 
 
-def _sleep() -> None:
+def _sleep(folder: Path) -> None:
     step = BatchLoader.step
 
     def late(self, *where):
-        time.sleep(2.5)
+        while not (folder / "exit.json").exists():
+            time.sleep(0.05)
         return step(self, *where)
 
     BatchLoader.step = late
 
 
-_SABOTAGE: dict[str, Callable[[], None]] = {
-    "loses a sample": lambda: _lose_a_sample(8, 1),
+_SABOTAGE: dict[str, Callable[[Path], None]] = {
+    "loses a sample": lambda _: _lose_a_sample(8, 1),
     # A validation begins at sample 0, as the first step does.
-    "loses a sample of validation": lambda: _lose_a_sample(0, 2),
+    "loses a sample of validation": lambda _: _lose_a_sample(0, 2),
     "runs out of memory": _run_out_of_memory,
     "is late": _sleep,
-    "nothing": lambda: None,
+    "nothing": lambda _: None,
 }
 
 
@@ -156,8 +157,10 @@ def test_what_ends_one_rank_is_told_by_it_and_not_by_those_it_leaves(tmp_path):
 
 def test_a_rank_that_does_not_come_is_a_hang(tmp_path):
     (waited, *_), _ = run_on_ranks(_outcomes, 2, [(_config(tmp_path / "run", Case(data=2)), "is late")])
-    assert waited[0] == "HangError" and "--distributed-timeout-minutes" in waited[1] and not waited[2]
-    assert (_told(tmp_path / "run")["cause"], _told(tmp_path / "run")["code"]) == ("hang", 4)
+    told = _told(tmp_path / "run")
+    assert (told["cause"], told["code"]) == ("hang", 4) and "--distributed-timeout-minutes" in told["message"]
+    # A machine so busy that the ranks meet late may let the other one see it first.
+    assert waited[0] in ("HangError", "LostRankError") and not waited[2]
 
 
 def test_an_error_before_the_first_step_is_told(tmp_path, monkeypatch):

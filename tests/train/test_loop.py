@@ -38,8 +38,9 @@ def _config(folder: Path, case: Case | None = None, **fields) -> RunConfig:
 
 def _train(*configs: RunConfig) -> None:
     for config in configs:
-        size = torch.distributed.get_world_size()
-        mesh = ProcessMesh.create(MeshShape.of_world(size, tensor=config.parallel.tensor_model_parallel_size))
+        size, parallel = torch.distributed.get_world_size(), config.parallel
+        sizes = {"tensor": parallel.tensor_model_parallel_size, "pipe": parallel.pipeline_model_parallel_size}
+        mesh = ProcessMesh.create(MeshShape.of_world(size, **sizes))
         train_on(mesh, config, StopRequest(), "test")
 
 
@@ -121,14 +122,20 @@ def test_histograms_and_zeros_are_taken_when_asked(tmp_path):
         assert seen[zero] == pytest.approx(seen[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("case", [Case(1, 2, 0), Case(1, 2, 1), Case(2, 1, 2), Case(1, 2, 3, dtype="bf16")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(1, 2, 0), Case(1, 2, 1), Case(2, 1, 2), Case(1, 2, 3, dtype="bf16"), Case(pipe=2, zero=1, schedule="GPipe")],
+    ids=str,
+)
 def test_non_finite_loss_stops_all_ranks_and_names_the_weight(case, tmp_path):
     config = _config(tmp_path / "run", case, save_interval=1, train_iters=10, exit_interval=2)
     assert run_on_ranks(_poisoned, 2, config) == ["NonFiniteError"] * 2
     told = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert told["code"] == 3 and told["step"] == 2
-    hurt = "layers.0.mlp.up.weight on rank 1" if case.tensor == 2 else "final_norm.weight on rank 0"
-    assert f"step 3: the loss is nan on rank 0; the first non-finite weight is {hurt}" in told["message"]
+    # The last stage alone has the final norm and a loss.
+    last = 1 if case.pipe == 2 else 0
+    hurt = "layers.0.mlp.up.weight on rank 1" if case.tensor == 2 else f"final_norm.weight on rank {last}"
+    assert f"step 3: the loss is nan on rank {last}; the first non-finite weight is {hurt}" in told["message"]
     assert list(store.steps(tmp_path / "run")) == [1, 2], "the last good checkpoint is intact"
 
 

@@ -101,7 +101,7 @@ def row(result: dict[str, Any]) -> str:
         f"{ratio:.2f} x {name}" for name, ratio in result["ours_times_as_fast"].items() if name != "copy"
     )
     return (
-        f"{result['operation']:30} {result['size']:26} {result['seconds']['ours'] * 1e3:9.3f} ms "
+        f"{result['operation']:32} {result['size']:26} {result['seconds']['ours'] * 1e3:9.3f} ms "
         f"{result['gigabytes_per_second']['ours']:8.1f} GB/s {result['share_of_copy']['ours']:5.0%} of copy  {others}"
     )
 

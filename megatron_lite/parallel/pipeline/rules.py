@@ -90,8 +90,8 @@ def pipeline_plan(config: RunConfig) -> PipelinePlan:
         raise ConfigError(f"pipeline_schedule={schedule.name} has 2 stages on a rank, but {held} are asked for.")
     if held > 1 and not schedule.takes_many_stages:
         raise ConfigError(
-            f"pipeline_schedule={schedule.name} has 1 stage on a rank, but {held} are asked for; choose Interleaved1F1B, "
-            "or leave the virtual stages out."
+            f"pipeline_schedule={schedule.name} has 1 stage on a rank, but {held} are asked for; choose "
+            "Interleaved1F1B, or leave the virtual stages out."
         )
     return PipelinePlan(schedule, schedule.place(pipe, pipe * held))
 
@@ -116,8 +116,8 @@ def _virtual_stages(config: RunConfig) -> int | None:
         stages = len(parse_pipeline_layout(parallel.pipeline_model_parallel_layout, layers))
         if stages % pipe:
             raise ConfigError(
-                f"pipeline_model_parallel_layout={parallel.pipeline_model_parallel_layout} has {stages} stages, which is "
-                f"no multiple of pipeline_model_parallel_size={pipe}."
+                f"pipeline_model_parallel_layout={parallel.pipeline_model_parallel_layout} has {stages} stages, which "
+                f"is no multiple of pipeline_model_parallel_size={pipe}."
             )
         told["pipeline_model_parallel_layout"] = stages // pipe
     if len(set(told.values())) > 1:
@@ -144,18 +144,22 @@ def _read_csv(path: str, pipe: int) -> PipelinePlan:
             action = _ACTION.fullmatch(cell)
             if action is None:
                 raise ConfigError(
-                    f"pipeline_schedule={path} has {cell!r} in row {rank + 1}; an action is a stage, F, B, I or W, and a "
-                    "micro-batch, as 0F3."
+                    f"pipeline_schedule={path} has {cell!r} in row {rank + 1}; an action is a stage, F, B, I or W, and "
+                    "a micro-batch, as 0F3."
                 )
             stage, micro_batch = int(action[1]), int(action[3])
             if where.setdefault(stage, rank) != rank:
-                raise ConfigError(f"pipeline_schedule={path} has stage {stage} in rows {where[stage] + 1} and {rank + 1}.")
+                raise ConfigError(
+                    f"pipeline_schedule={path} has stage {stage} in rows {where[stage] + 1} and {rank + 1}."
+                )
             kinds.add(action[2])
             done.add((stage, action[2], micro_batch))
             now += {"F": 1, "I": 0, "B": -1, "W": -1}[action[2]]
             in_flight[rank] = max(in_flight[rank], now)
     if sorted(where) != list(range(len(where))) or set(where.values()) != set(range(pipe)):
-        raise ConfigError(f"pipeline_schedule={path} has stages {sorted(where)}; number them from 0, at least one a row.")
+        raise ConfigError(
+            f"pipeline_schedule={path} has stages {sorted(where)}; number them from 0, at least one a row."
+        )
     if where[0] != 0:
         raise ConfigError(f"pipeline_schedule={path} has stage 0 in row {where[0] + 1}; it belongs in the first.")
     count = 1 + max(micro_batch for _, _, micro_batch in done)
@@ -164,8 +168,8 @@ def _read_csv(path: str, pipe: int) -> PipelinePlan:
             names = {name for held, name, number in done if held == stage and number == micro_batch}
             if names not in ({"F", "B"}, {"F", "I", "W"}):
                 raise ConfigError(
-                    f"pipeline_schedule={path} has {sorted(names)} of micro-batch {micro_batch} in stage {stage}; each has F "
-                    "and B, or F, I and W, in every stage."
+                    f"pipeline_schedule={path} has {sorted(names)} of micro-batch {micro_batch} in stage {stage}; each "
+                    "has F and B, or F, I and W, in every stage."
                 )
     placement = tuple(where[stage] for stage in sorted(where))
     return PipelinePlan(Schedule(path, splits_backward="W" in kinds), placement, path, count, tuple(in_flight))
@@ -200,9 +204,13 @@ def stage_problems(config: RunConfig) -> Iterator[str]:
     plan = pipeline_plan(config)
     layers, layout = config.model.num_layers, config.parallel.pipeline_model_parallel_layout
     if layout is not None:
-        stages = len(parse_pipeline_layout(layout, layers))
-        if stages != plan.stages:
-            yield f"pipeline_model_parallel_layout={layout} has {stages} stages, and the schedule {plan.stages}."
+        counts = parse_pipeline_layout(layout, layers)
+        if len(counts) != plan.stages:
+            yield f"pipeline_model_parallel_layout={layout} has {len(counts)} stages, and the schedule {plan.stages}."
+            return
+        holding = {rank for rank, count in zip(plan.placement, counts, strict=True) if count} | set(plan.ends)
+        if idle := sorted(set(plan.placement) - holding):
+            yield f"pipeline_model_parallel_layout={layout} leaves pipeline rank {idle[0]} without anything to hold."
     elif plan.stages > layers:
         yield (
             f"pipeline_model_parallel_size={config.parallel.pipeline_model_parallel_size} with {plan.schedule.name} is "
