@@ -8,8 +8,7 @@ The one file that imports deepspeed, and only when a ZeRO stage is asked for. An
     outcome = engine.step(learning_rate)
 
 where the loss divided by `target_tokens` is this rank's share of the mean over the whole global batch: the
-engine sums over data and context ranks, it does not average. `scheduled_gradients` is for schedules that call
-backward themselves.
+engine sums over replicas, it does not average. `scheduled_gradients` is for schedules that call backward themselves.
 """
 
 from __future__ import annotations

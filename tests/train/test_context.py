@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import run_on_ranks
-from train.layouts import Case, Outcome, assemble, run_cases
+from train.layouts import BATCH, LENGTH, VOCABULARY, Case, Outcome, assemble, config_of, run_cases
+
+from megatron_lite.parallel.mesh_shape import MeshShape
+from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.train import build
+from megatron_lite.train.step import validate
 
 TIGHT = 1e-5
 
@@ -89,3 +94,52 @@ def test_shared_sequences_equal_serial(ranks, serial):
                 if (apart := difference(ours[name], theirs[name])) > TIGHT:
                     faults.append(f"{case}: {what} {name} differs by {apart:.1e}")
     assert not faults, "\n".join(faults)
+
+
+def _judged(exchange: str, pipe: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Token losses, guesses and logits of a length that is shared out, and of one that cannot be."""
+    context = torch.distributed.get_world_size() // pipe
+    case = Case(pipe=pipe, context=context, exchange=exchange, llama=True)
+    mesh = ProcessMesh.create(MeshShape(pipe, context=context))
+    model = build.build_model(config_of(case), mesh, VOCABULARY).eval()
+    found = []
+    for length in (LENGTH, LENGTH - 3):
+        tokens = torch.randint(VOCABULARY, (3, length), generator=torch.Generator().manual_seed(length))
+        found.append((*model.token_losses(tokens, tokens.roll(-1, 1)), model.logits(tokens)))
+    return found
+
+
+@pytest.mark.parametrize(("exchange", "pipe"), [("p2p", 1), ("a2a", 2)])
+def test_every_rank_judges_whole_sequences(exchange, pipe):
+    (whole,) = run_on_ranks(_judged, 1, exchange, 1)
+    for found in run_on_ranks(_judged, 2 * pipe, exchange, pipe):
+        for ours, theirs in zip(found, whole, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def _validate() -> float:
+    context = torch.distributed.get_world_size()
+    mesh = ProcessMesh.create(MeshShape(context=context))
+    config = config_of(Case(context=context, zero=3, dropout=0.1, attention_dropout=0.0))
+    engine = build.build_engine(config, build.build_model_to_train(config, mesh, VOCABULARY), mesh)
+    loader = build.open_loader(config, build.open_stream(config, "valid", VOCABULARY), mesh, VOCABULARY)
+    return validate(engine, mesh, loader, 2, BATCH, lambda: False)
+
+
+def test_validation_counts_each_token_once():
+    (whole,) = run_on_ranks(_validate, 1)
+    assert run_on_ranks(_validate, 2) == [pytest.approx(whole, rel=1e-6)] * 2
+
+
+def _drop_probabilities() -> None:
+    mesh = ProcessMesh.create(MeshShape(context=2))
+    model = build.build_model(config_of(Case(context=2, dropout=0.1)), mesh, VOCABULARY)
+    tokens = torch.zeros(1, LENGTH, dtype=torch.int64)
+    with pytest.raises(ValueError, match="no probabilities to drop"):
+        model(tokens, tokens, torch.ones_like(tokens), dropout_seed=1)
+    with pytest.raises(ValueError, match="sequence of 10 cannot be cut into 2 x 2 chunks"):
+        model(tokens[:, :10], tokens[:, :10], torch.ones_like(tokens[:, :10]))
+
+
+def test_what_cannot_work_is_refused_by_the_model_too():
+    run_on_ranks(_drop_probabilities, 2)
