@@ -112,7 +112,7 @@ class CudaFlashBlock:
             0.0,
             is_causal,
             state,
-            state[:0],
+            state[0],
         )
 
 
@@ -122,7 +122,8 @@ def block_for(query: torch.Tensor, backend: str) -> Block:
         return PlainBlock()
     if query.device.type == "cpu":
         return CpuFlashBlock()
-    if query.dtype != torch.float32 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256:
+    fits = query.dtype != torch.float32 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    if fits and torch.cuda.get_device_capability(query.device) >= (8, 0):
         return CudaFlashBlock()
     log.once(
         f"ring attention of {query.dtype} heads of {query.shape[-1]} values has no flash kernel on this device and runs as "

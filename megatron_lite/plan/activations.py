@@ -145,9 +145,10 @@ def _attention(config: RunConfig, element: int, device_type: str) -> tuple[int, 
             return kept + query * element, 0, summed + 3 * tokens * heads * (seq_length // context) * FP32
         return kept, 0, summed
     if context > 1:
-        # Whole sequences of some heads are copies; key/value heads fewer than ranks are repeated.
+        # Whole sequences of some heads are copies, and the output is one again; key/value heads fewer than ranks are
+        # repeated.
         keys = max(keys, tokens * context * model.head_dim)
-        inputs = 2 * query + 2 * keys
+        inputs = (1 if fused_softmax else 2) * query + 2 * keys
     elif model.position_embedding_type == "rope" and not (fused_softmax and batch > 1):
         # Rotated keys are a copy, while the values still hold the whole key/value projection. A product over
         # several sequences takes its own copy of them.
