@@ -196,8 +196,8 @@ def tensor_problems(config: RunConfig, world_size: int) -> Iterator[str]:
         context = config.parallel.context_parallel_size
         yield (
             f"tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = {tensor} x {pipe} x "
-            f"{context} = {shared} does not divide the number of ranks={world_size}; choose a context_parallel_size of "
-            f"{one_of(divisors(world_size // (tensor * pipe)))}."
+            f"{context} = {shared} does not divide the number of ranks={world_size}; choose a context_parallel_size "
+            f"of {one_of(divisors(world_size // (tensor * pipe)))}."
         )
 
 
@@ -224,8 +224,8 @@ def _context(config: RunConfig, world_size: int) -> Iterator[str]:
     chunks = 2 * context
     if length % chunks:
         yield (
-            f"context_parallel_size={context} cuts seq_length={length} into 2 x {context} chunks, which do not divide it; "
-            f"choose a seq_length of {_multiples_around(length, chunks)}."
+            f"context_parallel_size={context} cuts seq_length={length} into 2 x {context} chunks, which do not divide "
+            f"it; choose a seq_length of {_multiples_around(length, chunks)}."
         )
     elif parallel.sequence_parallel and length % tensor == 0 and length // context % tensor:
         yield (
@@ -247,8 +247,8 @@ def _context(config: RunConfig, world_size: int) -> Iterator[str]:
         legal = [size for size in divisors(heads) if not (groups % size and size % groups)]
         yield (
             f"cp_comm_type=a2a shares {heads} query heads and {groups} key/value heads of a tensor rank out over "
-            f"context_parallel_size={context} ranks, which do not divide them; choose {one_of(legal)}, or --cp-comm-type "
-            "p2p."
+            f"context_parallel_size={context} ranks, which do not divide them; choose {one_of(legal)}, or "
+            "--cp-comm-type p2p."
         )
 
 

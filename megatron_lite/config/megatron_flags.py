@@ -201,7 +201,10 @@ _PARALLEL = [
     *_notice("--distributed-backend", "the backend follows the device: nccl on a GPU, gloo on a CPU", 1),
     *_same("--context-parallel-size"),
     _mapped(
-        "--ds-sequence-parallel-size", "--context-parallel-size {}", 1, "by all-to-all, as there, with --cp-comm-type a2a"
+        "--ds-sequence-parallel-size",
+        "--context-parallel-size {}",
+        1,
+        "by all-to-all, as there, with --cp-comm-type a2a",
     ),
     _mapped(
         "--cp-comm-type",

@@ -75,7 +75,8 @@ class Attention(nn.Module):
         )
         if run.cache is not None:
             key, value = run.cache.append(self._layer, key, value)
-        if self._recompute_core:
+        # A ring's backward makes probabilities anew by itself.
+        if self._recompute_core and not run.context.is_ring:
             mixed_BNSD = recomputed(self._core, query, key, value, run)
         else:
             mixed_BNSD = self._core(query, key, value, run)

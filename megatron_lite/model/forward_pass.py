@@ -38,7 +38,7 @@ class ForwardPass:
     rotation: Rotation | None = None
     mask: torch.Tensor | None = None
     cache: KeyValueCache | None = None
-    context: ContextAxis = ContextAxis()
+    context: ContextAxis = dataclasses.field(default_factory=ContextAxis)
 
     def seed(self, layer: int, site: Site, *, differs: bool) -> int | None:
         """The seed of one dropout site: of each tensor and context rank if its heads differ, else of all."""

@@ -71,7 +71,8 @@ class ContextAxis:
     def to_heads(self, part_SBND: torch.Tensor) -> torch.Tensor:
         """The whole sequence in order, of this rank's share of the heads: [S, B, N, D] -> [S c, B, N / c, D].
 
-        Fewer heads than ranks are repeated for the ranks that share one. Raises ValueError where heads cannot be shared out.
+        Fewer heads than ranks are repeated for the ranks that share one. Raises ValueError where heads cannot be shared
+        out.
         """
         if self.is_ring or self.group is None:
             return part_SBND

@@ -126,8 +126,8 @@ def block_for(query: torch.Tensor, backend: str) -> Block:
     if fits and torch.cuda.get_device_capability(query.device) >= (8, 0):
         return CudaFlashBlock()
     log.once(
-        f"ring attention of {query.dtype} heads of {query.shape[-1]} values has no flash kernel on this device and runs as "
-        "matrix products around a softmax"
+        f"ring attention of {query.dtype} heads of {query.shape[-1]} values has no flash kernel on this device, and "
+        "runs as matrix products around a softmax"
     )
     return PlainBlock()
 
@@ -147,8 +147,8 @@ class _Ring(torch.autograd.Function):
     def forward(ctx, query, key, value, group, block):
         mine, size = group.rank(), group.size()
         own = pair = torch.stack((key, value))
-        output, log_sum = block.forward(query, *pair, True)
         arriving = _Passing(pair, group)
+        output, log_sum = block.forward(query, *pair, True)
         output, log_sum = output.float(), log_sum.clone()
         for distance in range(1, size):
             pair = arriving.wait()
@@ -156,7 +156,7 @@ class _Ring(torch.autograd.Function):
                 arriving = _Passing(pair, group)
             rows, columns = _visible(mine, (mine - distance) % size, query.shape[2] // 2)
             part = block.forward(query[:, :, rows], *pair[..., columns, :], False)
-            _merge(output[:, :, rows], log_sum[:, :, rows], *part)
+            merge(output[:, :, rows], log_sum[:, :, rows], *part)
         output = output.to(query.dtype)
         ctx.group, ctx.block = group, block
         ctx.save_for_backward(query, own, output, log_sum)
@@ -170,6 +170,7 @@ class _Ring(torch.autograd.Function):
         mine, size = group.rank(), group.size()
         query_gradient = torch.zeros_like(query, dtype=torch.float32)
         pair_gradient = torch.zeros_like(pair, dtype=torch.float32)
+        travelling = None
         for distance in range(size):
             arriving = _Passing(pair, group) if distance < size - 1 else None
             rows, columns = _visible(mine, (mine - distance) % size, query.shape[2] // 2)
@@ -182,7 +183,7 @@ class _Ring(torch.autograd.Function):
                 distance == 0,
             )
             query_gradient[:, :, rows] += of_query
-            if distance:
+            if travelling is not None:
                 pair_gradient = travelling.wait()
             for total, part in zip(pair_gradient[..., columns, :], of_pair, strict=True):
                 total += part
@@ -203,7 +204,7 @@ def _visible(mine: int, theirs: int, half: int) -> tuple[slice, slice]:
     return slice(half, None), slice(None)
 
 
-def _merge(output: torch.Tensor, log_sum: torch.Tensor, part: torch.Tensor, part_log_sum: torch.Tensor) -> None:
+def merge(output: torch.Tensor, log_sum: torch.Tensor, part: torch.Tensor, part_log_sum: torch.Tensor) -> None:
     """Take a block's result into fp32 `output` and `log_sum`, in place."""
     total = torch.logaddexp(log_sum, part_log_sum)
     output.mul_((log_sum - total).exp_().unsqueeze(-1)).addcmul_(part, (part_log_sum - total).exp_().unsqueeze(-1))

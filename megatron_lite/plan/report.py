@@ -147,7 +147,8 @@ def _compute(
 
 
 def _memory(config: RunConfig, vocab_size: int, arguments: dict[str, Any]) -> list[str]:
-    precision, stage, context = config.precision.dtype, config.effective_zero_stage, config.parallel.context_parallel_size
+    precision, stage = config.precision.dtype, config.effective_zero_stage
+    context = config.parallel.context_parallel_size
     sharing = f" x {context} context" if context > 1 else ""
     lines = [
         f"memory of a rank on {_DEVICES[arguments['device_type']]} at its highest, by recompute ({precision}, ZeRO "

@@ -220,8 +220,8 @@ def test_a_sound_configuration_has_no_problems():
         (
             {"context_parallel_size": 2, "seq_length": 1022, "attention_dropout": 0.0},
             2,
-            "context_parallel_size=2 cuts seq_length=1022 into 2 x 2 chunks, which do not divide it; choose a seq_length "
-            "of 1020 or 1024.",
+            "context_parallel_size=2 cuts seq_length=1022 into 2 x 2 chunks, which do not divide it; choose a "
+            "seq_length of 1020 or 1024.",
         ),
         (
             {"context_parallel_size": 2},
@@ -251,8 +251,8 @@ def test_a_sound_configuration_has_no_problems():
         (
             {"context_parallel_size": 3, "seq_length": 1536, "max_position_embeddings": 1536, "attention_dropout": 0.0},
             4,
-            "tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = 1 x 1 x 3 = 3 does not "
-            "divide the number of ranks=4; choose a context_parallel_size of 1, 2 or 4.",
+            "tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = 1 x 1 x 3 = 3 does "
+            "not divide the number of ranks=4; choose a context_parallel_size of 1, 2 or 4.",
         ),
         ({"zero_stage": 4}, 1, "zero_stage=4 does not exist; choose 0, 1, 2 or 3."),
         ({"hidden_dropout": 1.0}, 1, "hidden_dropout=1.0 is out of range; give a number from 0 to below 1."),

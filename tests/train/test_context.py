@@ -143,3 +143,17 @@ def _drop_probabilities() -> None:
 
 def test_what_cannot_work_is_refused_by_the_model_too():
     run_on_ranks(_drop_probabilities, 2)
+
+
+def test_bf16_follows_fp32(serial):
+    cases = [
+        Case(context=2, zero=1, dtype="bf16"),
+        Case(context=2, zero=3, dtype="bf16", exchange="a2a"),
+        Case(context=2, zero=2, dtype="bf16", backend="fused_softmax"),
+    ]
+    outcomes, _ = run_on_ranks(run_cases, 2, cases, timeout=200)
+    reference = serial[Case()][0].curve
+    for case, outcome in zip(cases, outcomes, strict=True):
+        for ours, theirs in zip(outcome.curve, reference, strict=True):
+            assert ours[0] == pytest.approx(theirs[0], rel=5e-3), case
+            assert ours[1] == pytest.approx(theirs[1], rel=5e-2), case

@@ -40,7 +40,7 @@ LAYOUTS = {
         Case(pipe=2, schedule="GPipe", zero=1),
         Case(pipe=2, schedule="LoopedBFS", zero=3, llama=True, dtype="bf16"),
         Case(pipe=2, layers=4, schedule="ZBVZeroBubble", zero=2),
-        Case(context=2, zero=2, exchange="a2a"),
+        Case(context=2, zero=1, exchange="a2a", optimizer="adamw8bit", dtype="bf16"),
     ],
 }
 
