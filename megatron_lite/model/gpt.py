@@ -136,6 +136,16 @@ class GPT(nn.Module):
         return self.embedding.word.weight if is_tied and begins_here != (self.head is not None) else None
 
     @property
+    def rows(self) -> dict[str, int]:
+        """Rows of the whole model's parameters that have one for each token id or position, on all ranks alike."""
+        found = {"embedding.word.weight": self.vocabulary.vocab_size}
+        if self.config.position_embedding_type == "learned_absolute":
+            found["embedding.position.weight"] = self.max_positions
+        if self.config.untie_embeddings_and_output_weights:
+            found["head.weight"] = self.vocabulary.vocab_size
+        return found
+
+    @property
     def _context(self) -> ContextAxis:
         return ContextAxis(self._axis.mesh.group("context"), self._context_exchange)
 

@@ -7,11 +7,9 @@ longer sequences. Stored rows go where they were; new ones keep their initial dr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from megatron_lite import log
 from megatron_lite.checkpoint.manifest import Manifest, config_differences
@@ -98,18 +96,20 @@ def tell_changes(folder: Path, manifest: Manifest, data: DataConfig, facts: dict
         log.warn(f"the tokenizer is not the one {folder} was trained with: its ids may stand for other text")
 
 
-def stored_rows(folder: Path, manifest: Manifest, model: nn.Module, *, positions_may_grow: bool) -> dict[str, int]:
+def stored_rows(
+    folder: Path, manifest: Manifest, model_rows: Mapping[str, int], *, positions_may_grow: bool
+) -> dict[str, int]:
     """Parameter name -> rows that the checkpoint holds, of the parameters that have more here; said in the log.
 
-    Every rank gets the same. Raises CheckpointError where rows would be lost, and where positions would
-    grow and may not.
+    `model_rows` are `GPT.rows`. Every rank gets the same. Raises CheckpointError where rows would be lost, and where
+    positions would grow and may not.
     """
     grown: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
+    for name, here in model_rows.items():
         tensor = manifest.tensors.get(f"weight/{name}")
-        if name not in VOCABULARY + POSITIONS or tensor is None:
+        if tensor is None:
             continue
-        there, here = tensor.shape[0], parameter.mesh_layout.global_shape[0]
+        there = tensor.shape[0]
         if name in VOCABULARY and there > here:
             raise CheckpointError(
                 f"{folder} has {there:,} token ids and this model {here:,}: a vocabulary can grow, not shrink; give "

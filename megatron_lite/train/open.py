@@ -99,7 +99,7 @@ def open_on(
         device=mesh.device,
         dtype=_dtype(dtype, config.precision.dtype, mesh.device),
     )
-    rows = build.together(mesh, lambda: checkpoint_fit.stored_rows(folder, manifest, model, positions_may_grow=False))
+    rows = checkpoint_fit.stored_rows(folder, manifest, model.rows, positions_may_grow=False)
     _fill_unstored(model, config, rows)
     load(folder, checkpoint_fit.within_stored_rows(weight_pieces(model), rows), mesh, only="weight/", cast=True)
     return OpenedModel(model.eval(), config, mesh, tokenizer, manifest, manifest.step)

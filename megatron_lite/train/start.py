@@ -304,10 +304,7 @@ def _load(
     build.together(
         mesh, lambda: checkpoint_fit.tell_changes(folder, manifest, config.data, facts, finetune=weights_only)
     )
-    rows = build.together(
-        mesh,
-        lambda: checkpoint_fit.stored_rows(folder, manifest, engine.module, positions_may_grow=weights_only),
-    )
+    rows = checkpoint_fit.stored_rows(folder, manifest, engine.module.rows, positions_may_grow=weights_only)
     pieces = checkpoint_fit.within_stored_rows(engine.pieces(optimizer=optimizer), rows)
     state = load(folder, pieces, mesh, only="" if optimizer else "weight/")
     engine.refresh()
