@@ -54,6 +54,8 @@ def notices(config: RunConfig) -> list[str]:
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         found.append("--sequence-parallel has no effect at tensor_model_parallel_size=1.")
+    if parallel.cp_comm_type != "p2p" and parallel.context_parallel_size == 1:
+        found.append(f"--cp-comm-type {parallel.cp_comm_type} has no effect at context_parallel_size=1.")
     if parallel.deepspeed_config and parallel.zero_stage == 0 and config.precision.dtype == "fp32":
         found.append(f"--deepspeed_config {parallel.deepspeed_config} has no effect at --zero-stage 0 in fp32.")
     if config.training.recompute_granularity != "full" and config.training.recompute_num_layers != 1:

@@ -311,6 +311,7 @@ def test_choices_that_are_offered_are_accepted():
 def test_notices_name_what_has_no_effect():
     assert check.notices(config_of()) == []
     assert "--sequence-parallel" in check.notices(config_of(sequence_parallel=True))[0]
+    assert "--cp-comm-type a2a" in check.notices(config_of(cp_comm_type="a2a"))[0]
     assert "--deepspeed_config" in check.notices(config_of(deepspeed_config="a.json", zero_stage=0))[0]
     assert check.notices(config_of(deepspeed_config="a.json", zero_stage=0, bf16=True)) == []
     lean = {"memory_efficient_layer_norm": True}
