@@ -19,6 +19,7 @@ from megatron_lite.kernels import sources
 from megatron_lite.kernels.build import built, find_compiler, find_nvcc, found
 
 DEVICES = ("cpu", "cuda")
+LEAST_CAPABILITY = (8, 0)  # what the oldest of sources.CUDA_ARCHITECTURES needs
 TORCH = Path(torch.__file__).parent
 _lock = threading.Lock()
 _libraries: dict[str, Path] = {}
@@ -101,6 +102,8 @@ def _find(device: str) -> Path:
         raise KernelError(f"there are native kernels for cpu and cuda, none for {device}")
     if device == "cuda" and not torch.version.cuda:
         raise KernelError(f"torch {torch.__version__} is built without CUDA")
+    if device == "cuda":
+        _require_capability()
     if not sources.CSRC.is_dir():
         return _packed(device)
     if device == "cpu":
@@ -111,6 +114,18 @@ def _find(device: str) -> Path:
     return found(sources.cuda_kernels(*command), torch.__version__) or built(
         sources.cuda_kernels(*command, _architectures()), torch.__version__
     )
+
+
+def _require_capability() -> None:
+    """Raise KernelError on a card older than the oldest machine code, which would fail at its first launch only."""
+    if not torch.cuda.is_available():
+        return
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        least, has = (".".join(map(str, numbers)) for numbers in (LEAST_CAPABILITY, capability))
+        raise KernelError(
+            f"the CUDA kernels want compute capability {least} or above and {torch.cuda.get_device_name()} has {has}"
+        )
 
 
 def _packed(device: str) -> Path:

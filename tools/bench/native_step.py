@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from train_step import SHAPES, device_name, ours, run_config
+from step_cases.ours import SHAPES, device_name, ours, run_config
 
 from megatron_lite.config import sources
 from megatron_lite.kernels import extension
@@ -123,7 +122,7 @@ def main() -> None:
         record = {
             "benchmark": "native_step",
             "device": device_name(torch.device("cuda" if on_gpu else "cpu")),
-            "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
+            "threads": torch.get_num_threads(),
             "turns": options.turns,
             "steps_a_turn": options.steps,
             "results": results,
