@@ -83,16 +83,15 @@ def at_layout(config: RunConfig, options: LaunchOptions, me: Launch) -> tuple[Ru
     if options.layout is None:
         return config, options.world_size or me.world_size
     layout = parse_layout(options.layout)
-    others = {"cp": layout.shape.context, "ep": layout.shape.expert}
-    refused = [f"{axis}={size}" for axis, size in others.items() if size > 1]
-    if refused:
-        raise ConfigError(f"--layout has {', '.join(refused)}, which is not in this version; leave it out.")
+    if layout.shape.expert > 1:
+        raise ConfigError(f"--layout has ep={layout.shape.expert}, which is not in this version; leave it out.")
     ranks, given = layout.shape.world_size, options.world_size
     if given not in (None, ranks):
-        shape, model = layout.shape, layout.shape.size("tensor", "pipe")
-        sizes = [f"tp={shape.tensor}", *([f"pp={shape.pipe}"] if shape.pipe > 1 else []), f"dp={given // model}"]
+        shape, model = layout.shape, layout.shape.size("tensor", "pipe", "context")
+        others = {"pp": shape.pipe, "cp": shape.context}
+        sizes = [f"tp={shape.tensor}", *(f"{axis}={n}" for axis, n in others.items() if n > 1), f"dp={given // model}"]
         mend = f"write {','.join(sizes)}" if given % model == 0 else "change one of them"
-        factors = " x ".join(str(size) for size in (shape.tensor, shape.pipe, shape.data) if size > 1)
+        factors = " x ".join(str(size) for size in (shape.tensor, shape.pipe, shape.context, shape.data) if size > 1)
         raise ConfigError(
             f"--layout {options.layout} is {ranks} ranks = {factors}, but --world-size is {given}; {mend}, or leave "
             "--world-size out."
@@ -102,6 +101,7 @@ def at_layout(config: RunConfig, options: LaunchOptions, me: Launch) -> tuple[Ru
         "pipeline_model_parallel_size": layout.shape.pipe,
         "num_virtual_stages_per_pipeline_rank": layout.virtual_stages if layout.virtual_stages > 1 else None,
         "pipeline_schedule": layout.schedule,
+        "context_parallel_size": layout.shape.context,
         "zero_stage": layout.zero,
     }
     for name, value in parallel.items():

@@ -73,7 +73,7 @@ def test_each_node_says_an_error_once_and_help_is_said_once_of_all(local_rank, s
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([*PLAN, "--layout", "tp=2,cp=4"], "cp=4, which is not in this version"),
+        ([*PLAN, "--layout", "tp=2,ep=4"], "ep=4, which is not in this version"),
         ([*PLAN, "--layout", "tq=2"], "write it as tp=2"),
         ([*PLAN[1:], "--layout", "tp=2"], "--layout goes with --dry-run"),
         ([*PLAN, "--layout", "pp=2,schedule=banana"], "pipeline_schedule=banana is not known; choose GPipe, 1F1B, Int"),

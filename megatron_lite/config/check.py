@@ -18,7 +18,8 @@ def problems(config: RunConfig, world_size: int) -> list[str]:
     checks = {
         _heads: ("hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "rotary_percent"),
         tensor_problems: (*_SHARING, "num_attention_heads", "num_query_groups", "ffn_hidden_size"),
-        _lengths: ("seq_length", "max_position_embeddings", "tensor_model_parallel_size"),
+        _lengths: ("seq_length", "max_position_embeddings", *_SHARING),
+        _context: ("seq_length", "num_attention_heads", "num_query_groups", *_SHARING),
         _recompute: ("recompute_num_layers", "num_layers"),
         _batch: (
             *_SHARING,
@@ -39,7 +40,7 @@ def problems(config: RunConfig, world_size: int) -> list[str]:
     return found
 
 
-_SHARING = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+_SHARING = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 
 
 def out_of_range(config: RunConfig) -> set[str]:
@@ -53,6 +54,8 @@ def notices(config: RunConfig) -> list[str]:
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         found.append("--sequence-parallel has no effect at tensor_model_parallel_size=1.")
+    if parallel.cp_comm_type != "p2p" and parallel.context_parallel_size == 1:
+        found.append(f"--cp-comm-type {parallel.cp_comm_type} has no effect at context_parallel_size=1.")
     if parallel.deepspeed_config and parallel.zero_stage == 0 and config.precision.dtype == "fp32":
         found.append(f"--deepspeed_config {parallel.deepspeed_config} has no effect at --zero-stage 0 in fp32.")
     if config.training.recompute_granularity != "full" and config.training.recompute_num_layers != 1:
@@ -99,6 +102,7 @@ _AT_LEAST = {
         "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size "
         "max_position_embeddings vocab_size make_vocab_size_divisible_by tensor_model_parallel_size "
         "pipeline_model_parallel_size num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage "
+        "context_parallel_size "
         "loss_scale_window hysteresis min_loss_scale lr_decay_iters lr_decay_samples seq_length sample_stride "
         "micro_batch_size global_batch_size gradient_accumulation_steps train_iters train_samples train_tokens "
         "recompute_num_layers eval_iters early_stopping_patience exit_interval save_interval keep_last log_interval "
@@ -184,12 +188,18 @@ def tensor_problems(config: RunConfig, world_size: int) -> Iterator[str]:
         yield _does_not_divide("tensor_model_parallel_size", tensor, "ffn_hidden_size", model.ffn_size)
     if world_size % tensor:
         yield _does_not_divide("tensor_model_parallel_size", tensor, "the number of ranks", world_size)
-    elif world_size % config.parallel.model_parallel_size:
-        pipe = config.parallel.pipeline_model_parallel_size
+    elif world_size % (tensor * (pipe := config.parallel.pipeline_model_parallel_size)):
         yield (
             f"tensor_model_parallel_size x pipeline_model_parallel_size = {tensor} x {pipe} = {tensor * pipe} does not "
             f"divide the number of ranks={world_size}; choose a pipeline_model_parallel_size of "
             f"{one_of(divisors(world_size // tensor))}."
+        )
+    elif world_size % (shared := config.parallel.model_parallel_size):
+        context = config.parallel.context_parallel_size
+        yield (
+            f"tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = {tensor} x {pipe} x "
+            f"{context} = {shared} does not divide the number of ranks={world_size}; choose a context_parallel_size "
+            f"of {one_of(divisors(world_size // (tensor * pipe)))}."
         )
 
 
@@ -205,6 +215,42 @@ def _lengths(config: RunConfig, world_size: int) -> Iterator[str]:
         yield (
             f"--sequence-parallel splits seq_length={length} over tensor_model_parallel_size={tensor}, which does not "
             f"divide it; choose a seq_length of {_multiples_around(length, tensor)}."
+        )
+
+
+def _context(config: RunConfig, world_size: int) -> Iterator[str]:
+    parallel, model, length = config.parallel, config.model, config.data.seq_length
+    context, tensor = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if context == 1:
+        return
+    chunks = 2 * context
+    if length % chunks:
+        yield (
+            f"context_parallel_size={context} cuts seq_length={length} into 2 x {context} chunks, which do not divide "
+            f"it; choose a seq_length of {_multiples_around(length, chunks)}."
+        )
+    elif parallel.sequence_parallel and length % tensor == 0 and length // context % tensor:
+        yield (
+            f"--sequence-parallel splits what context_parallel_size={context} leaves of seq_length={length}, "
+            f"{length // context} tokens, over tensor_model_parallel_size={tensor}, which does not divide it; choose a "
+            f"seq_length of {_multiples_around(length, math.lcm(chunks, context * tensor))}."
+        )
+    if parallel.cp_comm_type == "p2p":
+        if model.attention_dropout:
+            yield (
+                f"attention_dropout={model.attention_dropout:g} does not go with cp_comm_type=p2p, which has no "
+                "probabilities to drop; choose --attention-dropout 0, or --cp-comm-type a2a."
+            )
+        return
+    if model.num_attention_heads % tensor:
+        return
+    heads, groups = model.num_attention_heads // tensor, max(1, model.kv_heads // tensor)
+    if heads % context or (groups % context and context % groups):
+        legal = [size for size in divisors(heads) if not (groups % size and size % groups)]
+        yield (
+            f"cp_comm_type=a2a shares {heads} query heads and {groups} key/value heads of a tensor rank out over "
+            f"context_parallel_size={context} ranks, which do not divide them; choose {one_of(legal)}, or "
+            "--cp-comm-type p2p."
         )
 
 

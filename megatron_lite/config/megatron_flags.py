@@ -82,7 +82,7 @@ def _neutral(names: str, values: str, reason: str, takes: int | None = 1) -> lis
 _LATER = "not in this version"
 _MOE = f"mixture of experts is {_LATER}"
 _STAGES = "stages of unequal length are given by --pipeline-model-parallel-layout"
-_CONTEXT = f"context and Ulysses sequence parallelism are {_LATER}; --sequence-parallel shortens activations"
+_CHUNKED = f"attention in chunks that are offloaded is {_LATER}; --context-parallel-size shortens activations"
 _FP8 = f"fp8 is {_LATER}; use --bf16"
 _FUSION = "fused kernels change speed alone, and are used wherever the device has them"
 _SDPA = "torch picks the flash, memory-efficient or plain kernel that the device has"
@@ -199,7 +199,20 @@ _PARALLEL = [
     *_notice("--ddp-average-in-collective --calculate-per-token-loss", _COUNTED),
     *_notice("--grad-reduce-in-bf16 --accumulate-allreduce-grads-in-fp32", _FP32_GRADIENTS),
     *_notice("--distributed-backend", "the backend follows the device: nccl on a GPU, gloo on a CPU", 1),
-    *_neutral("--context-parallel-size --ds-sequence-parallel-size", "1", _CONTEXT),
+    *_same("--context-parallel-size"),
+    _mapped(
+        "--ds-sequence-parallel-size",
+        "--context-parallel-size {}",
+        1,
+        "by all-to-all, as there, with --cp-comm-type a2a",
+    ),
+    _mapped(
+        "--cp-comm-type",
+        "--cp-comm-type {}",
+        1,
+        refused_values={name: f"it is {_LATER}; use p2p or a2a" for name in ("allgather", "a2a+p2p")},
+    ),
+    _mapped("--force-ds-sequence-parallel", "--cp-comm-type a2a"),
     *_neutral("--num-distributed-optimizer-instances", "1", f"a sharded group inside the data ranks is {_LATER}"),
     *_same(
         "--pipeline-model-parallel-size --num-layers-per-virtual-pipeline-stage "
@@ -211,9 +224,8 @@ _PARALLEL = [
     *_refused("--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers", _STAGES),
     *_refused("--pipeline-model-parallel-split-rank", "there is no encoder to split from a decoder"),
     *_refused(
-        "--cp-comm-type --ds-sequence-parallel-fpdt --ds-sequence-parallel-fpdt-chunk-size "
-        "--ds-sequence-parallel-fpdt-offloading --force-ds-sequence-parallel",
-        _CONTEXT,
+        "--ds-sequence-parallel-fpdt --ds-sequence-parallel-fpdt-chunk-size --ds-sequence-parallel-fpdt-offloading",
+        _CHUNKED,
     ),
     *_refused(
         "--zero-contigious-gradients --zero-reduce-bucket-size --zero-allgather-bucket-size --zero-reduce-scatter "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +25,14 @@ class ParallelConfig:
     """The same, by the layers of a stage."""
     pipeline_model_parallel_layout: str | None = None
     """Which stage holds what, such as Et*3|t*5|t*4L; default: stages that cost about the same."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence."""
+    cp_comm_type: Literal["p2p", "a2a"] = "p2p"
+    """How they attend to one another's tokens: keys and values go round a ring (p2p), or each rank takes whole
+    sequences of some heads (a2a)."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters, over the data ranks."""
+    """DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 and gradients, 3 and parameters, over the data and
+    context ranks."""
     deepspeed_config: str | None = None
     """DeepSpeed JSON merged into the derived one; a value that contradicts a flag is an error."""
     distributed_timeout_minutes: float = 10.0
@@ -33,5 +40,5 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        """Ranks that work on the same sequences; the data size is how often they fit the world."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size

@@ -14,6 +14,7 @@ from megatron_lite.parallel.linear import ColumnParallelLinear, RowParallelLinea
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import dropout, seed_device
 from megatron_lite.parallel.recompute import recomputed
+from megatron_lite.parallel.ring_attention import ring_attention
 
 
 class Attention(nn.Module):
@@ -69,18 +70,26 @@ class Attention(nn.Module):
         key_SBKD, value_SBKD = self.key_value(entered).unflatten(-1, (2, -1, self._head_dim)).unbind(-3)
         if run.rotation is not None:
             query_SBND, key_SBKD = run.rotation(query_SBND), run.rotation(key_SBKD)
-        query, key, value = (heads.permute(1, 2, 0, 3) for heads in (query_SBND, key_SBKD, value_SBKD))
+        query, key, value = (
+            run.context.to_heads(heads).permute(1, 2, 0, 3) for heads in (query_SBND, key_SBKD, value_SBKD)
+        )
         if run.cache is not None:
             key, value = run.cache.append(self._layer, key, value)
-        if self._recompute_core:
+        # A ring's backward makes probabilities anew by itself.
+        if self._recompute_core and not run.context.is_ring:
             mixed_BNSD = recomputed(self._core, query, key, value, run)
         else:
             mixed_BNSD = self._core(query, key, value, run)
-        return self.output(mixed_BNSD.permute(2, 0, 1, 3).flatten(2), run.axis)
+        mixed_SBND = run.context.to_sequence(mixed_BNSD.permute(2, 0, 1, 3))
+        return self.output(mixed_SBND.flatten(2), run.axis)
 
     def _core(
         self, query_BNSD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor, run: ForwardPass
     ) -> torch.Tensor:
+        if run.context.is_ring:
+            if run.drops(self._dropout):
+                raise ValueError("ring attention has no probabilities to drop")
+            return ring_attention(query_BNSD, key_BKSD, value_BKSD, run.context.group, self._backend)
         seed = run.seed(self._layer, Site.ATTENTION_PROBABILITIES, differs=True) if self._dropout else None
         attend = ATTENTION_BACKENDS[self._backend]
         return attend(query_BNSD, key_BKSD, value_BKSD, run.mask, self._dropout, seed)

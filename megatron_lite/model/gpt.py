@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from megatron_lite.model.forward_pass import ForwardPass, Site
 from megatron_lite.model.init import initialize
 from megatron_lite.model.norm import Norm
 from megatron_lite.model.rotary import Rotary, Rotation
+from megatron_lite.parallel.context import ContextAxis
 from megatron_lite.parallel.layout import replicated
 from megatron_lite.parallel.linear import TensorAxis, empty_parameter, lay_out
 from megatron_lite.parallel.pipeline.partition import Stage, whole_model
@@ -54,6 +56,8 @@ class GPT(nn.Module):
     In a pipeline `stages` are all stages of the model and `placement` the pipe rank of each: this rank holds its own
     alone, and passes hidden states on. Where the output head is tied to the embedding of another rank, this rank
     has a copy of that weight, whose owner is the other.
+
+    Ranks along the context axis are given whole sequences, of which each takes its part, by `context_exchange`.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class GPT(nn.Module):
         seq_length: int,
         kernels: KernelsConfig | None = None,
         sequence_parallel: bool = False,
+        context_exchange: Literal["p2p", "a2a"] = "p2p",
         recompute: Recompute | None = None,
         stages: Sequence[Stage] | None = None,
         placement: Sequence[int] = (0,),
@@ -78,6 +83,7 @@ class GPT(nn.Module):
         self.vocabulary = VocabularyPart.of(vocab_size, config.make_vocab_size_divisible_by, mesh)
         self.max_positions = config.max_position_embeddings or seq_length
         self._axis = TensorAxis(mesh, sequence_parallel and mesh.size("tensor") > 1)
+        self._context_exchange = context_exchange
         self._recompute = recompute or Recompute()
         self._rotary = None
         if config.position_embedding_type == "rope":
@@ -139,6 +145,10 @@ class GPT(nn.Module):
             found["head.weight"] = self.vocabulary.vocab_size
         return found
 
+    @property
+    def _context(self) -> ContextAxis:
+        return ContextAxis(self._axis.mesh.group("context"), self._context_exchange)
+
     def forward(
         self,
         tokens_BS: torch.Tensor,
@@ -149,6 +159,8 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """The sum of this batch's token losses where the mask is 1: an fp32 scalar, equal on all tensor ranks.
 
+        Where context ranks share the sequences, it is the sum over this one's tokens, and a ValueError is raised for a
+        length that 2 c chunks do not divide.
         Label smoothing, z-loss and dropout belong to training mode. `dropout_seed` is `micro_batch_seed`'s;
         None is no dropout. The caller divides by the step's number of target tokens. In a pipeline, where this is
         not what is differentiated, it is 0 on all ranks but the last stage's.
@@ -176,11 +188,11 @@ class GPT(nn.Module):
         """What `forward` gives, from the hidden states behind the last layer."""
         loss_SB = self.head(
             self._entered(hidden_SBH, run),
-            labels_BS.t(),
+            run.context.part(labels_BS, 1).t(),
             label_smoothing=self.config.label_smoothing if self.training else 0.0,
             z_loss=self.config.z_loss if self.training else 0.0,
         )
-        return (loss_SB * loss_mask_BS.t()).sum()
+        return (loss_SB * run.context.part(loss_mask_BS, 1).t()).sum()
 
     @torch.no_grad()
     def token_losses(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,13 +200,17 @@ class GPT(nn.Module):
 
         fp32 and bool [B, S], equal on all tensor ranks; `correct` says that the label has the largest logit.
         """
-        run = self.plain_pass(tokens_BS.shape[1], None)
+        length = tokens_BS.shape[1]
+        # Lengths that cannot be shared out are gone through whole by every context rank.
+        run = self.plain_pass(length, None, self._context if self._context.splits(length) else ContextAxis())
         hidden_SBH = self._relayed(tokens_BS, run)
+        labels_BS = run.context.part(labels_BS, 1)
         if hidden_SBH is None:
             judged_BS = torch.zeros_like(labels_BS, dtype=torch.float32), torch.zeros_like(labels_BS, dtype=torch.bool)
         else:
             judged_BS = self._judged(self._entered(hidden_SBH, run), labels_BS)
-        return self.relay.tell(judged_BS[0]), self.relay.tell(judged_BS[1])
+        loss_BS, correct_BS = (run.context.join(self.relay.tell(judged), 1) for judged in judged_BS)
+        return loss_BS, correct_BS
 
     def _judged(self, entered_SBH: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of each token, and whether its label has the largest logit, [B, S]."""
@@ -253,12 +269,17 @@ class GPT(nn.Module):
         """The logits of the true vocabulary, joined over tensor ranks."""
         return gather_vocabulary(logits_BSV, self.vocabulary, self._axis.group)
 
-    def plain_pass(self, length: int, dropout_seed: int | None) -> ForwardPass:
-        """A pass over sequences from their beginning, of `length` tokens."""
+    def plain_pass(self, length: int, dropout_seed: int | None, context: ContextAxis | None = None) -> ForwardPass:
+        """A pass over sequences from their beginning, of `length` tokens, of which this rank has a part."""
+        context = context or self._context
         # A mode of memory, not of meaning: lengths that the ranks do not divide go without it.
-        axis = self._axis if length % self._axis.size == 0 else TensorAxis(self._axis.mesh)
+        axis = self._axis if length // context.size % self._axis.size == 0 else TensorAxis(self._axis.mesh)
         seed = dropout_seed if self.training else None
-        return ForwardPass(axis, seed, self._rotation(0, length, self._axis.mesh.device))
+        positions_BS = None
+        if context.size > 1:
+            positions_BS = context.part(torch.arange(length, device=self._axis.mesh.device).unsqueeze(0), 1)
+        rotation = self._rotation(0, length, self._axis.mesh.device, positions_BS)
+        return ForwardPass(axis, seed, rotation, context=context)
 
     def _rotation(
         self, start: int, stop: int, device: torch.device, positions_BS: torch.Tensor | None = None
@@ -282,7 +303,8 @@ class GPT(nn.Module):
                 hidden_SBH = self.begin(tokens_BS, run, start, positions_BS)
             else:
                 batch, length = tokens_BS.shape
-                shape = (length // (run.axis.size if run.axis.sequence_parallel else 1), batch, self.config.hidden_size)
+                parts = run.context.size * (run.axis.size if run.axis.sequence_parallel else 1)
+                shape = (length // parts, batch, self.config.hidden_size)
                 dtype = next(self.parameters()).dtype
                 hidden_SBH = self.relay.receive(stage.index, shape, dtype)
             hidden_SBH = self.through(stage, hidden_SBH, run)
@@ -291,7 +313,7 @@ class GPT(nn.Module):
         return hidden_SBH if self.head is not None else None
 
     def _entered(self, hidden_SBH: torch.Tensor, run: ForwardPass) -> torch.Tensor:
-        """The hidden states of the whole sequence, as the head takes them: [S, B, H]."""
+        """The hidden states of this context rank's whole part, as the head takes them: [S, B, H]."""
         if self.final_norm is not None:
             hidden_SBH = self.final_norm(hidden_SBH, run.axis)
         return run.axis.enter(hidden_SBH)
@@ -354,7 +376,7 @@ class Embedding(nn.Module):
     def forward(
         self, tokens_BS: torch.Tensor, run: ForwardPass, start: int = 0, positions_BS: torch.Tensor | None = None
     ) -> torch.Tensor:
-        hidden_SBH = self.word(tokens_BS.t(), run.axis)
+        hidden_SBH = self.word(run.context.part(tokens_BS, 1).t(), run.axis)
         if self.position is not None:
             stop, longest = start + tokens_BS.shape[1], self.position.weight.mesh_layout.global_shape[0]
             if stop > longest:
@@ -364,7 +386,7 @@ class Embedding(nn.Module):
                 )
             if positions_BS is None:
                 positions_BS = torch.arange(start, stop, device=tokens_BS.device).unsqueeze(0)
-            hidden_SBH = hidden_SBH + self.position(positions_BS.t(), run.axis)
+            hidden_SBH = hidden_SBH + self.position(run.context.part(positions_BS, 1).t(), run.axis)
         return run.dropout(hidden_SBH, self._dropout, _BEFORE_LAYERS, Site.EMBEDDING)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from megatron_lite.errors import ConfigError
 
 AXES = ("pipe", "data", "context", "expert", "tensor")
+REPLICAS = ("data", "context")
+"""The axes whose ranks have the same weights and different tokens: gradients are summed and ZeRO shards over them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lite.parallel.mesh_shape import AXES, MeshShape
+from megatron_lite.parallel.mesh_shape import AXES, REPLICAS, MeshShape
 
 
 class ProcessMesh:
@@ -52,7 +52,7 @@ class ProcessMesh:
         if world != shape.world_size:
             raise ValueError(f"{world} ranks were started for a mesh of {shape.world_size}")
         mesh = ProcessMesh(shape, dist.get_rank() if started else 0, device, timeout)
-        for axes in (("tensor",), ("data",), ("pipe",), ("context",), ("expert",), ("pipe", "tensor")):
+        for axes in (("tensor",), ("data",), ("pipe",), ("context",), ("expert",), REPLICAS, ("pipe", "tensor")):
             if all(shape.size(axis) > 1 for axis in axes):
                 mesh._groups[axes] = mesh.make_group(shape.groups(*axes))
         if world > 1:
@@ -76,9 +76,13 @@ class ProcessMesh:
     def size(self, *axes: str) -> int:
         return self.shape.size(*axes)
 
-    def rank(self, axis: str) -> int:
-        """This rank's place along `axis`."""
-        return self._where[axis]
+    def rank(self, *axes: str) -> int:
+        """This rank's place along `axes` together, in mesh order."""
+        place = 0
+        for axis in AXES:
+            if axis in axes:
+                place = place * self.size(axis) + self._where[axis]
+        return place
 
     def group(self, *axes: str) -> dist.ProcessGroup | None:
         """The group of this rank along `axes`; None where it would be this rank alone."""

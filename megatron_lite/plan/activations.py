@@ -67,7 +67,7 @@ def plan_activations(
     model, training = config.model, config.training
     tensor = config.parallel.tensor_model_parallel_size
     element = element_bytes(config.precision)
-    tokens = training.micro_batch_size * config.data.seq_length
+    tokens = training.micro_batch_size * config.data.seq_length // config.parallel.context_parallel_size
     whole = tokens * model.hidden_size * element
     residual = whole // tensor if config.parallel.sequence_parallel else whole
     norm, input_kept = _norm(config, element, residual, device_type)
@@ -127,7 +127,8 @@ def _attention(config: RunConfig, element: int, device_type: str) -> tuple[int, 
     """Bytes of the core's inputs and output, what the core keeps beside them, and what its backward needs."""
     model, batch, seq_length = config.model, config.training.micro_batch_size, config.data.seq_length
     tensor = config.parallel.tensor_model_parallel_size
-    tokens = batch * seq_length
+    context = config.parallel.context_parallel_size
+    tokens = batch * seq_length // context
     heads = model.num_attention_heads // tensor
     query = tokens * heads * model.head_dim
     keys = tokens * max(1, model.kv_heads // tensor) * model.head_dim
@@ -135,7 +136,20 @@ def _attention(config: RunConfig, element: int, device_type: str) -> tuple[int, 
     backend, dropout = config.kernels.attention_backend, bool(model.attention_dropout)
     fused_softmax = backend == "fused_softmax" or (backend == "auto" and dropout and device_type == "cpu")
     inputs = query + 2 * keys
-    if model.position_embedding_type == "rope" and not (fused_softmax and batch > 1):
+    if context > 1 and config.parallel.cp_comm_type == "p2p":
+        # Keys and values are copied side by side. Their gradients, and those of queries, are summed in fp32, and a
+        # pair and its gradients come in while others go out.
+        kept = (inputs + query) * element + tokens * heads * FP32
+        summed = query * FP32 + 2 * keys * (2 * FP32 + element)
+        if backend == "fused_softmax":
+            return kept + query * element, 0, summed + 3 * tokens * heads * (seq_length // context) * FP32
+        return kept, 0, summed
+    if context > 1:
+        # Whole sequences of some heads are copies, and the output is one again; key/value heads fewer than ranks are
+        # repeated.
+        keys = max(keys, tokens * context * model.head_dim)
+        inputs = (1 if fused_softmax else 2) * query + 2 * keys
+    elif model.position_embedding_type == "rope" and not (fused_softmax and batch > 1):
         # Rotated keys are a copy, while the values still hold the whole key/value projection. A product over
         # several sequences takes its own copy of them.
         inputs += keys

@@ -1,7 +1,7 @@
 """The memory of one rank in closed form: state by ZeRO stage, activations by recompute, and the peak.
 
 The stages as DeepSpeed 0.19 keeps them (Rajbhandari et al. 2020), with p elements on this tensor rank,
-d data ranks, w bytes a weight, n optimizer slots of fp32 (of 8-bit codes: see optimizer.py):
+d data x context ranks, w bytes a weight, n optimizer slots of fp32 (of 8-bit codes: see optimizer.py):
 
     stage   weights   masters   slots     gradients
     0       4 p       -         4 n p     4 p                     fp32 alone: weights are their own masters
@@ -82,10 +82,10 @@ def micro_batches(config: RunConfig, data_size: int) -> int:
     return max(1, config.training.batch_size(data_size) // (config.training.micro_batch_size * data_size))
 
 
-def plan_state(config: RunConfig, elements: int, coded: int, data_size: int) -> State:
+def plan_state(config: RunConfig, elements: int, coded: int, replicas: int) -> State:
     """State of a rank that holds `elements` parameters of its tensor group, `coded` of them with 8-bit slots."""
     stage, width = config.effective_zero_stage, element_bytes(config.precision)
-    part = -(-elements // data_size)
+    part = -(-elements // replicas)
     if stage == 0:
         return State(FP32 * elements, slot_bytes(config.optimizer, elements, coded), FP32 * elements)
     weights = width * (part if stage == 3 else elements)
@@ -113,6 +113,7 @@ def moments(
     shapes = shapes_of_rank(config, vocab_size, pipe_rank)
     stages = stages_of_rank(config, vocab_size, pipe_rank)
     count = micro_batches(config, data_size)
+    replicas = data_size * config.parallel.context_parallel_size
     elements = sum(shape.local_elements for shape in shapes)
     coded = sum(shape.local_elements for shape in shapes if is_coded(config.optimizer, shape))
     filled = min(reduce_bucket_size, elements)
@@ -120,13 +121,13 @@ def moments(
         stage=config.effective_zero_stage,
         width=element_bytes(config.precision),
         is_cpu=device_type == "cpu",
-        data_size=data_size,
+        replicas=replicas,
         accumulates=count > 1,
         is_pipelined=config.parallel.pipeline_model_parallel_size > 1,
         elements=elements,
         filled=filled,
         bucket=filled if device_type == "cpu" else reduce_bucket_size,
-        state=plan_state(config, elements, coded, data_size),
+        state=plan_state(config, elements, coded, replicas),
     )
     options = {"vocab_size": vocab_size, "device_type": device_type, "granularity": granularity}
     of_stage = [plan_activations(config, stage=stage, **options) for stage in stages]
@@ -181,7 +182,7 @@ class _Rank:
     stage: int
     width: int
     is_cpu: bool
-    data_size: int
+    replicas: int
     accumulates: bool
     is_pipelined: bool
     """Gradients stay whole until the schedule has ended."""
@@ -193,7 +194,7 @@ class _Rank:
     state: State
 
     def in_forward(self, alive: int) -> Iterator[_Held]:
-        if self.stage == 3 and self.data_size > 1:
+        if self.stage == 3 and self.replicas > 1:
             # The buffer that whole weights came in goes when the last of them has been used.
             arrived = self.width * min(self.elements, PREFETCHED_PARAMETERS)
             bucket = 0 if self.is_pipelined else self._bucket
@@ -233,13 +234,13 @@ class _Rank:
     @property
     def _gathered(self) -> int:
         """Bytes of whole weights in stage 3, which one rank alone has as they are."""
-        if self.stage < 3 or self.data_size == 1:
+        if self.stage < 3 or self.replicas == 1:
             return 0
         return self.width * min(self.elements, GATHERED_PARAMETERS)
 
     def after_backward(self) -> Iterator[_Held]:
-        gradients, part = self.state.gradients, FP32 * -(-self.elements // self.data_size)
-        shares = self.data_size > 1
+        gradients, part = self.state.gradients, FP32 * -(-self.elements // self.replicas)
+        shares = self.replicas > 1
         if self.stage == 0:
             yield "summing gradients", gradients, 0, min(REPLICA_BUCKET_BYTES, gradients) if shares else 0
             return

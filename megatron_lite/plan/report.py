@@ -148,10 +148,12 @@ def _compute(
 
 def _memory(config: RunConfig, vocab_size: int, arguments: dict[str, Any]) -> list[str]:
     precision, stage = config.precision.dtype, config.effective_zero_stage
+    context = config.parallel.context_parallel_size
+    sharing = f" x {context} context" if context > 1 else ""
     lines = [
         f"memory of a rank on {_DEVICES[arguments['device_type']]} at its highest, by recompute ({precision}, ZeRO "
-        f"{stage} over {arguments['data_size']} data ranks, {config.training.micro_batch_size} x "
-        f"{config.data.seq_length:,} tokens; * is chosen)",
+        f"{stage} over {arguments['data_size']} data{sharing} ranks, {config.training.micro_batch_size} x "
+        f"{config.data.seq_length // context:,} tokens; * is chosen)",
         f"    {'recompute':<10}" + "".join(f"{name:>12}" for name in (*_PARTS, "peak")) + "  at",
     ]
     for granularity in GRANULARITIES:

@@ -24,7 +24,7 @@ from megatron_lite.model.init import initial_value, initialize
 from megatron_lite.optim.build import build_optimizer
 from megatron_lite.optim.groups import default_rules, parameter_groups
 from megatron_lite.parallel import launch
-from megatron_lite.parallel.mesh_shape import MeshShape
+from megatron_lite.parallel.mesh_shape import REPLICAS, MeshShape
 from megatron_lite.parallel.pipeline.rules import pipeline_plan
 from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
@@ -38,9 +38,11 @@ from megatron_lite.train.engine import DTYPES, Engine, ReplicaEngine, ZeroEngine
 T = TypeVar("T")
 
 
-def start_ranks(me: launch.Launch, *, tensor: int, pipe: int = 1, timeout_minutes: float) -> ProcessMesh:
+def start_ranks(
+    me: launch.Launch, *, tensor: int, pipe: int = 1, context: int = 1, timeout_minutes: float
+) -> ProcessMesh:
     """The live mesh of all ranks that were launched; the data size is what the other sizes leave."""
-    shape = MeshShape.of_world(me.world_size, tensor=tensor, pipe=pipe)
+    shape = MeshShape.of_world(me.world_size, tensor=tensor, pipe=pipe, context=context)
     device = launch.start(me, timeout_minutes)
     return ProcessMesh.create(shape, device, timedelta(minutes=timeout_minutes))
 
@@ -105,8 +107,8 @@ def build_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int) -> GPT:
 
 
 def build_model_to_train(config: RunConfig, mesh: ProcessMesh, vocab_size: int) -> GPT:
-    """The same model for an engine: under ZeRO 3 over several data ranks no rank ever holds all of it."""
-    if config.effective_zero_stage < 3 or mesh.size("data") == 1:
+    """The same model for an engine: under ZeRO 3 over several replicas no rank ever holds all of it."""
+    if config.effective_zero_stage < 3 or mesh.size(*REPLICAS) == 1:
         return build_model(config, mesh, vocab_size)
     return build_partitioned(
         lambda: _empty_model(config, mesh, vocab_size),
@@ -121,7 +123,7 @@ def build_pipeline(config: RunConfig, model: GPT, mesh: ProcessMesh) -> Pipeline
     if mesh.size("pipe") == 1:
         return None
     batch, length = config.training.micro_batch_size, config.data.seq_length
-    parts = mesh.size("tensor") if config.parallel.sequence_parallel else 1
+    parts = mesh.size("context") * (mesh.size("tensor") if config.parallel.sequence_parallel else 1)
     return Pipeline(
         {stage.index: StageModule(model, stage, length) for stage in model.stages},
         pipeline_plan(config),
@@ -140,6 +142,7 @@ def _empty_model(config: RunConfig, mesh: ProcessMesh, vocab_size: int) -> GPT:
         seq_length=config.data.seq_length,
         kernels=config.kernels,
         sequence_parallel=config.parallel.sequence_parallel,
+        context_exchange=config.parallel.cp_comm_type,
         recompute=Recompute(
             config.training.recompute_granularity,
             config.training.recompute_method,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
+from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.process_mesh import ProcessMesh
 
 
 class MeshForDeepSpeed:
     """The mesh under the names DeepSpeed asks for. "Model parallel" is tensor and pipe together:
-    the group over which it sums gradient norms."""
+    the group over which it sums gradient norms. "Data parallel" is data and context together: it shards over them."""
 
     def __init__(self, mesh: ProcessMesh):
         self._mesh = mesh
-        self._data_ranks = mesh.shape.group_of(mesh.global_rank, "data")
-        self._groups = {axes: self._group(*axes) for axes in (("data",), ("tensor",), ("pipe",), ("pipe", "tensor"))}
+        self._data_ranks = mesh.shape.group_of(mesh.global_rank, *REPLICAS)
+        self._groups = {axes: self._group(*axes) for axes in (REPLICAS, ("tensor",), ("pipe",), ("pipe", "tensor"))}
 
     def _group(self, *axes: str) -> dist.ProcessGroup:
         """A group even where it is this rank alone, which DeepSpeed needs."""
@@ -48,13 +49,13 @@ class MeshForDeepSpeed:
         return self._groups["pipe",]
 
     def get_data_parallel_rank(self) -> int:
-        return self._mesh.rank("data")
+        return self._mesh.rank(*REPLICAS)
 
     def get_data_parallel_world_size(self) -> int:
-        return self._mesh.size("data")
+        return self._mesh.size(*REPLICAS)
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups["data",]
+        return self._groups[REPLICAS]
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return self._data_ranks

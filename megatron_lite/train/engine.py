@@ -8,7 +8,7 @@ The one file that imports deepspeed, and only when a ZeRO stage is asked for. An
     outcome = engine.step(learning_rate)
 
 where the loss divided by `target_tokens` is this rank's share of the mean over the whole global batch: the
-engine sums over data ranks, it does not average. `scheduled_gradients` is for schedules that call backward themselves.
+engine sums over replicas, it does not average. `scheduled_gradients` is for schedules that call backward themselves.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from megatron_lite.optim.gradient_norm import clip_factor, sum_of_squares
 from megatron_lite.optim.state import allocate_state, set_step_count, slot_part, step_count
 from megatron_lite.parallel.collectives import all_reduce
 from megatron_lite.parallel.layout import ParameterLayout
+from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.memory import REPLICA_BUCKET_BYTES
 from megatron_lite.train.backward import Backward, ScheduledBackward, SharedWeight
@@ -146,7 +147,7 @@ class Engine:
             allocate_state(self._optimizer, master, group.get("bits", 32), self.slots, sorted(cuts[master]))
 
     def _owns_replica(self) -> bool:
-        """Whether this data rank writes what it holds (False where another one holds the same)."""
+        """Whether this replica writes what it holds (False where another one holds the same)."""
         return True
 
     def _global_norm(self, gradients: list[torch.Tensor], *axes: tuple[str, ...]) -> float:
@@ -162,7 +163,7 @@ class Engine:
 
 
 class ReplicaEngine(Engine):
-    """ZeRO 0 in fp32: every data rank holds all state; gradients are summed in one pass at the step."""
+    """ZeRO 0 in fp32: every replica holds all state; gradients are summed in one pass at the step."""
 
     def __init__(self, module, mesh: ProcessMesh, optimizer, slots, clip_grad, shared: SharedWeight | None = None):
         super().__init__(module, mesh, optimizer, slots, shared)
@@ -174,7 +175,7 @@ class ReplicaEngine(Engine):
         self._optimizer.zero_grad(set_to_none=True)
         self.holds_gradients = True
         yield lambda loss: loss.backward()
-        self._sum_over_data_ranks()
+        self._sum_over_replicas()
 
     @contextlib.contextmanager
     def scheduled_gradients(self) -> Iterator[ScheduledBackward]:
@@ -183,8 +184,8 @@ class ReplicaEngine(Engine):
             if self._shared is not None:
                 self._shared.join(self._shared.parameter.grad)
 
-    def _sum_over_data_ranks(self, bucket_bytes: int = REPLICA_BUCKET_BYTES) -> None:
-        group = self.mesh.group("data")
+    def _sum_over_replicas(self, bucket_bytes: int = REPLICA_BUCKET_BYTES) -> None:
+        group = self.mesh.group(*REPLICAS)
         if group is None:
             return
         bucket: list[torch.Tensor] = []
@@ -226,7 +227,7 @@ class ReplicaEngine(Engine):
             yield MasterFragment(parameter, name, parameter.mesh_layout, 0, parameter.numel(), parameter, 0)
 
     def _owns_replica(self) -> bool:
-        return self.mesh.rank("data") == 0
+        return self.mesh.rank(*REPLICAS) == 0
 
 
 class ZeroEngine(Engine):
@@ -285,7 +286,7 @@ class ZeroEngine(Engine):
 
     def _make_weights_their_own_masters(self) -> None:
         """fp32 weights need no second fp32 copy: this rank's masters become views of them."""
-        rank = self.mesh.rank("data")
+        rank = self.mesh.rank(*REPLICAS)
         for master, parts in zip(self._masters(), self._zero.parallel_partitioned_bit16_groups, strict=True):
             master.data = parts[rank]
         for _, parameter, _ in self._names:
@@ -301,15 +302,15 @@ class ZeroEngine(Engine):
                 yield self._deepspeed.backward
             self._zero.averaged_gradients.update(enumerate(self._flat_gradients.reduce()))
             return
-        # DeepSpeed averages over data ranks; our losses are shares of one global mean, to be summed.
-        data_size = self.mesh.size("data")
+        # DeepSpeed averages over these ranks; our losses are shares of one global mean, to be summed.
+        replicas = self.mesh.size(*REPLICAS)
         done = 0
 
         def backward(loss: torch.Tensor) -> None:
             nonlocal done
             done += 1
             self._deepspeed.set_gradient_accumulation_boundary(done == count)
-            self._deepspeed.backward(loss * data_size)
+            self._deepspeed.backward(loss * replicas)
 
         yield backward
 
@@ -323,9 +324,9 @@ class ZeroEngine(Engine):
                 self._shared.join(self._flat_gradients.place_of(self._shared.parameter))
             self._zero.averaged_gradients.update(enumerate(self._flat_gradients.reduce()))
             return
-        data_size = self.mesh.size("data")
+        replicas = self.mesh.size(*REPLICAS)
         with self._deepspeed.coalesce_grad_reduction():
-            yield ScheduledBackward(lambda share: self._deepspeed.scale(share * data_size))
+            yield ScheduledBackward(lambda share: self._deepspeed.scale(share * replicas))
             if self._shared is not None:
                 self._shared.join(self._shared.parameter.grad)
 
@@ -333,7 +334,7 @@ class ZeroEngine(Engine):
         scale = float(self._zero.loss_scale)
         own_norm = None
         if self._flat_gradients is not None:
-            own_norm = self._global_norm(self._flat_gradients.owned, ("data",), ("pipe", "tensor")) / scale
+            own_norm = self._global_norm(self._flat_gradients.owned, REPLICAS, ("pipe", "tensor")) / scale
             if math.isfinite(own_norm):
                 self._flat_gradients.multiply(clip_factor(own_norm, self._clip_grad))
             elif not self.scales_loss:
@@ -412,7 +413,7 @@ class ZeroEngine(Engine):
         for name, parameter, layout in self._names:
             group, offset, length = self._zero.grad_position[self._zero.get_param_id(parameter)]
             # Partitions are of equal length; the last one ends in padding.
-            start = self.mesh.rank("data") * length
+            start = self.mesh.rank(*REPLICAS) * length
             held = max(0, min(length, parameter.ds_numel - start))
             if held:
                 yield MasterFragment(parameter, name, layout, start, held, self._masters()[group], offset)
@@ -431,12 +432,12 @@ def build_partitioned(
     """
     deepspeed = _import_deepspeed()
     with deepspeed.zero.Init(
-        data_parallel_group=mesh.group("data"), config_dict_or_path=deepspeed_config, mem_efficient_linear=False
+        data_parallel_group=mesh.group(*REPLICAS), config_dict_or_path=deepspeed_config, mem_efficient_linear=False
     ):
         module = build()
     for name, parameter in module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
-            if mesh.rank("data") == 0:
+            if mesh.rank(*REPLICAS) == 0:
                 parameter.copy_(value_of(name, parameter.mesh_layout))
     return module
 

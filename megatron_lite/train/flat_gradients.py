@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from megatron_lite.parallel.collectives import my_part, reduce_scatter_in_place
+from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.process_mesh import ProcessMesh
 
 
 class GradientPart(list[torch.Tensor]):
-    """The gradients of a parameter group that this data rank updates: the tensors of the list, one a
+    """The gradients of a parameter group that this replica updates: the tensors of the list, one a
     parameter, are views of `flat_partition`. DeepSpeed's step takes gradients by these names without a copy."""
 
     def __init__(self, flat_partition: torch.Tensor, sections: Iterable[tuple[int, int]]):
@@ -24,7 +25,7 @@ class FlatGradients:
 
     What backward makes is added at its place and let go at once, so a rank holds 4 bytes a parameter
     whatever the number of micro-batches, and the step copies nothing. Megatron-LM's distributed
-    optimizer keeps gradients so. The data size divides each of `flat_weights`.
+    optimizer keeps gradients so. The number of replicas divides each of `flat_weights`.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class FlatGradients:
         groups: Sequence[Sequence[torch.nn.Parameter]],
         mesh: ProcessMesh,
     ):
-        self._group = mesh.group("data")
+        self._group = mesh.group(*REPLICAS)
         self._buffers: list[torch.Tensor] = []
         self._parts: list[GradientPart] = []
         self._owned: list[torch.Tensor] = []
@@ -83,7 +84,7 @@ class FlatGradients:
             self._filled.add(parameter)
 
     def reduce(self) -> list[GradientPart]:
-        """The sum over data ranks of what came since the last call, this rank's part of each group."""
+        """The sum over replicas of what came since the last call, this rank's part of each group."""
         for parameter, place in self._places.items():
             if parameter not in self._filled:
                 place.zero_()

@@ -19,6 +19,7 @@ from megatron_lite.monitor.metrics import Metrics, throughput
 from megatron_lite.monitor.sinks import Sinks
 from megatron_lite.optim.schedule import Schedule
 from megatron_lite.parallel.launch import StopRequest
+from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.memory import Moment
@@ -167,7 +168,7 @@ def _look_of(run: Run, step: int) -> Callable[[Engine], None] | None:
 def _count_zeros(run: Run, gradients: list[tuple[str, torch.Tensor]]) -> int:
     """Zero elements of the global gradient; padding of the vocabulary is not a part of it."""
     zeros = 0
-    if run.mesh.rank("data") == 0:
+    if run.mesh.rank(*REPLICAS) == 0:
         layouts = {name: p.mesh_layout for name, p in run.engine.module.named_parameters()}
         for name, gradient in gradients:
             if layouts[name].is_owner:

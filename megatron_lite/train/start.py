@@ -65,6 +65,7 @@ def run_training(config: RunConfig, me: Launch, command: str) -> None:
         me,
         tensor=config.parallel.tensor_model_parallel_size,
         pipe=config.parallel.pipeline_model_parallel_size,
+        context=config.parallel.context_parallel_size,
         timeout_minutes=config.parallel.distributed_timeout_minutes,
     )
     train_on(mesh, config, stop, command)

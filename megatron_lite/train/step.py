@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_lite.data.loader import BatchLoader, MicroBatch
 from megatron_lite.errors import NonFiniteError
 from megatron_lite.monitor.health import Hurt, describe, first_hurt
+from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import micro_batch_seed
@@ -112,22 +113,22 @@ def validate(
         for micro_batch in micro_batches:
             total[0] += forward(engine, mesh, micro_batch, step=0, seed=None)
             total[1] += micro_batch.loss_mask.sum()
-    # Of a pipeline, only the last stage's rank has a loss; each of its ranks has counted the tokens.
-    total[1] /= mesh.size("pipe")
+    # Each rank of a pipeline and of a shared sequence has counted all tokens, and has a part of the loss.
+    total[1] /= mesh.size("pipe", "context")
     _all_reduce_over_ranks(total, mesh)
     engine.module.train()
     return (total[0] / total[1]).item()
 
 
 def _sum_over_ranks(value: torch.Tensor, mesh: ProcessMesh) -> float:
-    """The sum of `value` over data and pipe ranks."""
+    """The sum of `value` over data, context and pipe ranks."""
     total = value.clone()
     _all_reduce_over_ranks(total, mesh)
     return total.item()
 
 
 def _all_reduce_over_ranks(total: torch.Tensor, mesh: ProcessMesh) -> None:
-    for axis in ("data", "pipe"):
+    for axis in (*REPLICAS, "pipe"):
         if (group := mesh.group(axis)) is not None:
             dist.all_reduce(total, group=group)
 
@@ -151,7 +152,7 @@ def raise_non_finite(
             what=what,
             ranks=[there for there, (is_odd, _) in enumerate(told) if is_odd],
             hurt=min((Hurt(*found) for _, found in told if found), default=None),
-            data_size=mesh.size("data"),
+            data_size=mesh.size(*REPLICAS),
             holds_gradients=engine.holds_gradients,
         )
     )

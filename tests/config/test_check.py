@@ -217,6 +217,43 @@ def test_a_sound_configuration_has_no_problems():
             1,
             "The size of the vocabulary is unknown; give --tokenizer-type with its files, or --vocab-size.",
         ),
+        (
+            {"context_parallel_size": 2, "seq_length": 1022, "attention_dropout": 0.0},
+            2,
+            "context_parallel_size=2 cuts seq_length=1022 into 2 x 2 chunks, which do not divide it; choose a "
+            "seq_length of 1020 or 1024.",
+        ),
+        (
+            {"context_parallel_size": 2},
+            2,
+            "attention_dropout=0.1 does not go with cp_comm_type=p2p, which has no probabilities to drop; choose "
+            "--attention-dropout 0, or --cp-comm-type a2a.",
+        ),
+        ({"context_parallel_size": 2, "cp_comm_type": "a2a"}, 2, None),
+        (
+            {"context_parallel_size": 4, "cp_comm_type": "a2a", "tensor_model_parallel_size": 2, "num_query_groups": 4},
+            8,
+            "cp_comm_type=a2a shares 6 query heads and 2 key/value heads of a tensor rank out over "
+            "context_parallel_size=4 ranks, which do not divide them; choose 1, 2 or 6, or --cp-comm-type p2p.",
+        ),
+        (
+            {
+                "context_parallel_size": 2,
+                "tensor_model_parallel_size": 4,
+                "sequence_parallel": True,
+                "seq_length": 1020,
+                "attention_dropout": 0.0,
+            },
+            8,
+            "--sequence-parallel splits what context_parallel_size=2 leaves of seq_length=1020, 510 tokens, over "
+            "tensor_model_parallel_size=4, which does not divide it; choose a seq_length of 1016 or 1024.",
+        ),
+        (
+            {"context_parallel_size": 3, "seq_length": 1536, "max_position_embeddings": 1536, "attention_dropout": 0.0},
+            4,
+            "tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = 1 x 1 x 3 = 3 does "
+            "not divide the number of ranks=4; choose a context_parallel_size of 1, 2 or 4.",
+        ),
         ({"zero_stage": 4}, 1, "zero_stage=4 does not exist; choose 0, 1, 2 or 3."),
         ({"hidden_dropout": 1.0}, 1, "hidden_dropout=1.0 is out of range; give a number from 0 to below 1."),
         ({"micro_batch_size": 0}, 1, "micro_batch_size=0 is too small; give 1 or more."),
@@ -274,6 +311,7 @@ def test_choices_that_are_offered_are_accepted():
 def test_notices_name_what_has_no_effect():
     assert check.notices(config_of()) == []
     assert "--sequence-parallel" in check.notices(config_of(sequence_parallel=True))[0]
+    assert "--cp-comm-type a2a" in check.notices(config_of(cp_comm_type="a2a"))[0]
     assert "--deepspeed_config" in check.notices(config_of(deepspeed_config="a.json", zero_stage=0))[0]
     assert check.notices(config_of(deepspeed_config="a.json", zero_stage=0, bf16=True)) == []
     lean = {"memory_efficient_layer_norm": True}

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from allocations import Allocations
+from ranks import run_on_ranks
 
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.kernels import KernelsConfig
@@ -21,7 +22,7 @@ from megatron_lite.plan.activations import plan_activations
 from megatron_lite.plan.memory import moments
 
 VOCAB = 500
-DEFAULT = KernelsConfig()
+DEFAULT, SERIAL = KernelsConfig(), ParallelConfig()
 LEAN = KernelsConfig(memory_efficient_layer_norm=True)
 GPT2 = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 LLAMA = GPT2 | {
@@ -30,15 +31,15 @@ LLAMA = GPT2 | {
 }  # fmt: skip
 
 
-def measured(config):
+def measured(config, mesh=None):
     """(bytes alive after forward, highest in backward) of a model's second micro-batch, gradients apart."""
     torch.manual_seed(0)
     training = config.training
     recompute = Recompute(training.recompute_granularity, training.recompute_method, training.recompute_num_layers)
     dtype = torch.bfloat16 if config.precision.bf16 else torch.float32
     model = GPT(
-        config.model, ProcessMesh(MeshShape(), 0), vocab_size=VOCAB, seq_length=config.data.seq_length,
-        kernels=config.kernels, recompute=recompute, seed=1, dtype=dtype,
+        config.model, mesh or ProcessMesh(MeshShape(), 0), vocab_size=VOCAB, seq_length=config.data.seq_length,
+        kernels=config.kernels, context_exchange=config.parallel.cp_comm_type, recompute=recompute, seed=1, dtype=dtype,
     ).train()  # fmt: skip
     tokens = torch.randint(0, VOCAB, (training.micro_batch_size, config.data.seq_length))
     batch = (tokens, tokens.roll(1, 1), torch.ones_like(tokens, dtype=torch.float32))
@@ -52,11 +53,12 @@ def measured(config):
     return allocations.alive("forward done"), allocations.peak("forward done", "backward done")
 
 
-def run_config(model, *, bf16=False, batch=2, seq_length=128, kernels=DEFAULT, **training):
+def run_config(model, *, bf16=False, batch=2, seq_length=128, kernels=DEFAULT, parallel=SERIAL, **training):
     return RunConfig(
         model=ModelConfig(**model),
         precision=PrecisionConfig(bf16=bf16),
         kernels=kernels,
+        parallel=parallel,
         data=DataConfig(seq_length=seq_length),
         training=TrainingConfig(micro_batch_size=batch, **training),
     )
@@ -129,3 +131,34 @@ def test_the_highest_moment_of_backward(config):
     )
     # On a CPU a product of 16-bit numbers takes scratch, which is small beside a real model's tensors.
     assert planned == pytest.approx(highest, rel=0.08 if config.precision.bf16 else 0.05)
+
+
+RING = ParallelConfig(context_parallel_size=2)
+CONTEXT_CASES = {
+    "llama ring bf16": run_config(LLAMA, bf16=True, seq_length=256, parallel=RING),
+    "gpt2 ring fused softmax": run_config(
+        GPT2, seq_length=256, kernels=KernelsConfig(attention_backend="fused_softmax"), parallel=RING
+    ),
+    "gpt2 all-to-all": run_config(GPT2, seq_length=256, parallel=dataclasses.replace(RING, cp_comm_type="a2a")),
+}
+
+
+def _measured_by_two(config):
+    return measured(config, ProcessMesh.create(MeshShape(context=2)))
+
+
+@pytest.mark.parametrize("config", CONTEXT_CASES.values(), ids=CONTEXT_CASES)
+def test_shared_sequences_keep_a_share(config):
+    for alive, highest in run_on_ranks(_measured_by_two, 2, config):
+        assert plan_activations(config, vocab_size=VOCAB).kept == pytest.approx(alive, rel=0.02)
+        accumulating = dataclasses.replace(
+            config,
+            parallel=dataclasses.replace(config.parallel, zero_stage=1 if config.precision.bf16 else 0),
+            training=dataclasses.replace(config.training, global_batch_size=2 * config.training.micro_batch_size),
+        )
+        planned = max(
+            moment.activations + moment.temporary
+            for moment in moments(accumulating, data_size=1, vocab_size=VOCAB)
+            if moment.name.startswith("backward")
+        )
+        assert planned == pytest.approx(highest, rel=0.1)

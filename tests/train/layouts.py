@@ -47,6 +47,10 @@ class Case:
     pipeline_layout: str | None = None
     layers: int = 2
     dropout: float = 0.0
+    attention_dropout: float | None = None
+    context: int = 1
+    exchange: str = "p2p"
+    backend: str = "auto"
 
     def __str__(self) -> str:
         changed = (f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
@@ -76,7 +80,7 @@ def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
             "vocab_size": VOCABULARY,
             "make_vocab_size_divisible_by": 8,
             "hidden_dropout": case.dropout,
-            "attention_dropout": case.dropout,
+            "attention_dropout": case.dropout if case.attention_dropout is None else case.attention_dropout,
             **(LLAMA if case.llama else GPT2),
         },
         "parallel": {
@@ -87,8 +91,10 @@ def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
             "pipeline_schedule": case.schedule,
             "num_virtual_stages_per_pipeline_rank": case.virtual,
             "pipeline_model_parallel_layout": case.pipeline_layout,
+            "context_parallel_size": case.context,
+            "cp_comm_type": case.exchange,
         },
-        "kernels": {"loss_chunk_size": case.loss_chunk_size},
+        "kernels": {"loss_chunk_size": case.loss_chunk_size, "attention_backend": case.backend},
         "precision": {"bf16": case.dtype == "bf16"},
         # A tiny epsilon would turn the rounding noise of zero gradients into steps.
         "optimizer": {"lr": 1e-2, "adam_eps": 1e-5, "optimizer": case.optimizer},
@@ -111,7 +117,7 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
 
 
 def _run(case: Case) -> Outcome:
-    mesh = ProcessMesh.create(MeshShape(case.pipe, case.data, tensor=case.tensor))
+    mesh = ProcessMesh.create(MeshShape(case.pipe, case.data, case.context, tensor=case.tensor))
     config = config_of(case)
     engine = build.build_engine(config, build.build_model_to_train(config, mesh, VOCABULARY), mesh)
     pipeline = build.build_pipeline(config, engine.module, mesh)

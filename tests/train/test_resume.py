@@ -40,6 +40,7 @@ LAYOUTS = {
         Case(pipe=2, schedule="GPipe", zero=1),
         Case(pipe=2, schedule="LoopedBFS", zero=3, llama=True, dtype="bf16"),
         Case(pipe=2, layers=4, schedule="ZBVZeroBubble", zero=2),
+        Case(context=2, zero=1, exchange="a2a", optimizer="adamw8bit", dtype="bf16"),
     ],
 }
 
@@ -70,6 +71,7 @@ def _train(config: RunConfig) -> None:
             torch.distributed.get_world_size(),
             tensor=config.parallel.tensor_model_parallel_size,
             pipe=config.parallel.pipeline_model_parallel_size,
+            context=config.parallel.context_parallel_size,
         )
     )
     train_on(mesh, config, StopRequest(), "test")
@@ -128,6 +130,8 @@ def test_state_is_the_same_at_another_layout(tmp_path):
         Case(2, 1, 3, llama=True),
         Case(pipe=2, zero=1, llama=True),
         Case(pipe=2, zero=3, llama=True),
+        Case(context=2, zero=1, llama=True),
+        Case(context=2, zero=3, llama=True),
     ]
     by_rank = run_on_ranks(_loaded_pieces, 2, [(str(first), case) for case in targets])
     four = run_on_ranks(
@@ -146,7 +150,7 @@ def _loaded_pieces(jobs):
 
     found = []
     for folder, case in jobs:
-        mesh = ProcessMesh.create(MeshShape(case.pipe, case.data, tensor=case.tensor))
+        mesh = ProcessMesh.create(MeshShape(case.pipe, case.data, case.context, tensor=case.tensor))
         config = config_of(case, training={"seed": 99})
         engine = build.build_engine(config, build.build_model_to_train(config, mesh, config.model.vocab_size), mesh)
         load(Path(folder) / "step-00000002", engine.pieces(), mesh)
@@ -166,7 +170,7 @@ def test_training_goes_on_at_another_layout(tmp_path):
     run_on_ranks(_train, 2, config(Case(2, 1, 1), parts, exit_interval=3))
     run_on_ranks(_train, 2, config(Case(1, 2, 3), parts, micro_batch_size=1, exit_interval=4))
     run_on_ranks(_train, 2, config(Case(pipe=2, zero=1), parts, micro_batch_size=1, exit_interval=5))
-    run_on_ranks(_train, 1, config(Case(zero=2), parts, micro_batch_size=1))
+    run_on_ranks(_train, 2, config(Case(context=2, zero=2), parts, micro_batch_size=1))
     ours, theirs = _losses(parts), _losses(whole)
     assert ours.keys() == theirs.keys()
     for step, loss in theirs.items():

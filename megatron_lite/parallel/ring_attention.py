@@ -1,0 +1,232 @@
+"""Causal attention over a sequence that lies zigzag on the ranks of a ring (see `context`).
+
+Each rank keeps its queries; keys and values travel, while what has arrived is attended to. The results of blocks are
+merged by their log-sum-exp in fp32. Backward makes probabilities anew from it, and gradients of keys and values
+travel with them, in fp32 (Liu et al. 2023; the zigzag is that of Megatron-LM's context parallelism).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from megatron_lite import log
+
+
+class Block(Protocol):
+    """Attention of some queries [B, N, S, D] to some keys and values [B, K, L, D], scaled by D^-0.5."""
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [B, N, S, D] and the fp32 log-sum-exp of the scores, [B, N, S]."""
+
+    def backward(
+        self,
+        gradient: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        log_sum: torch.Tensor,
+        is_causal: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This block's share of the gradients of query, key and value, where `output` and `log_sum` are those of all
+        blocks together."""
+
+
+class PlainBlock:
+    """Two matrix products around a softmax in fp32; the square of a block is in memory for a moment."""
+
+    def forward(self, query, key, value, is_causal):
+        scores = self._scores(query, key, is_causal)
+        log_sum = scores.logsumexp(-1)
+        probabilities = torch.exp(scores - log_sum.unsqueeze(-1))
+        return _heads(probabilities.to(value.dtype) @ value, query), _heads(log_sum.unsqueeze(-1), query).squeeze(-1)
+
+    def backward(self, gradient, query, key, value, output, log_sum, is_causal):
+        groups = key.shape[1]
+        rows, gradient_rows = _rows(query, groups), _rows(gradient, groups)
+        delta = (gradient_rows.float() * _rows(output, groups).float()).sum(-1, keepdim=True)
+        probabilities = torch.exp(self._scores(query, key, is_causal) - _rows(log_sum.unsqueeze(-1), groups))
+        scores_gradient = (gradient_rows @ value.transpose(-1, -2)).float().sub_(delta).mul_(probabilities)
+        scores_gradient = scores_gradient.mul_(query.shape[-1] ** -0.5).to(query.dtype)
+        return (
+            _heads(scores_gradient @ key, query),
+            scores_gradient.transpose(-1, -2) @ rows,
+            probabilities.to(value.dtype).transpose(-1, -2) @ gradient_rows,
+        )
+
+    def _scores(self, query, key, is_causal):
+        scores = (_rows(query, key.shape[1]) @ key.transpose(-1, -2)).float().mul_(query.shape[-1] ** -0.5)
+        if is_causal:
+            later = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu_(1)
+            scores.unflatten(2, (-1, query.shape[2])).masked_fill_(later, -torch.inf)
+        return scores
+
+
+def _rows(heads_BNSD: torch.Tensor, groups: int) -> torch.Tensor:
+    """The query heads of each group as more rows of one product: [B, K, N / K S, D]."""
+    return heads_BNSD.unflatten(1, (groups, -1)).flatten(2, 3)
+
+
+def _heads(rows: torch.Tensor, like_BNSD: torch.Tensor) -> torch.Tensor:
+    return rows.unflatten(2, (-1, like_BNSD.shape[2])).flatten(1, 2)
+
+
+class CpuFlashBlock:
+    """Torch's flash attention for a CPU."""
+
+    def forward(self, query, key, value, is_causal):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal)
+
+    def backward(self, gradient, query, key, value, output, log_sum, is_causal):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradient, query, key, value, output, log_sum, 0.0, is_causal
+        )
+
+
+class CudaFlashBlock:
+    """Torch's flash attention for a GPU (Dao 2023), of 16-bit heads of a multiple of 8 values."""
+
+    def forward(self, query, key, value, is_causal):
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[:2]
+
+    def backward(self, gradient, query, key, value, output, log_sum, is_causal):
+        # State of the random generator, which without dropout nobody reads.
+        state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+            gradient,
+            query,
+            key,
+            value,
+            output,
+            log_sum.contiguous(),
+            None,
+            None,
+            query.shape[2],
+            key.shape[2],
+            0.0,
+            is_causal,
+            state,
+            state[0],
+        )
+
+
+def block_for(query: torch.Tensor, backend: str) -> Block:
+    """What computes a block of heads like `query` under that --attention-backend."""
+    if backend == "fused_softmax":
+        return PlainBlock()
+    if query.device.type == "cpu":
+        return CpuFlashBlock()
+    fits = query.dtype != torch.float32 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    if fits and torch.cuda.get_device_capability(query.device) >= (8, 0):
+        return CudaFlashBlock()
+    log.once(
+        f"ring attention of {query.dtype} heads of {query.shape[-1]} values has no flash kernel on this device, and "
+        "runs as matrix products around a softmax"
+    )
+    return PlainBlock()
+
+
+def ring_attention(
+    query_BNSD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor, group: dist.ProcessGroup, backend: str
+) -> torch.Tensor:
+    """Causal attention of this rank's queries to the whole sequence: [B, N, S, D] of the zigzag part on this rank.
+
+    Keys and values, K heads of them, may be fewer than N. `backend` is an --attention-backend.
+    """
+    return _Ring.apply(query_BNSD, key_BKSD, value_BKSD, group, block_for(query_BNSD, backend))
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, group, block):
+        mine, size = group.rank(), group.size()
+        own = pair = torch.stack((key, value))
+        arriving = _Passing(pair, group)
+        output, log_sum = block.forward(query, *pair, True)
+        output, log_sum = output.float(), log_sum.clone()
+        for distance in range(1, size):
+            pair = arriving.wait()
+            if distance < size - 1:
+                arriving = _Passing(pair, group)
+            rows, columns = _visible(mine, (mine - distance) % size, query.shape[2] // 2)
+            part = block.forward(query[:, :, rows], *pair[..., columns, :], False)
+            merge(output[:, :, rows], log_sum[:, :, rows], *part)
+        output = output.to(query.dtype)
+        ctx.group, ctx.block = group, block
+        ctx.save_for_backward(query, own, output, log_sum)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        query, pair, output, log_sum = ctx.saved_tensors
+        group, block = ctx.group, ctx.block
+        mine, size = group.rank(), group.size()
+        query_gradient = torch.zeros_like(query, dtype=torch.float32)
+        pair_gradient = torch.zeros_like(pair, dtype=torch.float32)
+        travelling = None
+        for distance in range(size):
+            arriving = _Passing(pair, group) if distance < size - 1 else None
+            rows, columns = _visible(mine, (mine - distance) % size, query.shape[2] // 2)
+            of_query, *of_pair = block.backward(
+                gradient[:, :, rows],
+                query[:, :, rows],
+                *pair[..., columns, :],
+                output[:, :, rows],
+                log_sum[:, :, rows],
+                distance == 0,
+            )
+            query_gradient[:, :, rows] += of_query
+            if travelling is not None:
+                pair_gradient = travelling.wait()
+            for total, part in zip(pair_gradient[..., columns, :], of_pair, strict=True):
+                total += part
+            travelling = _Passing(pair_gradient, group)
+            if arriving is not None:
+                pair = arriving.wait()
+        pair_gradient = travelling.wait().to(pair.dtype)
+        return query_gradient.to(query.dtype), pair_gradient[0], pair_gradient[1], None, None
+
+
+def _visible(mine: int, theirs: int, half: int) -> tuple[slice, slice]:
+    """Which queries of rank `mine` see which keys of rank `theirs`: all of the ones all of the others, or with its own
+    causally. Of an earlier rank the later chunk is behind all queries; a later rank is behind the earlier chunk."""
+    if theirs == mine:
+        return slice(None), slice(None)
+    if theirs < mine:
+        return slice(None), slice(0, half)
+    return slice(half, None), slice(None)
+
+
+def merge(output: torch.Tensor, log_sum: torch.Tensor, part: torch.Tensor, part_log_sum: torch.Tensor) -> None:
+    """Take a block's result into fp32 `output` and `log_sum`, in place."""
+    total = torch.logaddexp(log_sum, part_log_sum)
+    output.mul_((log_sum - total).exp_().unsqueeze(-1)).addcmul_(part, (part_log_sum - total).exp_().unsqueeze(-1))
+    log_sum.copy_(total)
+
+
+class _Passing:
+    """A tensor on its way to the next rank of the ring, and the previous one's on its way here."""
+
+    def __init__(self, tensor: torch.Tensor, group: dist.ProcessGroup):
+        rank, size = group.rank(), group.size()
+        # Held until it is sent.
+        self._sent, self._received = tensor, torch.empty_like(tensor)
+        self._works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, tensor, group=group, group_peer=(rank + 1) % size),
+                dist.P2POp(dist.irecv, self._received, group=group, group_peer=(rank - 1) % size),
+            ]
+        )
+
+    def wait(self) -> torch.Tensor:
+        """The previous rank's tensor."""
+        for work in self._works:
+            work.wait()
+        return self._received
