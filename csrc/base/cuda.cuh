@@ -1,8 +1,8 @@
 // What CUDA kernels share: 16-byte packs of elements, a row spread over threads, sums in a fixed order.
 //
-// A row belongs to the blockDim.x threads of one threadIdx.y. Thread x holds packs x, x + blockDim.x, ... of it: in
-// registers, up to kPacks of them, where the row is short enough and 16-byte aligned (kPacks > 0); otherwise
-// (kPacks = 0) a pack is one element, and each pass over the row reads it again.
+// A row belongs to the blockDim.x threads of one threadIdx.y. Thread x takes packs x, x + blockDim.x, ... of it. Where
+// the row is short enough for registers they hold these, up to kPacks (> 0); each pass over a longer row (kPacks =
+// kLooped) reads it again. In a row that is not 16-byte aligned (kPacks = 0) a pack is one element, read each time.
 
 #pragma once
 
@@ -22,6 +22,8 @@ __device__ __forceinline__ float load(__half element) { return __half2float(elem
 __device__ __forceinline__ void store(float& element, float value) { element = value; }
 __device__ __forceinline__ void store(__nv_bfloat16& element, float value) { element = __float2bfloat16_rn(value); }
 __device__ __forceinline__ void store(__half& element, float value) { element = __float2half_rn(value); }
+
+constexpr int kLooped = -1;
 
 template <class Element, int kPacks>
 constexpr int kWidth = kPacks ? 16 / static_cast<int>(sizeof(Element)) : 1;
@@ -70,7 +72,9 @@ __device__ __forceinline__ void each_pack(int64_t length, const Body& body) {
       if (index < length) body(pack, index);
     }
   } else {
-    for (int64_t index = threadIdx.x; index < length; index += blockDim.x) body(0, index);
+    constexpr int kCount = kWidth<Element, kPacks>;
+#pragma unroll 2
+    for (int64_t index = threadIdx.x * kCount; index < length; index += blockDim.x * kCount) body(0, index);
   }
 }
 
@@ -153,7 +157,7 @@ __device__ __forceinline__ float row_largest(float value) {
   return value;
 }
 
-// How rows are spread: `packs` registers a thread (0: loop), `block.x` threads a row, `block.y` rows a block.
+// How rows are spread: `packs` of a thread (kPacks above), `block.x` threads a row, `block.y` rows a block.
 struct RowPlan {
   int packs;
   dim3 block;
@@ -166,11 +170,30 @@ constexpr int kMostPacks = 4;
 inline RowPlan plan_rows(int64_t length, int element_bytes, bool aligned, int most_threads, int least_threads) {
   const int width = 16 / element_bytes;
   const int64_t packs = length / width;
-  if (!aligned || length % width || packs > kMostPacks * most_threads) return {0, dim3(512, 1)};
+  if (!aligned || length % width) return {0, dim3(512, 1)};
+  if (packs > kMostPacks * most_threads) return {kLooped, dim3(512, 1)};
   int each = 1;
   while (each < kMostPacks && packs > each * 32) each *= 2;
   const int threads = packs ? static_cast<int>((packs + each * 32 - 1) / (each * 32)) * 32 : 32;
   return {each, dim3(threads, threads < least_threads ? least_threads / threads : 1)};
+}
+
+// How rows are spread where nothing is summed along them: a long one is cut into strips of columns, blockIdx.y's
+// each, short enough for registers.
+struct StripPlan {
+  int64_t strip;  // columns of a strip
+  unsigned strips;
+  RowPlan rows;
+};
+
+inline StripPlan plan_strips(int64_t length, int element_bytes, bool aligned, int most_threads, int least_threads) {
+  const int width = 16 / element_bytes, most = kMostPacks * most_threads;
+  const int64_t packs = length / width, strips = (packs + most - 1) / most;
+  // A grid is at most 65,535 blocks high; a row longer than that many strips is looped over.
+  const bool cut = aligned && length % width == 0 && strips > 1 && strips <= 65535;
+  const int64_t strip = cut ? (packs + strips - 1) / strips * width : length;
+  return {strip, cut ? static_cast<unsigned>(strips) : 1,
+          plan_rows(strip, element_bytes, aligned, most_threads, least_threads)};
 }
 
 inline bool aligned(std::initializer_list<const void*> pointers) {
@@ -197,6 +220,7 @@ void with_packs(int packs, const Run& run) {
     case 1: return run(Number<1>());
     case 2: return run(Number<2>());
     case 4: return run(Number<4>());
+    case kLooped: return run(Number<kLooped>());
     default: return run(Number<0>());
   }
 }
@@ -219,20 +243,28 @@ struct ColumnSums {
   static constexpr int kCount = kWidth<Element, kPacks>;
 
   float* line;
-  float sums[kPacks ? kPacks : 1][kCount] = {};
+  float sums[kPacks > 0 ? kPacks : 1][kCount] = {};
 
   __device__ __forceinline__ ColumnSums(float* of_part, int64_t length) : line(of_part) {
-    if constexpr (kPacks == 0) each_pack<Element, kPacks>(length, [&](int, int64_t index) { line[index] = 0; });
+    if constexpr (kPacks <= 0)
+      each_pack<Element, kPacks>(length, [&](int, int64_t index) { write(line + index, Pack<float, kCount>{}); });
   }
 
-  __device__ __forceinline__ void add(int pack, int64_t index, int element, float value) {
-    if constexpr (kPacks) sums[pack][element] += value;
-    else line[index] += value;
+  __device__ __forceinline__ void add(int pack, int64_t index, const float (&values)[kCount]) {
+    if constexpr (kPacks > 0) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sums[pack][i] += values[i];
+    } else {
+      auto of_pack = read<float, kCount>(line + index);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) of_pack.elements[i] += values[i];
+      write(line + index, of_pack);
+    }
   }
 
   // Writes the line: the sums of the block's rows threadIdx.y = 0, 1, ... added in this order.
   __device__ __forceinline__ void finish(int64_t length) {
-    if constexpr (kPacks) {
+    if constexpr (kPacks > 0) {
       __shared__ float of_rows[1024];
       each_element([&](int pack, int element) {
         float sum = sums[pack][element];

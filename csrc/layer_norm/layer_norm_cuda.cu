@@ -77,15 +77,18 @@ __global__ void __launch_bounds__(512) backward_kernel(const LayerNormBackward a
       const auto dy = dy_row(pack, index), kept = kept_row(pack, index), w = read<Element, kCount>(weight + index);
       PackOf<Element, kPacks> b = {};
       if constexpr (kFromOutput) b = read<Element, kCount>(bias + index);
+      float of_weight[kCount], of_bias[kCount];
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const float normal = kFromOutput ? __fdividef(kept[i] - b[i], w[i]) : (kept[i] - mean) * inverse;
         const float g = dy[i] * w[i];
         totals[0] += g;
         totals[1] += g * normal;
-        weight_sums.add(pack, index, i, mine ? dy[i] * normal : 0);
-        bias_sums.add(pack, index, i, mine ? dy[i] : 0);
+        of_weight[i] = mine ? dy[i] * normal : 0;
+        of_bias[i] = mine ? dy[i] : 0;
       }
+      weight_sums.add(pack, index, of_weight);
+      bias_sums.add(pack, index, of_bias);
     });
     row_sums(totals);
     const float mean_g = totals[0] / a.length, mean_g_normal = totals[1] / a.length;

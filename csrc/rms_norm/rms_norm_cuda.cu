@@ -6,7 +6,7 @@ namespace megatron_lite::cuda {
 namespace {
 
 template <class Element, int kPacks>
-__global__ void __launch_bounds__(1024) forward_kernel(const RmsNormForward a) {
+__global__ void __launch_bounds__(1024, 1) forward_kernel(const RmsNormForward a) {
   constexpr int kCount = kWidth<Element, kPacks>;
   const auto* weight = static_cast<const Element*>(a.weight);
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.y;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(1024) forward_kernel(const RmsNormForward a) {
 
 // Block `part` takes the rows of one part, threadIdx.y every blockDim.y-th of them.
 template <class Element, int kPacks, bool kFromOutput>
-__global__ void __launch_bounds__(512) backward_kernel(const RmsNormBackward a) {
+__global__ void __launch_bounds__(512, 1) backward_kernel(const RmsNormBackward a) {
   constexpr int kCount = kWidth<Element, kPacks>;
   // Beside the sums of more than 16 columns registers have no room for the row: it is read again, from the cache.
   constexpr bool kHeld = kPacks > 0 && kPacks * kCount <= 16;
@@ -60,12 +60,14 @@ __global__ void __launch_bounds__(512) backward_kernel(const RmsNormBackward a) 
     float g_normal[1] = {};
     each_pack<Element, kPacks>(a.length, [&](int pack, int64_t index) {
       const auto dy = dy_row(pack, index), kept = kept_row(pack, index), w = read<Element, kCount>(weight + index);
+      float of_weight[kCount];
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const float normal = kFromOutput ? __fdividef(kept[i], w[i]) : kept[i] * inverse;
         g_normal[0] += dy[i] * w[i] * normal;
-        weight_sums.add(pack, index, i, mine ? dy[i] * normal : 0);
+        of_weight[i] = mine ? dy[i] * normal : 0;
       }
+      weight_sums.add(pack, index, of_weight);
     });
     row_sums(g_normal);
     const float mean_g_normal = g_normal[0] / a.length;

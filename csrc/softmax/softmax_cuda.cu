@@ -12,7 +12,7 @@ __device__ __forceinline__ int64_t whole_packs(int64_t visible) {
 }
 
 template <class Element, int kPacks>
-__global__ void __launch_bounds__(512) forward_kernel(const SoftmaxForward a) {
+__global__ void __launch_bounds__(512, 1) forward_kernel(const SoftmaxForward a) {
   constexpr int kCount = kWidth<Element, kPacks>;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < a.rows; first += stride) {
