@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CAPABILITIES = (ROOT / "docs" / "CAPABILITIES.md").read_text(encoding="utf-8")
 
 LAUNCHERS = {"deepspeed": {"--num_gpus", "--master_port"}, "torchrun": {"--nproc-per-node", "--master-port"}}
-OTHERS = {"--index-url"}  # pip's
+OTHERS = {"--index-url", "--no-build-isolation"}  # pip's
 FLAG = re.compile(r"--[a-z][\w-]*")
 
 
