@@ -20,6 +20,14 @@ def test_sum_of_squares(sizes):
     assert found.dtype == torch.float64 and float(found) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_gradients_are_summed_in_more(dtype):
+    """Block norms in the gradient's dtype are off by 10^-4 together."""
+    tensor = torch.randn(300_000, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = float(tensor.double().square().sum())
+    assert float(sum_of_squares([tensor], CPU)) == pytest.approx(expected, rel=1e-6)
+
+
 def test_what_is_not_finite_shows():
     assert math.isinf(sum_of_squares([torch.tensor([1.0, math.inf])], CPU))
     assert math.isnan(sum_of_squares([torch.ones(5000), torch.tensor([math.nan])], CPU))
