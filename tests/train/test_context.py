@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import run_on_ranks
-from train.layouts import BATCH, LENGTH, VOCABULARY, Case, Outcome, assemble, config_of, run_cases
+from train.layouts import BATCH, LENGTH, VOCABULARY, Case, config_of, run_cases
+from train.serial import Reference, assert_equals_serial, run_serially
 
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.train import build
 from megatron_lite.train.step import validate
-
-TIGHT = 1e-5
 
 CASES = {
     2: [
@@ -49,51 +48,14 @@ CASES = {
 }
 
 
-def serial_of(case: Case) -> Case:
-    """One process, no ZeRO; with dropout the same micro-batches, whose masks are their own."""
-    kept = {}
-    if case.dropout:
-        kept = {"micro_batches": case.micro_batches * case.data, "dropout": case.dropout, "attention_dropout": 0.0}
-    return Case(layers=case.layers, llama=case.llama, **kept)
-
-
 @pytest.fixture(scope="module")
-def serial() -> dict[Case, tuple[Outcome, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    cases = sorted({serial_of(case) for cases in CASES.values() for case in cases}, key=str)
-    (outcomes,) = run_on_ranks(run_cases, 1, cases)
-    return {
-        case: (outcome, assemble(outcome.pieces), assemble(outcome.gradients))
-        for case, outcome in zip(cases, outcomes, strict=True)
-    }
-
-
-def difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference over the reference's; absolute where the reference is zero (a key bias)."""
-    size = reference.norm().item()
-    return (ours - reference).norm().item() / (size if size > 1e-5 else 1.0)
+def serial() -> dict[Case, Reference]:
+    return run_serially(case for cases in CASES.values() for case in cases)
 
 
 @pytest.mark.parametrize("ranks", sorted(CASES))
 def test_shared_sequences_equal_serial(ranks, serial):
-    by_rank = run_on_ranks(run_cases, ranks, CASES[ranks], timeout=400)
-    faults = []
-    for i, case in enumerate(CASES[ranks]):
-        reference, weights, gradients = serial[serial_of(case)]
-        outcomes = [outcomes[i] for outcomes in by_rank]
-        assert all(outcome.curve == outcomes[0].curve for outcome in outcomes), f"{case}: ranks disagree"
-        for step, (ours, theirs) in enumerate(zip(outcomes[0].curve, reference.curve, strict=True)):
-            for what, a, b in zip(("loss", "gradient norm"), ours, theirs, strict=True):
-                if abs(a - b) > TIGHT * abs(b):
-                    faults.append(f"{case}: step {step + 1} {what} {a} against {b}")
-        for what, ours, theirs in (
-            ("gradient", assemble([p for o in outcomes for p in o.gradients]), gradients),
-            ("weight", assemble([p for o in outcomes for p in o.pieces]), weights),
-        ):
-            assert ours.keys() == theirs.keys()
-            for name in theirs:
-                if (apart := difference(ours[name], theirs[name])) > TIGHT:
-                    faults.append(f"{case}: {what} {name} differs by {apart:.1e}")
-    assert not faults, "\n".join(faults)
+    assert_equals_serial(ranks, CASES[ranks], serial)
 
 
 def _judged(exchange: str, pipe: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -152,7 +114,7 @@ def test_bf16_follows_fp32(serial):
         Case(context=2, zero=2, dtype="bf16", backend="fused_softmax"),
     ]
     outcomes, _ = run_on_ranks(run_cases, 2, cases, timeout=200)
-    reference = serial[Case()][0].curve
+    reference = serial[Case()].outcome.curve
     for case, outcome in zip(cases, outcomes, strict=True):
         for ours, theirs in zip(outcome.curve, reference, strict=True):
             assert ours[0] == pytest.approx(theirs[0], rel=5e-3), case

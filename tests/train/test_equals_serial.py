@@ -7,9 +7,8 @@ import itertools
 import pytest
 import torch
 from ranks import run_on_ranks
-from train.layouts import Case, Outcome, assemble, config_of, run_cases
-
-TIGHT = 1e-5
+from train.layouts import Case, config_of, run_cases
+from train.serial import Reference, assert_equals_serial, run_serially
 
 
 def cases_of(ranks: int) -> list[Case]:
@@ -47,52 +46,24 @@ def cases_of(ranks: int) -> list[Case]:
     return found
 
 
+RANKS = (1, 2, 4, 8)
+
+
 @pytest.fixture(scope="module")
-def serial() -> dict[tuple[bool, str], tuple[Outcome, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    """One process, one micro-batch, no ZeRO, for each model shape and optimizer."""
-    kinds = [(llama, optimizer) for llama in (False, True) for optimizer in ("adamw", "sgd")]
-    (outcomes,) = run_on_ranks(run_cases, 1, [Case(llama=llama, optimizer=name) for llama, name in kinds])
-    return {
-        kind: (outcome, assemble(outcome.pieces), assemble(outcome.gradients))
-        for kind, outcome in zip(kinds, outcomes, strict=True)
-    }
+def serial() -> dict[Case, Reference]:
+    return run_serially(case for ranks in RANKS for case in cases_of(ranks))
 
 
-def difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference over the reference's; absolute where the reference is zero (a key bias)."""
-    size = reference.norm().item()
-    return (ours - reference).norm().item() / (size if size > 1e-5 else 1.0)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_every_layout_equals_serial(ranks, serial):
-    cases = cases_of(ranks)
-    by_rank = run_on_ranks(run_cases, ranks, cases, timeout=400)
-    faults = []
-    for i, case in enumerate(cases):
-        reference, weights, gradients = serial[case.llama, case.optimizer]
-        outcomes = [outcomes[i] for outcomes in by_rank]
-        for step, (ours, theirs) in enumerate(zip(outcomes[0].curve, reference.curve, strict=True)):
-            for what, a, b in zip(("loss", "gradient norm"), ours, theirs, strict=True):
-                if abs(a - b) > TIGHT * abs(b):
-                    faults.append(f"{case}: step {step + 1} {what} {a} against {b}")
-        assert all(outcome.curve == outcomes[0].curve for outcome in outcomes), f"{case}: ranks disagree"
-        for what, ours, theirs in (
-            ("gradient", assemble([p for o in outcomes for p in o.gradients]), gradients),
-            ("weight", assemble([p for o in outcomes for p in o.pieces]), weights),
-        ):
-            assert ours.keys() == theirs.keys()
-            for name in theirs:
-                if (apart := difference(ours[name], theirs[name])) > TIGHT:
-                    faults.append(f"{case}: {what} {name} differs by {apart:.1e}")
-    assert not faults, "\n".join(faults)
+    assert_equals_serial(ranks, cases_of(ranks), serial)
 
 
 def test_bf16_follows_fp32(serial):
     """16-bit weights round, so this holds the curve, not the digits; ranks and stages must agree closer."""
     cases = [Case(2, 1, 1, dtype="bf16"), Case(1, 2, 2, dtype="bf16", micro_batches=2), Case(1, 2, 3, dtype="bf16")]
     outcomes, _ = run_on_ranks(run_cases, 2, cases, timeout=200)
-    reference = serial[False, "adamw"][0].curve
+    reference = serial[Case()].outcome.curve
     for case, outcome in zip(cases, outcomes, strict=True):
         for ours, theirs in zip(outcome.curve, reference, strict=True):
             assert ours[0] == pytest.approx(theirs[0], rel=5e-3), case

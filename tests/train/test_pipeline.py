@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from ranks import run_on_ranks
-from train.layouts import Case, Outcome, assemble, run_cases
-
-TIGHT = 1e-5
+from train.layouts import Case, run_cases
+from train.serial import TIGHT, Reference, assert_equals_serial, run_serially, serial_of
 
 CASES = {
     2: [
@@ -47,49 +45,14 @@ CASES = {
 }
 
 
-def serial_of(case: Case) -> Case:
-    """One process, no ZeRO; with dropout the same micro-batches, whose masks are their own."""
-    kept = {"micro_batches": case.micro_batches * case.data, "dropout": case.dropout} if case.dropout else {}
-    return Case(layers=case.layers, llama=case.llama, optimizer=case.optimizer, **kept)
-
-
 @pytest.fixture(scope="module")
-def serial() -> dict[Case, tuple[Outcome, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    cases = sorted({serial_of(case) for cases in CASES.values() for case in cases}, key=str)
-    (outcomes,) = run_on_ranks(run_cases, 1, cases)
-    return {
-        case: (outcome, assemble(outcome.pieces), assemble(outcome.gradients))
-        for case, outcome in zip(cases, outcomes, strict=True)
-    }
-
-
-def difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """Norm of the difference over the reference's; absolute where the reference is zero (a key bias)."""
-    size = reference.norm().item()
-    return (ours - reference).norm().item() / (size if size > 1e-5 else 1.0)
+def serial() -> dict[Case, Reference]:
+    return run_serially(case for cases in CASES.values() for case in cases)
 
 
 @pytest.mark.parametrize("ranks", sorted(CASES))
 def test_every_schedule_equals_serial(ranks, serial):
-    by_rank = run_on_ranks(run_cases, ranks, CASES[ranks], timeout=400)
-    faults = []
-    for i, case in enumerate(CASES[ranks]):
-        reference, weights, gradients = serial[serial_of(case)]
-        outcomes = [outcomes[i] for outcomes in by_rank]
-        assert all(outcome.curve == outcomes[0].curve for outcome in outcomes), f"{case}: ranks disagree"
-        for step, (ours, theirs) in enumerate(zip(outcomes[0].curve, reference.curve, strict=True)):
-            for what, a, b in zip(("loss", "gradient norm"), ours, theirs, strict=True):
-                if abs(a - b) > TIGHT * abs(b):
-                    faults.append(f"{case}: step {step + 1} {what} {a} against {b}")
-        for what, ours, theirs in (
-            ("gradient", assemble([p for o in outcomes for p in o.gradients]), gradients),
-            ("weight", assemble([p for o in outcomes for p in o.pieces]), weights),
-        ):
-            assert ours.keys() == theirs.keys()
-            for name in theirs:
-                if (apart := difference(ours[name], theirs[name])) > TIGHT:
-                    faults.append(f"{case}: {what} {name} differs by {apart:.1e}")
-    assert not faults, "\n".join(faults)
+    assert_equals_serial(ranks, CASES[ranks], serial)
 
 
 def test_bf16_follows_the_same_curve_whatever_adds_its_gradients_up(serial):
@@ -118,5 +81,5 @@ def test_a_schedule_of_ones_own(tmp_path, serial):
     file.write_text("0F0,0F1,,,0B0,0B1\n,1F0,1I0,1F1,1I1,1W0,1W1\n")
     case = Case(pipe=2, layers=4, schedule=str(file), micro_batches=2, zero=1)
     outcome = run_on_ranks(run_cases, 2, [case])[0][0]
-    for ours, theirs in zip(outcome.curve, serial[serial_of(case)][0].curve, strict=True):
+    for ours, theirs in zip(outcome.curve, serial[serial_of(case)].outcome.curve, strict=True):
         assert ours == pytest.approx(theirs, rel=TIGHT)
