@@ -1,12 +1,14 @@
 """`run_on_ranks(fn, size)`: a function run on that many gloo ranks, started quickly.
 
 Ranks are forked from a server that has imported torch once, rendezvous over a file and listen on
-loopback only. The first rank that fails gives its traceback; a rank that does not end in time is
-named and all are killed.
+loopback only. A rank that is done waits for the others, since one that still connects to it would
+take its end for a crash. The first rank that fails gives its traceback; a rank that does not end in
+time is named and all are killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -33,6 +35,8 @@ def _rank_main(connection, fn, rank, size, store_path, timeout, args, kwargs):
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
         # Plain pickles: multiprocessing's own would share tensors by descriptors of a rank that is gone.
         connection.send_bytes(pickle.dumps(("done", fn(*args, **kwargs))))
+        with contextlib.suppress(EOFError):
+            connection.recv_bytes()  # nothing comes: the pipe ends with the test
     except BaseException:
         connection.send_bytes(pickle.dumps(("failed", traceback.format_exc())))
     finally:
@@ -51,7 +55,7 @@ def run_on_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float =
         store_path = os.path.join(folder, "store")
         workers = []
         for rank in range(size):
-            parent, child = _context.Pipe(duplex=False)
+            parent, child = _context.Pipe()
             process = _context.Process(
                 target=_rank_main, args=(child, fn, rank, size, store_path, timeout, args, kwargs), daemon=True
             )
