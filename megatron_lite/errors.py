@@ -22,6 +22,8 @@ EXIT_USER_ERROR = 2
 EXIT_NON_FINITE = 3
 EXIT_HANG = 4
 EXIT_LOST_RANK = 5
+EXIT_INTERRUPTED = 130
+"""What a shell says of a command that Ctrl-C ended."""
 
 
 class MegatronLiteError(Exception):

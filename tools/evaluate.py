@@ -17,7 +17,8 @@ from typing import Literal
 from megatron_lite import log
 from megatron_lite.config.command_line import read
 from megatron_lite.config.opening import OpeningConfig
-from megatron_lite.errors import ConfigError, LaunchError, MegatronLiteError
+from megatron_lite.errors import ConfigError
+from megatron_lite.parallel.door import exit_code_of
 from megatron_lite.parallel.launch import Launch
 from megatron_lite.publish import insist_on_place, publish
 
@@ -186,10 +187,8 @@ def _evaluate(command: _CommandLine) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code of this rank."""
-    me = Launch()
-    try:
-        me = Launch.from_environment()
-        log.configure(me.rank, me.world_size)
+
+    def evaluate(me: Launch) -> None:
         command = read(
             _CommandLine,
             sys.argv[1:] if argv is None else argv,
@@ -200,11 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if problems := command.evaluate.problems():
             raise ConfigError(problems)
         _evaluate(command)
-    except MegatronLiteError as error:
-        if me.rank == 0 or isinstance(error, LaunchError):
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return exit_code_of(evaluate)
 
 
 if __name__ == "__main__":

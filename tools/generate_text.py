@@ -19,10 +19,9 @@ import tyro
 from megatron_lite import log
 from megatron_lite.config.command_line import read
 from megatron_lite.config.opening import OpeningConfig
-from megatron_lite.errors import ConfigError, LaunchError, MegatronLiteError, TokenizerError, UserError
+from megatron_lite.errors import ConfigError, TokenizerError, UserError
+from megatron_lite.parallel.door import exit_code_of
 from megatron_lite.parallel.launch import Launch
-
-EXIT_INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,10 +242,8 @@ def _generate(command: _CommandLine) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit code of this rank."""
-    me = Launch()
-    try:
-        me = Launch.from_environment()
-        log.configure(me.rank, me.world_size)
+
+    def generate(me: Launch) -> None:
         command = read(
             _CommandLine,
             sys.argv[1:] if argv is None else argv,
@@ -257,13 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if problems := command.generate.problems():
             raise ConfigError(problems)
         _generate(command)
-    except MegatronLiteError as error:
-        if me.rank == 0 or isinstance(error, LaunchError):
-            print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return 0
+
+    return exit_code_of(generate)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,7 @@ from megatron_lite.config.tokenizer import TokenizerFiles
 from megatron_lite.data.provenance import Provenance
 from megatron_lite.data.text_input import InputFormat, TxtDocuments
 from megatron_lite.data.tokenize_corpus import CorpusJob, tokenize_corpus
-from megatron_lite.errors import ConfigError, MegatronLiteError
-
-EXIT_INTERRUPTED = 130
+from megatron_lite.errors import EXIT_INTERRUPTED, ConfigError, MegatronLiteError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
