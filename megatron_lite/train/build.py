@@ -33,7 +33,9 @@ from megatron_lite.plan.parameters import parameter_shapes
 from megatron_lite.plan.stages import plan_stages
 from megatron_lite.train import deepspeed_config
 from megatron_lite.train.backward import SharedWeight
-from megatron_lite.train.engine import DTYPES, Engine, ReplicaEngine, ZeroEngine, build_partitioned
+from megatron_lite.train.engine import ZeroEngine, build_partitioned
+from megatron_lite.train.engine_interface import DTYPES, Engine
+from megatron_lite.train.replica_engine import ReplicaEngine
 
 T = TypeVar("T")
 

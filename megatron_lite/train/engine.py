@@ -1,233 +1,31 @@
-"""The engines that own gradients, masters and optimizer state: DeepSpeed ZeRO 1 to 3, and replicas.
-
-The one file that imports deepspeed, and only when a ZeRO stage is asked for. An engine is used as
-
-    with engine.gradients(count) as backward:      # count micro-batches
-        for micro_batch in micro_batches:
-            backward(engine.forward(micro_batch) / target_tokens)
-    outcome = engine.step(learning_rate)
-
-where the loss divided by `target_tokens` is this rank's share of the mean over the whole global batch: the
-engine sums over replicas, it does not average. `scheduled_gradients` is for schedules that call backward themselves.
-"""
+"""The engine on DeepSpeed ZeRO 1 to 3: the one file that imports deepspeed, and only when a stage is asked for."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import os
 import sys
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_lite.checkpoint.piece import Piece
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
-from megatron_lite.optim.gradient_norm import clip_factor, sum_of_squares
-from megatron_lite.optim.state import allocate_state, set_step_count, slot_part, step_count
-from megatron_lite.parallel.collectives import all_reduce
+from megatron_lite.optim.gradient_norm import clip_factor
 from megatron_lite.parallel.layout import ParameterLayout
 from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.process_mesh import ProcessMesh
-from megatron_lite.plan.memory import REPLICA_BUCKET_BYTES
 from megatron_lite.train.backward import Backward, ScheduledBackward, SharedWeight
 from megatron_lite.train.deepspeed_config import for_own_gradients, read, schema_problems
 from megatron_lite.train.deepspeed_mesh import MeshForDeepSpeed
+from megatron_lite.train.engine_interface import Engine, StepOutcome
 from megatron_lite.train.flat_gradients import FlatGradients
 from megatron_lite.train.fragment import MasterFragment
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclasses.dataclass(frozen=True)
-class StepOutcome:
-    """What an optimizer step did."""
-
-    grad_norm: float
-    """Global gradient norm before clipping; inf for a step that was skipped."""
-    skipped: bool
-    """The fp16 loss scale overflowed and no weight changed."""
-    loss_scale: float
-
-
-class Engine:
-    """What the two engines share: state in pieces of global tensors, for checkpoints."""
-
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        mesh: ProcessMesh,
-        optimizer: torch.optim.Optimizer,
-        slots: Iterable[str],
-        shared: SharedWeight | None,
-    ):
-        self.module = module
-        self.mesh = mesh
-        #: The model as it is called: DeepSpeed counts forward passes, so it stands in between.
-        self.forward: Callable[..., Any] = module
-        self.slots = tuple(slots)
-        #: A step may be skipped because an fp16 gradient overflowed.
-        self.scales_loss = False
-        #: Gradients of a step are there, from `gradients` to a `step` that used them up.
-        self.holds_gradients = False
-        self._optimizer = optimizer
-        self._shared = shared
-
-    def gradients(self, count: int) -> contextlib.AbstractContextManager[Backward]:
-        raise TypeError("use ZeroEngine or ReplicaEngine")
-
-    def scheduled_gradients(self) -> contextlib.AbstractContextManager[ScheduledBackward]:
-        raise TypeError("use ZeroEngine or ReplicaEngine")
-
-    def step(self, learning_rate: float) -> StepOutcome:
-        raise TypeError("use ZeroEngine or ReplicaEngine")
-
-    def pieces(self, optimizer: bool = True) -> list[Piece]:
-        """This rank's fp32 masters ("weight/NAME") and optimizer slots ("SLOT/NAME") as rectangles
-        of global tensors, views of live memory: read on save, written in place on load."""
-        found = []
-        for fragment in self._fragments():
-            shape, owned = fragment.layout.global_shape, fragment.layout.is_owner and self._owns_replica()
-            for part, first, last in fragment.parts():
-                weight = fragment.master.detach().view(-1)[first:last].view(part.shape)
-                found.append(Piece(f"weight/{fragment.name}", shape, part.global_start, weight, owned))
-                for slot in self.slots if optimizer else ():
-                    held = slot_part(self._optimizer, fragment.master, slot, first, last - first)
-                    found.append(
-                        Piece(
-                            f"{slot}/{fragment.name}",
-                            shape,
-                            part.global_start,
-                            held.values.view(part.shape),
-                            owned,
-                            absmax=held.absmax,
-                            signed=held.signed,
-                        )
-                    )
-        return found
-
-    def state(self) -> dict[str, Any]:
-        """Plain values a resume needs beside the pieces."""
-        return {"optimizer_steps": step_count(self._optimizer)}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
-        set_step_count(self._optimizer, state["optimizer_steps"])
-
-    def refresh(self) -> None:
-        """Bring the model's weights in line with masters that were written by a load."""
-
-    def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """This tensor rank's whole gradients, summed over data ranks; none unless `holds_gradients`.
-
-        A collective call over the data ranks at each parameter: iterate to the end on all of them.
-        """
-        raise TypeError("use ZeroEngine or ReplicaEngine")
-
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """This tensor rank's whole fp32 weights; collective as `named_gradients` is."""
-        raise TypeError("use ZeroEngine or ReplicaEngine")
-
-    def _fragments(self) -> Iterator[MasterFragment]:
-        raise TypeError("use ZeroEngine or ReplicaEngine")
-
-    def _allocate_state(self, masters: Iterable[tuple[torch.Tensor, dict[str, Any]]]) -> None:
-        """Make the optimizer's state of `masters`, each given with its parameter group."""
-        cuts: dict[torch.Tensor, list[tuple[int, int]]] = defaultdict(list)
-        for fragment in self._fragments():
-            cuts[fragment.master] += [(first, last) for _, first, last in fragment.parts()]
-        for master, group in masters:
-            allocate_state(self._optimizer, master, group.get("bits", 32), self.slots, sorted(cuts[master]))
-
-    def _owns_replica(self) -> bool:
-        """Whether this replica writes what it holds (False where another one holds the same)."""
-        return True
-
-    def _global_norm(self, gradients: list[torch.Tensor], *axes: tuple[str, ...]) -> float:
-        """The norm of all ranks' `gradients`, no element of which is here and elsewhere along `axes`."""
-        squares = sum_of_squares(gradients, self.mesh.device)
-        for group in (self.mesh.group(*along) for along in axes):
-            all_reduce(squares, group)
-        return math.sqrt(squares.item())
-
-    def _set_learning_rate(self, learning_rate: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-
-
-class ReplicaEngine(Engine):
-    """ZeRO 0 in fp32: every replica holds all state; gradients are summed in one pass at the step."""
-
-    def __init__(self, module, mesh: ProcessMesh, optimizer, slots, clip_grad, shared: SharedWeight | None = None):
-        super().__init__(module, mesh, optimizer, slots, shared)
-        self._clip_grad = clip_grad
-        self._allocate_state((p, group) for group in optimizer.param_groups for p in group["params"])
-
-    @contextlib.contextmanager
-    def gradients(self, count: int) -> Iterator[Backward]:
-        self._optimizer.zero_grad(set_to_none=True)
-        self.holds_gradients = True
-        yield lambda loss: loss.backward()
-        self._sum_over_replicas()
-
-    @contextlib.contextmanager
-    def scheduled_gradients(self) -> Iterator[ScheduledBackward]:
-        with self.gradients(0):
-            yield ScheduledBackward(lambda share: share)
-            if self._shared is not None:
-                self._shared.join(self._shared.parameter.grad)
-
-    def _sum_over_replicas(self, bucket_bytes: int = REPLICA_BUCKET_BYTES) -> None:
-        group = self.mesh.group(*REPLICAS)
-        if group is None:
-            return
-        bucket: list[torch.Tensor] = []
-        filled = 0
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        for position, gradient in enumerate(gradients):
-            bucket.append(gradient)
-            filled += gradient.numel() * gradient.element_size()
-            if filled >= bucket_bytes or position == len(gradients) - 1:
-                flat = torch.cat([g.reshape(-1) for g in bucket])
-                dist.all_reduce(flat, group=group)
-                for g, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                    g.copy_(total.view_as(g))
-                bucket, filled = [], 0
-
-    def step(self, learning_rate: float) -> StepOutcome:
-        held = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
-        norm = self._global_norm([p.grad for p in held if p.mesh_layout.is_owner], ("pipe", "tensor"))
-        if not math.isfinite(norm):
-            return StepOutcome(norm, skipped=True, loss_scale=1.0)
-        if (factor := clip_factor(norm, self._clip_grad)) != 1.0:
-            torch._foreach_mul_([parameter.grad for parameter in held], factor)
-        self._set_learning_rate(learning_rate)
-        self._optimizer.step()
-        self.holds_gradients = False
-        return StepOutcome(norm, skipped=False, loss_scale=1.0)
-
-    def named_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self.module.named_parameters():
-            if self.holds_gradients and parameter.grad is not None:
-                yield name, parameter.grad
-
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self.module.named_parameters():
-            yield name, parameter.detach()
-
-    def _fragments(self) -> Iterator[MasterFragment]:
-        for name, parameter in self.module.named_parameters():
-            yield MasterFragment(parameter, name, parameter.mesh_layout, 0, parameter.numel(), parameter, 0)
-
-    def _owns_replica(self) -> bool:
-        return self.mesh.rank(*REPLICAS) == 0
 
 
 class ZeroEngine(Engine):

@@ -15,7 +15,7 @@ from megatron_lite.errors import CheckpointNotSaved
 from megatron_lite.optim.schedule import Schedule
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.train.build import alike
-from megatron_lite.train.engine import Engine
+from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.progress import Progress
 
 

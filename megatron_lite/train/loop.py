@@ -24,7 +24,7 @@ from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.memory import Moment
 from megatron_lite.train.batch_plan import BatchPlan
-from megatron_lite.train.engine import Engine
+from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.progress import Progress
 from megatron_lite.train.reading import read

@@ -30,7 +30,7 @@ from megatron_lite.parallel.pipeline.rules import pipeline_plan
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.stages import plan_stages
 from megatron_lite.train import build, checkpoint_fit
-from megatron_lite.train.engine import DTYPES
+from megatron_lite.train.engine_interface import DTYPES
 
 
 @dataclasses.dataclass

@@ -38,7 +38,8 @@ from megatron_lite.train import build, checkpoint_fit
 from megatron_lite.train.batch_plan import BatchPlan
 from megatron_lite.train.dry_run import planned_peak
 from megatron_lite.train.ending import tell_end, tell_failure
-from megatron_lite.train.engine import Engine, load_libraries
+from megatron_lite.train.engine import load_libraries
+from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.loop import Run, train
 from megatron_lite.train.progress import Progress

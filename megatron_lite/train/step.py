@@ -17,7 +17,7 @@ from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import micro_batch_seed
-from megatron_lite.train.engine import Engine, StepOutcome
+from megatron_lite.train.engine_interface import Engine, StepOutcome
 from megatron_lite.train.reading import read
 
 

@@ -22,7 +22,7 @@ from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.optimizer import is_coded, slot_bytes
 from megatron_lite.plan.parameters import parameter_shapes
 from megatron_lite.train import build
-from megatron_lite.train.engine import Engine
+from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.step import train_step
 
 # Rows of 256: whatever is cut between rows is cut between blocks.
