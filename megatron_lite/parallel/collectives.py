@@ -3,10 +3,12 @@
     copy_to                  identity              <->  reduce_from              all-reduce
     scatter_to               keep my part          <->  gather_from              all-gather
     gather_sequence          all-gather along S    <->  reduce_scatter_sequence  reduce-scatter along S
+    sequence_to_heads        all-to-all            <->  heads_to_sequence        all-to-all
 
 All ranks of `group` call them in the same order. `group` None stands for an axis of size 1: the
 argument is returned as it is, without a node in the graph. The pairs are Megatron-LM's f and g
-(Shoeybi et al. 2019) and their sequence-parallel forms (Korthikanti et al. 2022).
+(Shoeybi et al. 2019), their sequence-parallel forms (Korthikanti et al. 2022), and the exchange of
+DeepSpeed-Ulysses (Jacobs et al. 2023).
 """
 
 from __future__ import annotations
@@ -75,6 +77,15 @@ def _reduce_scatter_into(part: torch.Tensor, tensor: torch.Tensor, group: dist.P
         dist.recv(received, group=group, group_src=(rank - distance) % size)
         sending.wait()
         mine = torch.add(mine, received, out=part)
+
+
+def all_to_all(parts: torch.Tensor, group: Group) -> torch.Tensor:
+    """Entry i of `parts` goes to rank i; what comes from rank i becomes entry i. Not differentiable."""
+    if group is None:
+        return parts
+    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, parts.contiguous(), group=group)
+    return received
 
 
 def my_part(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
@@ -164,6 +175,40 @@ class _ReduceScatterSequence(torch.autograd.Function):
         return all_gather(gradient, ctx.group), None
 
 
+class _SequenceToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, part, group):
+        ctx.group = group
+        return _all_tokens(part, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return _all_heads(gradient, ctx.group), None
+
+
+class _HeadsToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, whole, group):
+        ctx.group = group
+        return _all_heads(whole, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return _all_tokens(gradient, ctx.group), None
+
+
+def _all_tokens(part_SBND: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    by_rank = part_SBND.unflatten(2, (group.size(), -1)).movedim(2, 0)
+    return all_to_all(by_rank, group).flatten(0, 1)
+
+
+def _all_heads(whole_SBND: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    by_rank = whole_SBND.unflatten(0, (group.size(), -1))
+    return all_to_all(by_rank, group).movedim(0, 2).flatten(2, 3)
+
+
 def copy_to(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """`tensor`, equal on all ranks, as the input of something they share; its gradient is summed."""
     return tensor if group is None else _CopyTo.apply(tensor, group)
@@ -200,3 +245,14 @@ def reduce_scatter_sequence(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     Raises ValueError when the group does not divide the dim.
     """
     return tensor if group is None else _ReduceScatterSequence.apply(tensor, group)
+
+
+def sequence_to_heads(part_SBND: torch.Tensor, group: Group) -> torch.Tensor:
+    """All ranks' parts of the sequence, one behind the other, of this rank's share of the heads:
+    [S, B, N, D] -> [S c, B, N / c, D] over c ranks, which divide N."""
+    return part_SBND if group is None else _SequenceToHeads.apply(part_SBND, group)
+
+
+def heads_to_sequence(whole_SBND: torch.Tensor, group: Group) -> torch.Tensor:
+    """This rank's part of the sequence, of all heads: the inverse of `sequence_to_heads`."""
+    return whole_SBND if group is None else _HeadsToSequence.apply(whole_SBND, group)

@@ -11,10 +11,8 @@ import dataclasses
 from typing import Literal
 
 import torch
-import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
-from megatron_lite.parallel.collectives import Group, all_gather
+from megatron_lite.parallel.collectives import Group, all_gather, heads_to_sequence, sequence_to_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,64 +79,22 @@ class ContextAxis:
             part_SBND = part_SBND.repeat_interleave(self.size // heads, 2)
         elif heads % self.size:
             raise ValueError(f"{heads} heads cannot be shared out over {self.size} context ranks")
-        return _ToHeads.apply(part_SBND, self.group)
+        return _in_order(sequence_to_heads(part_SBND, self.group), self.size)
 
     def to_sequence(self, whole_SBND: torch.Tensor) -> torch.Tensor:
         """This rank's part of the sequence, of all heads: the inverse of `to_heads`."""
         if self.is_ring or self.group is None:
             return whole_SBND
-        return _ToSequence.apply(whole_SBND, self.group)
+        return heads_to_sequence(_by_rank(whole_SBND, self.size), self.group)
 
 
 def _in_order(parts: torch.Tensor, size: int) -> torch.Tensor:
     """The whole sequence out of all ranks' parts, one behind the other along dim 0."""
-    chunks = parts.unflatten(0, (size, 2, -1))
-    return torch.cat((chunks[:, 0], chunks[:, 1].flip(0))).flatten(0, 1)
+    first, second = parts.unflatten(0, (size, 2, -1)).unbind(1)
+    return torch.cat((first, second.flip(0))).flatten(0, 1)
 
 
 def _by_rank(whole: torch.Tensor, size: int) -> torch.Tensor:
-    """All ranks' parts, [rank, ...], out of the whole sequence along dim 0."""
-    chunks = whole.unflatten(0, (2 * size, -1))
-    return torch.stack((chunks[:size], chunks[size:].flip(0)), 1).flatten(1, 2)
-
-
-def _all_to_all(parts: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Entry i of `parts` goes to rank i; what comes from rank i becomes entry i."""
-    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(received, parts.contiguous(), group=group)
-    return received
-
-
-def _gather_tokens(part_SBND: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    size = group.size()
-    by_rank = part_SBND.unflatten(2, (size, -1)).movedim(2, 0)
-    return _in_order(_all_to_all(by_rank, group).flatten(0, 1), size)
-
-
-def _gather_heads(whole_SBND: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    by_rank = _by_rank(whole_SBND, group.size())
-    return _all_to_all(by_rank, group).movedim(0, 2).flatten(2, 3)
-
-
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, part, group):
-        ctx.group = group
-        return _gather_tokens(part, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return _gather_heads(gradient, ctx.group), None
-
-
-class _ToSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, whole, group):
-        ctx.group = group
-        return _gather_heads(whole, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return _gather_tokens(gradient, ctx.group), None
+    """All ranks' parts, one behind the other, out of the whole sequence along dim 0."""
+    first, second = whole.unflatten(0, (2 * size, -1)).chunk(2)
+    return torch.stack((first, second.flip(0)), 1).flatten(0, 2)

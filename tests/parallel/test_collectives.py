@@ -10,9 +10,11 @@ from megatron_lite.parallel.collectives import (
     copy_to,
     gather_from,
     gather_sequence,
+    heads_to_sequence,
     reduce_from,
     reduce_scatter_sequence,
     scatter_to,
+    sequence_to_heads,
 )
 
 SIZE = 4
@@ -29,6 +31,8 @@ def _check_all():
         total = sum(everyone)
         part = slice(2 * rank, 2 * rank + 2)
         columns = slice(3 * rank, 3 * rank + 3)
+        # The same numbers as [S, B, N, D]: 8 tokens, 12 heads of width 1.
+        by_heads = everyone[0].view(8, 1, 12, 1)
 
         cases = {
             # name: (function, input, expected output, gradient of rank r, expected gradient of the input)
@@ -62,6 +66,20 @@ def _check_all():
                 lambda r, d: _values(0, d)[2 * r : 2 * r + 2],
                 everyone[0],
             ),
+            "sequence_to_heads": (
+                lambda x: sequence_to_heads(x, group),
+                by_heads[part],
+                by_heads[:, :, columns],
+                lambda r, d: _values(0, d).view(8, 1, 12, 1)[:, :, 3 * r : 3 * r + 3],
+                by_heads[part],
+            ),
+            "heads_to_sequence": (
+                lambda x: heads_to_sequence(x, group),
+                by_heads[:, :, columns],
+                by_heads[part],
+                lambda r, d: _values(0, d).view(8, 1, 12, 1)[2 * r : 2 * r + 2],
+                by_heads[:, :, columns],
+            ),
         }
         for name, (function, value, expected, gradient, expected_gradient) in cases.items():
             leaf = value.clone().requires_grad_()
@@ -94,7 +112,10 @@ def test_collectives_and_their_conjugates():
 
 def test_on_an_axis_of_size_one_the_argument_comes_back():
     value = torch.ones(4, 4, requires_grad=True)
-    for function in (copy_to, reduce_from, gather_sequence, reduce_scatter_sequence):
+    for function in (
+        *(copy_to, reduce_from, gather_sequence, reduce_scatter_sequence),
+        *(sequence_to_heads, heads_to_sequence, collectives.all_to_all),
+    ):
         assert function(value, None) is value
     assert scatter_to(value, None, 0) is value and gather_from(value, None, 1) is value
     for function in (
