@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -42,6 +43,15 @@ def split_documents(num_documents: int, shares: tuple[float, float, float], spli
     return bounds[at], bounds[at + 1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """A stretch of one document: `tokens` of them from its token `first` on."""
+
+    document: int
+    first: int
+    tokens: int
+
+
 class TokenWindows:
     """The samples of some whole documents: windows of `seq_length` + 1 tokens, `stride` apart.
 
@@ -74,6 +84,20 @@ class TokenWindows:
             raise IndexError(f"window {window} of {self._count}")
         start = self.first_token + window * self.stride
         return self.reader.tokens(start, start + self.seq_length + 1).astype(np.int64)
+
+    def extents(self, window: int) -> list[Extent]:
+        """The stretches of documents that a window is made of, in order; empty documents are left out."""
+        start = self.first_token + window * self.stride
+        stop = start + self.seq_length + 1
+        found = []
+        document = self.reader.document_at(start)
+        while start < stop:
+            first, end = self.reader.document_token(document), self.reader.document_token(document + 1)
+            if end > start:
+                found.append(Extent(document, start - first, min(end, stop) - start))
+                start = min(end, stop)
+            document += 1
+        return found
 
     def describe(self) -> str:
         first, last = self.documents

@@ -190,6 +190,11 @@ class IndexedReader:
             return self.num_tokens
         return int(self.pointers[sequence]) // self.dtype.itemsize
 
+    def document_at(self, token: int) -> int:
+        """The document that holds a token of the flat stream."""
+        sequence = int(np.searchsorted(self.pointers, token * self.dtype.itemsize, side="right")) - 1
+        return int(np.searchsorted(self.documents, sequence, side="right")) - 1
+
     def max_token_id(self, start: int = 0, stop: int | None = None) -> int:
         """Largest token id from `start` to `stop`, read in chunks; a negative id counts as very large."""
         stop = self.num_tokens if stop is None else stop

@@ -6,6 +6,7 @@ Streams have no end: behind the last sample of an epoch follows the next epoch, 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -20,12 +21,23 @@ import numpy as np
 from megatron_lite import log
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data.blend import Blend, parse_data_path
-from megatron_lite.data.documents import TokenWindows, parse_split, split_documents
+from megatron_lite.data.documents import Extent, TokenWindows, parse_split, split_documents
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.order import Permutation, keys, scramble
 from megatron_lite.data.provenance import check_tokenizer, read_provenance
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import ConfigError, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where the seq_length + 1 tokens of a sample come from."""
+
+    prefix: str | None
+    """The token set; None for generated data."""
+    epoch: int
+    """How often that set, or the sets shuffled with it, were gone through before, wholly."""
+    extents: list[Extent]
 
 
 class SampleStream(Protocol):
@@ -39,6 +51,10 @@ class SampleStream(Protocol):
         ...
 
     def __getitem__(self, sample: int) -> np.ndarray: ...
+
+    def origin(self, sample: int) -> Origin:
+        """Where the tokens of a sample come from."""
+        ...
 
     def describe(self) -> list[str]:
         """Lines for the log, derived numbers as sums."""
@@ -70,14 +86,23 @@ class ShuffledWindows:
         )
 
     def __getitem__(self, sample: int) -> np.ndarray:
+        windows, window = self._window(*divmod(sample, self.samples_per_epoch))
+        return windows[window]
+
+    def origin(self, sample: int) -> Origin:
         epoch, at = divmod(sample, self.samples_per_epoch)
+        windows, window = self._window(epoch, at)
+        return Origin(windows.reader.prefix, epoch, windows.extents(window))
+
+    def _window(self, epoch: int, at: int) -> tuple[TokenWindows, int]:
+        """A token set and the number of its window."""
         ordered, order = self._order
         if ordered != epoch:
             order = Permutation(self.samples_per_epoch, *self._name, epoch)
             self._order = (epoch, order)
         window = order(at)
         member = bisect.bisect_right(self._ends, window)
-        return self._sets[member][window - (self._ends[member - 1] if member else 0)]
+        return self._sets[member], window - (self._ends[member - 1] if member else 0)
 
     def describe(self) -> list[str]:
         lines = [windows.describe() for windows in self._sets]
@@ -109,6 +134,10 @@ class BlendedStream:
     def __getitem__(self, sample: int) -> np.ndarray:
         member, number = self._blend(sample)
         return self._members[member][number]
+
+    def origin(self, sample: int) -> Origin:
+        member, number = self._blend(sample)
+        return self._members[member].origin(number)
 
     def describe(self) -> list[str]:
         period = self._blend.period
@@ -145,6 +174,9 @@ class MockStream:
         steps = 1 + scramble(scramble(self._positions, of_position), own) % self._STEPS
         return ((own + np.cumsum(steps)) % self._modulus).astype(np.int64)
 
+    def origin(self, sample: int) -> Origin:
+        return Origin(None, sample // self.samples_per_epoch, [])
+
     def describe(self) -> list[str]:
         return [
             f"mock data: {self.samples_per_epoch:,} samples of {self._seq_length:,} tokens an epoch, token ids 0 to "
@@ -171,6 +203,9 @@ class SkippingStream:
 
     def __getitem__(self, sample: int) -> np.ndarray:
         return self._stream[stream_position(sample, self._ranges)]
+
+    def origin(self, sample: int) -> Origin:
+        return self._stream.origin(stream_position(sample, self._ranges))
 
     def describe(self) -> list[str]:
         skipped = [f"samples {first:,} to {stop - 1:,} are left out" for first, stop in self._ranges]

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_lite.config.data import DataConfig
+from megatron_lite.data.tokenizer import build_tokenizer
+from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import TokenizerError
 
 FOLDER = "tokenizer"
@@ -60,6 +62,31 @@ def copied(data: DataConfig, folder: Path) -> DataConfig | None:
     if not paths or not all(path.is_file() for path in paths.values()):
         return None
     return dataclasses.replace(data, **{field: str(path) for field, path in paths.items()})
+
+
+def tokenizer_of_training(folder: Path, data: DataConfig, fingerprint: str | None) -> Tokenizer:
+    """The tokenizer a checkpoint's `folder` was trained with: the copy beside it, else the files `data` names.
+
+    Raises TokenizerError when neither is there with that fingerprint.
+    """
+    copy = copied(data, folder.parent / FOLDER)
+    candidates = {"the copy beside the checkpoint": copy, "the one training read": data}
+    reasons = []
+    for name, candidate in candidates.items():
+        if candidate is None:
+            continue
+        try:
+            tokenizer = build_tokenizer(candidate)
+        except TokenizerError as error:
+            reasons.append(str(error))
+            continue
+        if fingerprint in (None, tokenizer.fingerprint):
+            return tokenizer
+        reasons.append(f"{name} is another one now (fingerprint {tokenizer.fingerprint[:12]}, not {fingerprint[:12]})")
+    raise TokenizerError(
+        f"the tokenizer of {folder} is not to be had: {'; '.join(reasons)}. Name its files by --tokenizer-model, or by "
+        f"--vocab-file and --merge-file"
+    )
 
 
 def _files(data: DataConfig) -> dict[str, Path]:

@@ -21,7 +21,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.data import tokenizer_files
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
-from megatron_lite.errors import CheckpointError, ConfigError, TokenizerError
+from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.init import initial_value
 from megatron_lite.parallel import launch
@@ -156,30 +156,9 @@ def _open_tokenizer(
         if fingerprint not in (None, tokenizer.fingerprint):
             log.warn(f"the {tokenizer.kind} asked for is not the tokenizer of training: its ids may mean other text")
     else:
-        tokenizer = _tokenizer_of_training(folder, data, fingerprint)
+        tokenizer = tokenizer_files.tokenizer_of_training(folder, data, fingerprint)
     tokenizer.add_special_tokens(added)
     return tokenizer
-
-
-def _tokenizer_of_training(folder: Path, data: DataConfig, fingerprint: str | None) -> Tokenizer:
-    copy = tokenizer_files.copied(data, folder.parent / tokenizer_files.FOLDER)
-    candidates = {"the copy beside the checkpoint": copy, "the one training read": data}
-    reasons = []
-    for name, candidate in candidates.items():
-        if candidate is None:
-            continue
-        try:
-            tokenizer = build_tokenizer(candidate)
-        except TokenizerError as error:
-            reasons.append(str(error))
-            continue
-        if fingerprint in (None, tokenizer.fingerprint):
-            return tokenizer
-        reasons.append(f"{name} is another one now (fingerprint {tokenizer.fingerprint[:12]}, not {fingerprint[:12]})")
-    raise TokenizerError(
-        f"the tokenizer of {folder} is not to be had: {'; '.join(reasons)}. Name its files by --tokenizer-model, or by "
-        f"--vocab-file and --merge-file"
-    )
 
 
 def _dtype(asked: str | None, trained: str, device: torch.device) -> torch.dtype:

@@ -1,0 +1,149 @@
+"""tools/which_samples.py names the samples that steps of real runs were trained on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_on_ranks
+from tiny_run import TOOLS, load_tool
+from train.layouts import LENGTH, VOCABULARY, Case, config_of
+
+from megatron_lite.config import sources
+from megatron_lite.data.indexed import IndexedReader, IndexedWriter
+from megatron_lite.parallel.launch import StopRequest
+from megatron_lite.parallel.mesh_shape import MeshShape
+from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.train import loop
+from megatron_lite.train.start import train_on
+
+main = load_tool("which_samples").main
+
+
+def _watched_training(configs) -> list[dict[int, list[tuple[int, list[int]]]]]:
+    """Train with each configuration in turn; step -> (number in the batch, tokens) of this rank's samples."""
+    mesh = ProcessMesh.create(MeshShape.of_world(torch.distributed.get_world_size(), tensor=1))
+    original, seen = loop.train_step, {}
+
+    def watched(engine, mesh, micro_batches, *, step, **options):
+        seen[step] = [
+            (batch.index * len(batch.tokens) + i, [*batch.tokens[i].tolist(), batch.labels[i, -1].item()])
+            for batch in micro_batches
+            for i in range(len(batch.tokens))
+        ]
+        return original(engine, mesh, micro_batches, step=step, **options)
+
+    loop.train_step = watched
+    for config in configs:
+        train_on(mesh, config, StopRequest(), "test")
+    return seen
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run over a blend whose batch grew, then became another at a resume that left samples out too."""
+    folder = tmp_path_factory.mktemp("run")
+    draw = np.random.default_rng(0)
+    for name in ("a", "b"):
+        with IndexedWriter(folder / name, vocab_size=VOCABULARY) as writer:
+            for length in draw.integers(0, 3 * LENGTH, 40):
+                writer.add_document(draw.integers(0, VOCABULARY, length))
+    data_path = ("3", str(folder / "a"), "1", str(folder / "b"))
+    config = config_of(
+        Case(1, 2, 1),
+        data={"data_path": data_path, "mock_data": False, "split": "1,0,0"},
+        training={"train_iters": 6, "eval_interval": 0, "global_batch_size": 8, "rampup_batch_size": (4, 4, 12)},
+        checkpoint={"save": str(folder / "run"), "save_interval": 4, "keep_last": 10},
+        logging={"tensorboard_dir": "none"},
+    )
+    later = sources.override(
+        config,
+        {
+            "training": {
+                "train_iters": 9,
+                "global_batch_size": 12,
+                "rampup_batch_size": None,
+                "skip_samples": ("50:60",),
+            }
+        },
+    )
+    seen = {}
+    for rank in run_on_ranks(_watched_training, 2, [config, later]):
+        for step, samples in rank.items():
+            seen.setdefault(step, {}).update(samples)
+    return folder, seen
+
+
+def rows_of(capsys, folder: Path, *arguments: object) -> list[dict]:
+    assert main(["--load", str(folder), "--json", *map(str, arguments)]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def tokens_of(row: dict) -> list[int]:
+    """What the token set holds where a row says that a sample lies."""
+    reader, tokens = IndexedReader(row["data"]), []
+    for extent in row["documents"]:
+        start = reader.document_token(extent["document"]) + extent["first"]
+        assert start + extent["tokens"] <= reader.document_token(extent["document"] + 1)
+        tokens += reader.tokens(start, start + extent["tokens"]).tolist()
+    return tokens
+
+
+def test_the_samples_of_every_step_are_those_it_was_trained_on(run, capsys):
+    folder, seen = run
+    sizes = []
+    for step in range(1, 10):
+        rows = rows_of(capsys, folder / "run", "--step", step)
+        assert {row["in_batch"]: tokens_of(row) for row in rows} == seen[step]
+        assert {row["step"] for row in rows} == {step}
+        sizes.append(len(rows))
+    assert sizes == [4, 4, 4, 8, 8, 8, 12, 12, 12]
+    assert any(len(row["documents"]) > 2 for row in rows) and {row["epoch"] for row in rows} != {0}
+
+
+def test_pruned_checkpoints_are_not_needed_until_a_batch_size_is_lost_with_one(run, capsys, tmp_path):
+    folder, seen = run
+    copy = shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.rmtree(copy / "step-00000004")
+    assert {row["in_batch"]: tokens_of(row) for row in rows_of(capsys, copy, "--step", 2)} == seen[2]
+    shutil.rmtree(copy / "step-00000006")
+    assert main(["--load", str(copy), "--step", "7"]) == 2
+    said = capsys.readouterr().err
+    assert "the batch size changed at a checkpoint that is no longer there; ask for a step from 9 on" in said
+    assert {row["in_batch"]: tokens_of(row) for row in rows_of(capsys, copy, "--step", 9)} == seen[9]
+
+
+def test_what_cannot_be_answered_is_refused(run, capsys, tmp_path):
+    folder, _ = run
+    saved = folder / "run"
+    for arguments, said in (
+        (["--load", tmp_path, "--step", 1], "holds no checkpoint"),
+        (["--load", saved, "--step", 0], "counted from 1"),
+        (["--load", saved, "--step", 1, "--show-text"], "the run names none"),
+        (["--load", saved, "--step", 1, "--data-path", "x"], "1 entries where the run had data_path of 4"),
+        (["--load", saved, "--step", 1, "--data-path", 1, folder / "b", 3, folder / "a"], "not those of training"),
+    ):
+        assert main([str(argument) for argument in arguments]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_it_answers_without_torch(run):
+    folder, _ = run
+    code = (
+        "import runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    tool = [str(TOOLS / "which_samples.py"), "--load", str(folder / "run"), "--step", "1", "11"]
+    done = subprocess.run([sys.executable, "-c", code, *tool], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "step 1: 4 samples, numbers 0 to 3" and "sample 0  epoch 0  " in lines[1]
+    assert "step 11 is behind the newest checkpoint, of step 9" in done.stderr

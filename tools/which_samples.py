@@ -1,0 +1,157 @@
+#!/usr/bin/env python
+"""Which documents fed a step of training: out of the run's checkpoints and arithmetic, not of logs.
+
+python tools/which_samples.py --load runs/gpt --step 1200 --show-text
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_lite import log
+from megatron_lite.config import sources
+from megatron_lite.config.command_line import read
+from megatron_lite.data.stream import SampleStream, build_stream
+from megatron_lite.data.tokenizer_files import tokenizer_of_training
+from megatron_lite.data.tokenizer_interface import Tokenizer
+from megatron_lite.errors import EXIT_DONE, ConfigError, DataError, MegatronLiteError
+from megatron_lite.train.ledger import Landmark, Ledger, StepSamples
+
+_SHOWN_CHARACTERS = 60
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WhichSamplesOptions:
+    """Steps of a run whose samples are asked for."""
+
+    load: str
+    """Folder of the run's checkpoints (its --save folder)."""
+    step: tuple[int, ...]
+    """Steps, from 1, as metrics.jsonl numbers them."""
+    data_path: tuple[str, ...] = ()
+    """Where the token sets are now, if they were moved: as many entries as the run had, in the same order."""
+    show_text: bool = False
+    """How each sample begins, by the run's tokenizer."""
+    json: bool = False
+    """One JSON object a sample instead of the table."""
+
+
+@dataclasses.dataclass
+class _Data:
+    """The data of a landmark: they may change at a resume."""
+
+    landmark: Landmark
+    stream: SampleStream
+
+    @classmethod
+    def of(cls, landmark: Landmark, moved_to: tuple[str, ...]) -> _Data:
+        config = landmark.config
+        if moved_to:
+            name = "train_data_path" if config.data.train_data_path else "data_path"
+            if len(moved_to) != (count := len(getattr(config.data, name))):
+                raise ConfigError(f"--data-path gives {len(moved_to)} entries where the run had {name} of {count}")
+            config = sources.override(config, {"data": {name: moved_to}})
+        stream = build_stream(
+            config.data,
+            seed=config.training.seed,
+            split="train",
+            vocab_size=config.model.vocab_size,
+            skip_samples=config.training.skip_samples,
+        )
+        trained_on = landmark.fingerprints.get("train_data")
+        if trained_on not in (None, stream.fingerprint):
+            raise DataError(
+                f"the data that {landmark.folder} names are not those of training any more (fingerprint "
+                f"{stream.fingerprint[:12]}, not {trained_on[:12]}); give those of training by --data-path"
+            )
+        return cls(landmark, stream)
+
+    def beginning(self, sample: int) -> str:
+        """The first characters of a sample."""
+        return self._tokenizer.decode(self.stream[sample][:_SHOWN_CHARACTERS].tolist())[:_SHOWN_CHARACTERS]
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        data = self.landmark.config.data
+        if data.tokenizer_type is None:
+            raise ConfigError("--show-text needs a tokenizer and the run names none; leave it out")
+        return tokenizer_of_training(self.landmark.folder, data, self.landmark.fingerprints.get("tokenizer"))
+
+
+def _rows(options: WhichSamplesOptions) -> Iterator[dict]:
+    ledger = Ledger(Path(options.load))
+    data = None
+    for step in options.step:
+        samples = ledger.of_step(step)
+        if data is None or data.landmark.folder != samples.landmark.folder:
+            data = _Data.of(samples.landmark, options.data_path)
+        if step > ledger.newest_step:
+            log.note(
+                f"step {step} is behind the newest checkpoint, of step {ledger.newest_step}: these are the samples it "
+                "has, or will have, by that checkpoint's configuration"
+            )
+        for number in range(samples.count):
+            yield _row(samples, number, data, options.show_text)
+
+
+def _row(samples: StepSamples, number: int, data: _Data, show_text: bool) -> dict:
+    sample = samples.consumed_samples + number
+    origin = data.stream.origin(sample)
+    row = {
+        "step": samples.step,
+        "in_batch": number,
+        "sample": sample,
+        "epoch": origin.epoch,
+        "data": origin.prefix,
+        "documents": [dataclasses.asdict(extent) for extent in origin.extents],
+    }
+    if show_text:
+        row["text"] = data.beginning(sample)
+    return row
+
+
+def _documents(extents: list[dict]) -> str:
+    """ "12[345:1024] 13[0:77]": tokens of documents, the last token of a sample being a target alone."""
+    shown = [f"{e['document']}[{e['first']}:{e['first'] + e['tokens']}]" for e in extents]
+    return " ".join(shown if len(shown) <= 4 else [*shown[:2], f"... {len(shown) - 3} more ...", shown[-1]])
+
+
+def _table(rows: Iterator[dict]) -> Iterator[str]:
+    for step, of_step in itertools.groupby(rows, key=lambda row: row["step"]):
+        rows_here = list(of_step)
+        first, last = rows_here[0]["sample"], rows_here[-1]["sample"]
+        yield f"step {step}: {len(rows_here):,} samples, numbers {first:,} to {last:,}"
+        for row in rows_here:
+            where = "generated data" if row["data"] is None else f"{row['data']}  {_documents(row['documents'])}"
+            text = f"  {row['text']!r}" if "text" in row else ""
+            yield f"  {row['in_batch']:>5}  sample {row['sample']:,}  epoch {row['epoch']}  {where}{text}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns its exit code."""
+    try:
+        options = read(
+            WhichSamplesOptions,
+            sys.argv[1:] if argv is None else argv,
+            prog="which_samples.py",
+            description="Which documents and which of their tokens fed a step. DOCUMENT[A:B] is its tokens A to B - 1.",
+        )
+        rows = _rows(options)
+        with contextlib.suppress(BrokenPipeError):
+            for line in map(json.dumps, rows) if options.json else _table(rows):
+                print(line, flush=True)
+    except MegatronLiteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
