@@ -7,16 +7,13 @@ import contextlib
 import sys
 
 from megatron_lite import log
-from megatron_lite.config import check, cli, sources
+from megatron_lite.config import check, cli
 from megatron_lite.config.cli import LaunchOptions
-from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data import rules
 from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.parallel.launch import Launch, command_line, likely_device
-from megatron_lite.parallel.mesh_shape import parse_layout
-from megatron_lite.parallel.pipeline import rules as pipeline_rules
-from megatron_lite.train import deepspeed_config
+from megatron_lite.parallel.layout_line import parse_layout
+from megatron_lite.train.rules import problems
 
 
 def main(argv: list[str]) -> int:
@@ -47,16 +44,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def problems(config: RunConfig, world_size: int) -> list[str]:
-    """What the rooms that know rules find wrong with a configuration."""
-    return [
-        *check.problems(config, world_size),
-        *rules.problems(config),
-        *pipeline_rules.problems(config, world_size),
-        *deepspeed_config.problems(config, world_size),
-    ]
-
-
 def refuse(found: list[str]) -> None:
     """Raise ConfigError for problems, all of them at once."""
     if found:
@@ -83,8 +70,6 @@ def at_layout(config: RunConfig, options: LaunchOptions, me: Launch) -> tuple[Ru
     if options.layout is None:
         return config, options.world_size or me.world_size
     layout = parse_layout(options.layout)
-    if layout.shape.expert > 1:
-        raise ConfigError(f"--layout has ep={layout.shape.expert}, which is not in this version; leave it out.")
     ranks, given = layout.shape.world_size, options.world_size
     if given not in (None, ranks):
         shape, model = layout.shape, layout.shape.size("tensor", "pipe", "context")
@@ -96,18 +81,7 @@ def at_layout(config: RunConfig, options: LaunchOptions, me: Launch) -> tuple[Ru
             f"--layout {options.layout} is {ranks} ranks = {factors}, but --world-size is {given}; {mend}, or leave "
             "--world-size out."
         )
-    parallel = {
-        "tensor_model_parallel_size": layout.shape.tensor,
-        "pipeline_model_parallel_size": layout.shape.pipe,
-        "num_virtual_stages_per_pipeline_rank": layout.virtual_stages if layout.virtual_stages > 1 else None,
-        "pipeline_schedule": layout.schedule,
-        "context_parallel_size": layout.shape.context,
-        "zero_stage": layout.zero,
-    }
-    for name, value in parallel.items():
-        if (asked := getattr(config.parallel, name)) not in (value, getattr(ParallelConfig(), name)):
-            log.note(f"--layout plans {name}={value}, not the {asked} of the configuration")
-    return sources.override(config, {"parallel": parallel}), ranks
+    return layout.put_on(config), ranks
 
 
 if __name__ == "__main__":

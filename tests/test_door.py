@@ -25,7 +25,7 @@ def test_a_layout_is_planned_on_one_line(capsys):
 def test_a_layout_says_what_it_sets_aside(capsys):
     assert pretrain_gpt.main([*PLAN, "--layout", "tp=2,dp=4", "--zero-stage", "3", "--world-size", "8"]) == 0
     told = capsys.readouterr()
-    assert "plans zero_stage=1, not the 3" in told.err and "ZeRO 1 over 4 data ranks" in told.out
+    assert "takes zero_stage=1, not the 3" in told.err and "ZeRO 1 over 4 data ranks" in told.out
 
 
 def test_memory_is_planned_for_a_kind_of_device(capsys, monkeypatch):

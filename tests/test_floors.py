@@ -19,7 +19,8 @@ SOURCES = DOORS + MODULES
 TORCH_FREE = (
     *(f"config.{path.stem}" for path in sorted(ROOT.glob("megatron_lite/config/*.py"))),
     *(f"plan.{path.stem}" for path in sorted(ROOT.glob("megatron_lite/plan/*.py"))),
-    *("parallel.mesh_shape", "checkpoint.manifest", "kernels.build", "kernels.host", "kernels.sources"),
+    *(f"parallel.{name}" for name in ("layout_line", "mesh_shape")),
+    *("checkpoint.manifest", "kernels.build", "kernels.host", "kernels.sources"),
     *(f"data.{name}" for name in ("indexed", "order", "documents", "blend", "rules", "tokenizer", "tokenize_corpus")),
 )
 

@@ -97,38 +97,3 @@ class MeshShape:
     def __str__(self) -> str:
         short = {"tensor": "tp", "pipe": "pp", "context": "cp", "data": "dp", "expert": "ep"}
         return ",".join(f"{name}={self.size(axis)}" for axis, name in short.items() if self.size(axis) > 1) or "tp=1"
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """A whole layout on one line: `tp=2,pp=2,vpp=1,cp=1,dp=2,ep=1,zero=1,schedule=1F1B`."""
-
-    shape: MeshShape
-    zero: int = 1
-    virtual_stages: int = 1
-    schedule: str | None = None
-
-
-def parse_layout(text: str) -> Layout:
-    """The layout that `--layout` names; missing axes are 1. Raises ConfigError."""
-    sizes = {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 1, "ep": 1, "zero": 1}
-    schedule = None
-    named: set[str] = set()
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        key, _, value = item.partition("=")
-        if key in named:
-            raise ConfigError(f"--layout {text} gives {key} twice; give it once")
-        named.add(key)
-        if key == "schedule" and value:
-            schedule = value
-        elif key in sizes and value.isdigit() and (int(value) >= 1 or key == "zero"):
-            sizes[key] = int(value)
-        else:
-            raise ConfigError(
-                f"--layout has {item!r}; write it as tp=2,pp=1,vpp=1,cp=1,dp=2,ep=1,zero=1,schedule=1F1B "
-                f"(axes left out are 1)"
-            )
-    if sizes["zero"] > 3:
-        raise ConfigError(f"--layout has zero={sizes['zero']}; ZeRO stages are 0, 1, 2 and 3")
-    shape = MeshShape(sizes["pp"], sizes["dp"], sizes["cp"], sizes["ep"], sizes["tp"])
-    return Layout(shape, sizes["zero"], sizes["vpp"], schedule)

@@ -8,8 +8,11 @@ import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
 
+from megatron_lite.config.parallel import ParallelConfig
+from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
-from megatron_lite.parallel.mesh_shape import AXES, MeshShape, parse_layout
+from megatron_lite.parallel.layout_line import parse_layout
+from megatron_lite.parallel.mesh_shape import AXES, MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
 
 
@@ -40,7 +43,15 @@ def test_layout_line():
     layout = parse_layout("tp=2, dp=4,zero=3")
     assert layout.shape == MeshShape(data=4, tensor=2) and layout.zero == 3 and layout.schedule is None
     assert parse_layout("pp=2,vpp=2,schedule=LoopedBFS").schedule == "LoopedBFS"
-    for bad in ("tp=0", "tq=2", "tp", "zero=4", "tp=2,tp=4"):
+    whole = parse_layout("tp=2,pp=2,vpp=2,cp=2,dp=2,zero=2,schedule=LoopedBFS,sp=1,cp-comm=a2a")
+    parallel = whole.put_on(RunConfig()).parallel
+    assert whole.shape.world_size == 16 and parallel.model_parallel_size == 8
+    assert parallel == ParallelConfig(2, True, 2, "LoopedBFS", 2, None, None, 2, "a2a", 2)
+    # What is left out is 1, or as configured.
+    configured = RunConfig(parallel=ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True))
+    parallel = parse_layout("dp=2").put_on(configured).parallel
+    assert parallel.tensor_model_parallel_size == 1 and parallel.sequence_parallel
+    for bad in ("tp=0", "tq=2", "tp", "zero=4", "tp=2,tp=4", "sp=2", "cp-comm=ring", "ep=2", "schedule="):
         with pytest.raises(ConfigError, match=r"--layout (has|.* twice)"):
             parse_layout(bad)
 
