@@ -20,7 +20,7 @@ from megatron_lite.plan.memory import (
 )
 from megatron_lite.plan.optimizer import is_coded, slot_line
 from megatron_lite.plan.parameters import count_parameters, padded_vocab_size, parameter_shapes
-from megatron_lite.plan.stages import chunks_in_flight, shapes_of_rank, stages_of_rank
+from megatron_lite.plan.stages import chunks_in_flight, idle_and_busy, shapes_of_rank, stages_of_rank
 
 
 def dry_run_report(
@@ -118,6 +118,11 @@ def _pipeline(config: RunConfig, vocab_size: int, memory: dict[str, Any]) -> lis
             f"  rank {rank}  {held}; {elements:,} parameters; {chunks_in_flight(config, count, rank)} in flight; "
             f"peak {size(most.total)}"
         )
+    idle, busy = idle_and_busy(config, count)
+    lines.append(
+        f"  bubble  {idle / (idle + busy):.1%} of the time = {idle:g} / ({busy:g} + {idle:g}), in units of a stage's "
+        "forward, with backward two of them"
+    )
     return [*lines, ""]
 
 

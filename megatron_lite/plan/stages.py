@@ -7,6 +7,7 @@ import dataclasses
 from megatron_lite.config.run import RunConfig
 from megatron_lite.parallel.pipeline.partition import Stage, balanced_counts, parse_pipeline_layout, stages_of_counts
 from megatron_lite.parallel.pipeline.rules import pipeline_plan
+from megatron_lite.parallel.pipeline.timeline import bubble_share, most_in_flight, timeline
 from megatron_lite.plan.flops import forward_flops_per_token
 from megatron_lite.plan.parameters import ParameterShape, parameter_shapes
 
@@ -59,8 +60,8 @@ def chunks_in_flight(config: RunConfig, micro_batches: int, pipe_rank: int) -> i
     plan, pipe = pipeline_plan(config), config.parallel.pipeline_model_parallel_size
     held = len(plan.held_by(pipe_rank))
     most = held * micro_batches
-    if plan.most_in_flight is not None:
-        return plan.most_in_flight[pipe_rank]
+    if plan.orders is not None:
+        return most_in_flight(plan.orders[pipe_rank])
     later = pipe - pipe_rank - 1
     in_a_round = micro_batches // max(1, micro_batches // pipe)
     return min(
@@ -73,6 +74,32 @@ def chunks_in_flight(config: RunConfig, micro_batches: int, pipe_rank: int) -> i
             "DualPipeV": 2 * pipe + 1,
         }.get(plan.schedule.name, most),
     )
+
+
+def idle_and_busy(config: RunConfig, micro_batches: int) -> tuple[float, float]:
+    """How long a rank of the pipeline waits in a step and how long it works, on average, in units of a micro-batch's
+    forward through a stage.
+
+    Backward takes two units, half of them for gradients of inputs, all stages take as long, and sending no time. The
+    bubble is idle / (idle + busy). With p ranks and as many micro-batches as a schedule is made for, idle is p - 1
+    times what one micro-batch takes in a stage, or p - 1 where gradients of weights fill the rest (Qi et al. 2023).
+    """
+    plan, pipe = pipeline_plan(config), config.parallel.pipeline_model_parallel_size
+    if plan.orders is not None:
+        spans = timeline(plan.orders)
+        busy = sum(span.stop - span.start for rank in spans for span in rank) / pipe
+        share = bubble_share(spans)
+        return busy * share / (1.0 - share), busy
+    held = plan.stages // pipe
+    lacking = max(0, pipe - micro_batches)
+    idle = {
+        "Interleaved1F1B": 3 * (pipe - 1 + (held - 1) * lacking),
+        "LoopedBFS": 3 * (pipe - 1 + (held - 1) * lacking),
+        "InterleavedZeroBubble": pipe - 1 + held * lacking + (held - 1) * max(0, pipe - 2 * micro_batches),
+        "ZBVZeroBubble": max(pipe - 1, 2 * (2 * pipe - 1 - micro_batches)),
+        "DualPipeV": pipe - 1,
+    }.get(plan.schedule.name, 3 * (pipe - 1))
+    return idle, 3 * held * micro_batches
 
 
 def heads_in_flight(config: RunConfig, micro_batches: int) -> int:

@@ -151,6 +151,8 @@ def test_what_cannot_work_is_refused_with_the_numbers(config, says):
         ("0F0,0B0\n1F0,1B0\n1F0\n2F0\n", "stage 1 in rows 2 and 3"),
         ("0F0,0B0\n1F0,1B0\n2F0,2B0\n4F0,4B0\n", "stages [0, 1, 2, 4]"),
         ("0F0,0B0\n1F0,1B0\n2F0,2B0\n3F0\n", "['F'] of micro-batch 0 in stage 3"),
+        ("0F0,0F0,0B0\n1F0,1B0\n2F0,2B0\n3F0,3B0\n", "['B', 'F', 'F'] of micro-batch 0 in stage 0"),
+        ("0F0,0B0\n1B0,1F0\n2F0,2B0\n3F0,3B0\n", "no rank can go on: 0B0, 1B0, 2F0, 3F0 wait"),
         ("0F0,0B0\n1F0,1B0\n2F0,2B0\n3F0,3B0\n", "which is for 1; choose a global_batch_size of 1"),
     ],
 )

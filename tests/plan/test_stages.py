@@ -14,9 +14,10 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.model.gpt import GPT
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.pipeline.rules import pipeline_plan
+from megatron_lite.parallel.pipeline.timeline import Action, bubble_share, most_in_flight, timeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.plan.memory import moments, peak
-from megatron_lite.plan.stages import chunks_in_flight, plan_stages, shapes_of_rank, stages_of_rank
+from megatron_lite.plan.stages import chunks_in_flight, idle_and_busy, plan_stages, shapes_of_rank, stages_of_rank
 
 
 def config_of(pipe: int, schedule: str | None = None, virtual: int | None = None, *, zero=1, **model) -> RunConfig:
@@ -67,8 +68,8 @@ def test_the_output_layer_counts_as_layers_do():
     assert [len(stage.layers) for stage in plan_stages(config, 24 * 32)] == [3, 3, 1]
 
 
-def _most_in_flight(name: str, pipe: int, held: int, micro_batches: int) -> list[int]:
-    """By the actions of torch's own schedule."""
+def _orders(name: str, pipe: int, held: int, micro_batches: int) -> list[list[Action]]:
+    """The actions of torch's own schedule, those that it pairs one after the other. Raises ValueError as it does."""
 
     def stage(index):
         return types.SimpleNamespace(
@@ -76,38 +77,77 @@ def _most_in_flight(name: str, pipe: int, held: int, micro_batches: int) -> list
         )
 
     kind = torch_schedules.get_schedule_class(name)
-    if name in ("1F1B", "GPipe"):
+    if name == "1F1B":
+        # Torch runs it by a loop of its own, and tells of other forward passes than it runs.
+        return [_one_forward_one_backward(rank, pipe - rank, micro_batches) for rank in range(pipe)]
+    if name == "GPipe":
         order = kind(stage(0), micro_batches, loss_fn=torch.add)._get_pipeline_order()
     else:
         order = kind([stage(i) for i in range(held)], micro_batches, loss_fn=torch.add).pipeline_order
-    change = {"FORWARD": 1, "FULL_BACKWARD": -1, "BACKWARD_WEIGHT": -1}
-    found = []
-    for rank in range(pipe):
-        single = itertools.chain(*((action.sub_actions or (action,)) for action in order[rank] if action is not None))
-        steps = (change.get(action.computation_type.name, 0) for action in single)
-        found.append(max(itertools.accumulate(steps)))
-    return found
+    kinds = {"FORWARD": "F", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W", "FULL_BACKWARD": "B"}
+    return [
+        [
+            Action(part.stage_index, kinds[part.computation_type.name], part.microbatch_index)
+            for action in filter(None, order[rank])
+            for part in action.sub_actions or (action,)
+            if part.computation_type.name in kinds
+        ]
+        for rank in range(pipe)
+    ]
 
 
-@pytest.mark.parametrize(
-    ("schedule", "virtual"),
-    [
-        ("GPipe", 1),
-        ("1F1B", 1),
-        ("Interleaved1F1B", 2),
-        ("Interleaved1F1B", 3),
-        ("LoopedBFS", 2),
-        ("InterleavedZeroBubble", 1),
-        ("InterleavedZeroBubble", 2),
-        ("ZBVZeroBubble", 2),
-        ("DualPipeV", 2),
-    ],
-)
+def _one_forward_one_backward(stage: int, ahead: int, micro_batches: int) -> list[Action]:
+    order = [Action(stage, "F", n) for n in range(min(ahead, micro_batches))]
+    for n in range(micro_batches):
+        order.append(Action(stage, "B", n))
+        if n + ahead < micro_batches:
+            order.append(Action(stage, "F", n + ahead))
+    return order
+
+
+SCHEDULES = [
+    ("GPipe", 1),
+    ("1F1B", 1),
+    ("Interleaved1F1B", 2),
+    ("Interleaved1F1B", 3),
+    ("LoopedBFS", 2),
+    ("InterleavedZeroBubble", 1),
+    ("InterleavedZeroBubble", 2),
+    ("ZBVZeroBubble", 2),
+    ("DualPipeV", 2),
+]
+
+
+@pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)
 def test_what_is_in_flight_is_what_torchs_schedule_holds(schedule, virtual):
     for pipe, micro_batches in itertools.product((2, 4), (8, 16)):
         config = config_of(pipe, schedule, virtual)
         planned = [chunks_in_flight(config, micro_batches, rank) for rank in range(pipe)]
-        assert planned == _most_in_flight(schedule, pipe, virtual, micro_batches)
+        assert planned == [most_in_flight(order) for order in _orders(schedule, pipe, virtual, micro_batches)]
+
+
+@pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)
+def test_the_bubble_is_that_of_torchs_schedule_in_unit_times(schedule, virtual):
+    tried = 0
+    for pipe, micro_batches in itertools.product((2, 3, 4, 6), range(1, 15)):
+        config = config_of(pipe, schedule, virtual, num_layers=18)
+        if schedule in ("1F1B", "DualPipeV") and micro_batches < pipe * virtual:
+            continue
+        try:
+            spans = timeline(_orders(schedule, pipe, virtual, micro_batches))
+        except ValueError as error:
+            assert "number of microbatches" in str(error), "torch refuses what is no multiple of its rounds"
+            continue
+        idle, busy = idle_and_busy(config, micro_batches)
+        assert idle / (idle + busy) == pytest.approx(bubble_share(spans))
+        assert busy == sum(span.stop - span.start for span in spans[0])
+        tried += 1
+    assert tried > 10
+
+
+def test_the_bubble_of_a_file(tmp_path):
+    (tmp_path / "mine.csv").write_text("0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n")
+    assert idle_and_busy(config_of(2, str(tmp_path / "mine.csv")), 2) == pytest.approx((3, 6))
 
 
 def test_a_pipeline_divides_weights_and_holds_activations_as_its_schedule_says():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from megatron_lite.config.check import divisors, one_of, out_of_range
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.parallel.pipeline.partition import folded, looped, parse_pipeline_layout
+from megatron_lite.parallel.pipeline.timeline import Action, Orders, timeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +57,8 @@ class PipelinePlan:
     """The file that the schedule is read from."""
     micro_batches: int | None = None
     """How many micro-batches a step must have, where the file says so."""
-    most_in_flight: tuple[int, ...] | None = None
-    """Stages times micro-batches that each rank of the file holds at once, at most."""
+    orders: Orders | None = None
+    """The actions of each rank, as the file has them."""
 
     @property
     def stages(self) -> int:
@@ -135,11 +138,8 @@ def _read_csv(path: str, pipe: int) -> PipelinePlan:
     if len(rows) != pipe:
         raise ConfigError(f"pipeline_schedule={path} is for {len(rows)} ranks, not {pipe}; it has a row for each.")
     where: dict[int, int] = {}
-    kinds: set[str] = set()
-    done: set[tuple[int, str, int]] = set()
-    in_flight = [0] * pipe
+    orders: list[list[Action]] = [[] for _ in rows]
     for rank, row in enumerate(rows):
-        now = 0
         for cell in filter(None, map(str.strip, row)):
             action = _ACTION.fullmatch(cell)
             if action is None:
@@ -147,32 +147,36 @@ def _read_csv(path: str, pipe: int) -> PipelinePlan:
                     f"pipeline_schedule={path} has {cell!r} in row {rank + 1}; an action is a stage, F, B, I or W, and "
                     "a micro-batch, as 0F3."
                 )
-            stage, micro_batch = int(action[1]), int(action[3])
+            stage = int(action[1])
             if where.setdefault(stage, rank) != rank:
                 raise ConfigError(
                     f"pipeline_schedule={path} has stage {stage} in rows {where[stage] + 1} and {rank + 1}."
                 )
-            kinds.add(action[2])
-            done.add((stage, action[2], micro_batch))
-            now += {"F": 1, "I": 0, "B": -1, "W": -1}[action[2]]
-            in_flight[rank] = max(in_flight[rank], now)
+            orders[rank].append(Action(stage, action[2], int(action[3])))
     if sorted(where) != list(range(len(where))) or set(where.values()) != set(range(pipe)):
         raise ConfigError(
             f"pipeline_schedule={path} has stages {sorted(where)}; number them from 0, at least one a row."
         )
     if where[0] != 0:
         raise ConfigError(f"pipeline_schedule={path} has stage 0 in row {where[0] + 1}; it belongs in the first.")
-    count = 1 + max(micro_batch for _, _, micro_batch in done)
+    done: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for stage, kind, micro_batch in itertools.chain(*orders):
+        done[stage, micro_batch].append(kind)
+    count = 1 + max(micro_batch for _, micro_batch in done)
     for stage in where:
         for micro_batch in range(count):
-            names = {name for held, name, number in done if held == stage and number == micro_batch}
-            if names not in ({"F", "B"}, {"F", "I", "W"}):
+            if (names := sorted(done[stage, micro_batch])) not in (["B", "F"], ["F", "I", "W"]):
                 raise ConfigError(
-                    f"pipeline_schedule={path} has {sorted(names)} of micro-batch {micro_batch} in stage {stage}; each "
-                    "has F and B, or F, I and W, in every stage."
+                    f"pipeline_schedule={path} has {names} of micro-batch {micro_batch} in stage {stage}; each has F "
+                    "and B, or F, I and W, once in every stage."
                 )
+    try:
+        timeline(orders)
+    except ValueError as error:
+        raise ConfigError(f"pipeline_schedule={path} is an order in which {error}.") from None
     placement = tuple(where[stage] for stage in sorted(where))
-    return PipelinePlan(Schedule(path, splits_backward="W" in kinds), placement, path, count, tuple(in_flight))
+    splits = any("W" in kinds for kinds in done.values())
+    return PipelinePlan(Schedule(path, splits_backward=splits), placement, path, count, orders)
 
 
 def problems(config: RunConfig, world_size: int) -> list[str]:

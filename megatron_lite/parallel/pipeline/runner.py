@@ -108,7 +108,11 @@ class Pipeline:
             schedule._load_csv(plan.csv)
             return schedule
         kind = torch_schedules.get_schedule_class(plan.schedule.name)
-        return kind(stages if plan.schedule.takes_many_stages else stages[0], **options)
+        if not plan.schedule.takes_many_stages:
+            return kind(stages[0], **options)
+        schedule = kind(stages, **options)
+        _take_pairs_apart(schedule)
+        return schedule
 
     def _loss_of(self, loss: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return self._share(loss)
@@ -116,6 +120,20 @@ class Pipeline:
     def _took(self, parameters: Iterable[nn.Parameter]) -> None:
         if self._take_gradients is not None:
             self._take_gradients(parameters)
+
+
+def _take_pairs_apart(schedule: torch_schedules._PipelineScheduleRuntime) -> None:
+    """Make two actions of each forward and backward that torch pairs, to be overlapped.
+
+    It runs them one after the other, and sends what the first has made after the second: half of DualPipeV's bubble.
+    """
+    orders = {
+        rank: [part for action in order for part in (getattr(action, "sub_actions", None) or (action,))]
+        for rank, order in schedule.pipeline_order.items()
+    }
+    if orders != schedule.pipeline_order:
+        schedule.pipeline_order = orders
+        schedule._prepare_schedule_with_comms(orders)
 
 
 class _Stage(PipelineStage):
