@@ -19,7 +19,8 @@ from megatron_lite.config.data import DataConfig
 from megatron_lite.config.megatron_flags import BY_NAME
 from megatron_lite.config.tokenizer import TokenizerFiles
 from megatron_lite.data.provenance import Provenance
-from megatron_lite.data.text_input import InputFormat, TxtDocuments
+from megatron_lite.data.text_blocks import parse_limit
+from megatron_lite.data.text_input import TxtDocuments, format_problems
 from megatron_lite.data.tokenize_corpus import CorpusJob, tokenize_corpus
 from megatron_lite.errors import EXIT_INTERRUPTED, ConfigError, MegatronLiteError
 
@@ -29,7 +30,9 @@ class PreprocessOptions(TokenizerFiles):
     """Turn text into the token sets that training reads. Flags are Megatron's; dashes and underscores are alike."""
 
     input: tuple[str, ...]
-    """Files or patterns ("corpus/**/*.jsonl"), or - for standard input; .gz, .zst, .bz2 and .xz are unpacked."""
+    """Files, folders, patterns ("corpus/**/*.jsonl"), - for standard input, addresses (s3://, gs://, https://),
+    hf:NAME:CONFIG:SPLIT or hf:FOLDER for Hugging Face data sets, source:NAME for a named one; .gz, .zst, .bz2 and .xz
+    are unpacked."""
     output_prefix: str
     """Written are OUTPUT_PREFIX_KEY_document.bin, .idx and .meta.json for each of --json-keys."""
     tokenizer_type: str
@@ -41,11 +44,14 @@ class PreprocessOptions(TokenizerFiles):
     append_eod: bool = False
     """End each document with the end-of-document token."""
     json_keys: tuple[str, ...] = ("text",)
-    """Keys of a JSON line to take text from; each makes a token set of its own."""
-    input_format: InputFormat = "auto"
-    """JSON lines or plain text; auto: .txt, .text and .md are plain text, all else JSON lines."""
+    """Keys (or dotted paths) of a JSON line or a row to take text from; each makes a token set of its own."""
+    format: str = "auto"
+    """jsonl, txt, html, parquet or warc, packed ones with .gz, .zst, .bz2 or .xz behind; auto: by the suffix, or
+    jsonl."""
     txt_documents: TxtDocuments = "file"
     """What a document of plain text is; paragraphs are parted by blank lines."""
+    limit: str | None = None
+    """Read this much at most, of all inputs together: 10000 documents, or 500MB or 2GiB of unpacked input."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a bad line (invalid JSON or UTF-8, no such key, not a string): stop, or leave it out and count it."""
     workers: int = 1
@@ -69,6 +75,7 @@ class PreprocessOptions(TokenizerFiles):
                 found.append(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1; give 1 or more.")
         if not self.json_keys:
             found.append("--json-keys needs at least one key; the usual one is text.")
+        found += format_problems(self.format)
         if repeated := {key for key in self.json_keys if self.json_keys.count(key) > 1}:
             found.append(f"--json-keys names {', '.join(sorted(repeated))} more than once; give each key once.")
         if self.tokenizer_type in BY_NAME["tokenizer_type"].refused_values:
@@ -90,6 +97,7 @@ class PreprocessOptions(TokenizerFiles):
         )
         own = {
             "inputs": self.input,
+            "limit": parse_limit(self.limit),
             "tokenizer": tokenizer,
             "prepend_bos": self.prepend_bos or self.tokenizer_type == "Llama2Tokenizer",
         }

@@ -17,7 +17,8 @@ from typing import Literal
 from megatron_lite import log
 from megatron_lite.config.command_line import read
 from megatron_lite.config.data import DataConfig
-from megatron_lite.data.text_input import InputFormat, find_sources
+from megatron_lite.data.text_blocks import parse_limit
+from megatron_lite.data.text_input import find_sources, format_problems
 from megatron_lite.data.text_progress import TextProgress
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
@@ -34,7 +35,9 @@ class TrainTokenizerOptions:
     """Learn a tokenizer from text. Dashes and underscores in flags are alike."""
 
     input: tuple[str, ...]
-    """Files or patterns ("corpus/**/*.jsonl"), or - for standard input; .gz, .zst, .bz2 and .xz are unpacked."""
+    """Files, folders, patterns ("corpus/**/*.jsonl"), - for standard input, addresses (s3://, gs://, https://),
+    hf:NAME:CONFIG:SPLIT or hf:FOLDER for Hugging Face data sets, source:NAME for a named one; .gz, .zst, .bz2 and .xz
+    are unpacked."""
     vocab_size: int
     """Number of token ids, special tokens included."""
     output: str
@@ -46,9 +49,12 @@ class TrainTokenizerOptions:
     special_tokens: tuple[str, ...] = ()
     """Special tokens besides <|endoftext|> (bpe) or <s> and </s> (sentencepiece)."""
     json_keys: tuple[str, ...] = ("text",)
-    """Keys of a JSON line to take text from."""
-    input_format: InputFormat = "auto"
-    """JSON lines or plain text; auto: .txt, .text and .md are plain text, all else JSON lines."""
+    """Keys (or dotted paths) of a JSON line or a row to take text from."""
+    format: str = "auto"
+    """jsonl, txt, html, parquet or warc, packed ones with .gz, .zst, .bz2 or .xz behind; auto: by the suffix, or
+    jsonl."""
+    limit: str | None = None
+    """Read this much at most, of all inputs together: 10000 documents, or 500MB or 2GiB of unpacked input."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a bad line (invalid JSON or UTF-8, no such key, not a string): stop, or leave it out and count it."""
     log_interval: int = 100_000
@@ -63,6 +69,7 @@ class TrainTokenizerOptions:
         ]
         if not self.json_keys:
             found.append("--json-keys needs at least one key; the usual one is text.")
+        found += format_problems(self.format)
         for token in self.special_tokens:
             if len(token) < 2:
                 found.append(
@@ -103,9 +110,10 @@ def train(options: TrainTokenizerOptions) -> None:
     """Read, learn, write, and say how well held-out text is packed."""
     with _written_to(options.path):
         insist_on_place(options.path)
-    sources = find_sources(options.input, options.input_format)
+    limit = parse_limit(options.limit)
+    sources = find_sources(options.input, options.format)
     with contextlib.closing(TextProgress(sources, options.log_interval)) as progress:
-        text = TrainingText(sources, options.json_keys, progress, skip_bad=options.on_error == "skip")
+        text = TrainingText(sources, options.json_keys, progress, skip_bad=options.on_error == "skip", limit=limit)
         if options.type == "bpe":
             terminal = sys.stderr.isatty()
             content = train_bpe(text, options.vocab_size, options.special_tokens, terminal).encode()

@@ -35,10 +35,21 @@ class Provenance:
     created_by: str
     prepend_bos: bool = False
 
+    def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            if type(value := getattr(self, name)) not in kinds:
+                raise TypeError(f"{name} is {value!r:.60}")
+
     @property
     def bytes_per_token(self) -> float:
         """Bytes of text a token stands for; a loss in nats / (ln 2 x this) is bits per byte."""
         return self.text_bytes / self.tokens
+
+
+_KINDS = {
+    field.name: {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}.get(field.type, (dict,))
+    for field in dataclasses.fields(Provenance)
+}
 
 
 def meta_path(prefix: str | os.PathLike) -> Path:
@@ -70,7 +81,7 @@ def read_provenance(prefix: str | os.PathLike, tokens: int) -> Provenance | None
         provenance = Provenance(**content)
         if provenance.tokens != tokens:
             raise ValueError(f"it speaks of {provenance.tokens:,} tokens and the set has {tokens:,}")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         log.once(f"{path} is not used: {error}")
         return None
     return provenance

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.run import RunConfig
@@ -59,7 +59,7 @@ def _path_problems(entries: Sequence[str]) -> list[str]:
         prefixes, _ = parse_data_path(entries)
     except ConfigError as error:
         return error.problems
-    missing = [str(path) for prefix in prefixes for path in paths(prefix) if not path.exists()]
+    missing = [str(path) for prefix in prefixes for path in paths(prefix) if not os.path.exists(path)]
     if not missing:
         return []
     return [f"data path: cannot find {' and '.join(missing)}; name PREFIX of a pair PREFIX.bin and PREFIX.idx."]
@@ -73,7 +73,7 @@ def _tokenizer_problems(data: DataConfig) -> Iterator[str]:
         flag, path = f"--{name.replace('_', '-')}", getattr(data, name)
         if path is None:
             yield f"tokenizer_type={data.tokenizer_type} is read from a file; give it by {flag}."
-        elif not Path(path).exists():
+        elif not os.path.exists(path):
             yield f"{name}={path} is not there; {data.tokenizer_type} reads it."
 
 

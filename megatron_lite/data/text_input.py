@@ -1,48 +1,53 @@
-"""Text files as a stream of blocks that end where documents end, and the documents of a block."""
+"""The grammar of --input: what files, folders, patterns, addresses and data sets are read, and as what."""
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import dataclasses
 import glob
-import gzip
-import json
-import lzma
 import os
 import re
-import sys
-import zlib
+import urllib.parse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO, Literal
-
-import orjson
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 from megatron_lite import log
+from megatron_lite.data.named_sources import BY_NAME, NAMED
 from megatron_lite.errors import DataError
 
 STANDARD_INPUT = "-"
-BLOCK_BYTES = 1 << 20
-_READ_BYTES = 1 << 17
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-_PLAIN_TEXT = (".txt", ".text", ".md")
-_BOM = b"\xef\xbb\xbf"
-_BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
-_BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
+PACKINGS = ("gz", "zst", "bz2", "xz")
+_FORMAT_OF_SUFFIX = {
+    **dict.fromkeys(("txt", "text", "md"), "txt"),
+    **dict.fromkeys(("html", "htm", "xhtml"), "html"),
+    **dict.fromkeys(("jsonl", "json", "ndjson"), "jsonl"),
+    "parquet": "parquet",
+    "warc": "warc",
+}
+FORMATS = tuple(dict.fromkeys(_FORMAT_OF_SUFFIX.values()))
+_DATA_SET = "hf:"
 
-InputFormat = Literal["auto", "jsonl", "txt"]
 TxtDocuments = Literal["file", "line", "paragraph"]
-Documents = Literal["jsonl", "file", "line", "paragraph"]
-"""What one document is: a JSON object on a line, or a whole plain text, a line or a paragraph of it."""
+Documents = Literal["jsonl", "file", "line", "paragraph", "html", "warc", "parquet", "dataset"]
+"""What one document is: a JSON object on a line; a whole plain text, a line or a paragraph of it; a page; a response
+record of a web archive; a row of a Parquet file or of a Hugging Face data set."""
+
+KEYLESS = ("file", "line", "paragraph", "html", "warc")
+"""Documents that are their text; the others are fields, of which one holds it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One input: its path, "-" for standard input, and what a document of it is."""
+    """One input: its path, address or data set, what a document of it is, and how it is packed.
+
+    `text_key`: the field that holds the text, where the source itself says so.
+    """
 
     path: str
     documents: Documents
+    packing: str = ""
+    text_key: str | None = None
 
     @property
     def name(self) -> str:
@@ -51,247 +56,156 @@ class Source:
 
     @property
     def size(self) -> int | None:
-        """Bytes on disk; None for standard input and pipes."""
+        """Bytes on disk; None for what is no local file."""
         return os.stat(self.path).st_size if os.path.isfile(self.path) else None
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether fsspec opens it."""
+        return _is_address(self.path)
 
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Some whole documents of a source; `first_line` counts from 1, `read` is the bytes on disk they took."""
-
-    source: Source
-    first_line: int
-    data: bytes
-    read: int
-
-
-@dataclasses.dataclass(frozen=True)
-class BadDocument:
-    """A document that cannot be used: the line it starts on, the kind of fault, and what was found there."""
-
-    line: int
-    reason: str
-    detail: str
+    def place(self, number: int) -> str:
+        """The name of its line, row or record of that number, counted from 1."""
+        kind = {"warc": "record", "parquet": "row", "dataset": "row"}.get(self.documents, "line")
+        return f"{self.name}, {kind} {number}"
 
 
-def find_sources(
-    patterns: Sequence[str], input_format: InputFormat = "auto", txt_documents: TxtDocuments = "file"
-) -> list[Source]:
-    """The inputs that paths and globs name, in the order given and by name within a glob.
+def format_problems(text: str) -> list[str]:
+    """What is wrong with a --format, one sentence each."""
+    kind, _, packing = text.partition(".")
+    if kind not in ("auto", *FORMATS) or (packing and packing not in PACKINGS) or text.endswith("."):
+        return [
+            f"--format {text} is not known; give auto, {', '.join(FORMATS)}, with .{', .'.join(PACKINGS)} behind it "
+            "for packed input whose name does not end so, as in jsonl.gz."
+        ]
+    return []
 
-    By "auto", .txt, .text and .md (also compressed) are plain text and anything else is JSON lines.
-    Raises DataError for a pattern without a file, and for a folder.
+
+def find_sources(patterns: Sequence[str], form: str = "auto", txt_documents: TxtDocuments = "file") -> list[Source]:
+    """The inputs that paths, patterns, folders and addresses name, in the order given, by name within one.
+
+    `form` is a --format. By "auto" the suffix tells, and what has none that is known is JSON lines. Raises DataError
+    for a pattern without a file.
     """
-    found: list[str] = []
+    found: list[Source] = []
     for pattern in patterns:
-        named = pattern == STANDARD_INPUT or os.path.exists(pattern)
-        paths = [pattern] if named else sorted(glob.glob(pattern, recursive=True))
-        if not paths:
-            raise DataError(f"--input {pattern}: no such file, and no file matches it as a pattern")
-        for path in paths:
-            if os.path.isdir(path):
-                if named:
-                    raise DataError(f"--input {path} is a folder; name its files, as in --input '{path}/**/*.jsonl'")
-            else:
-                found.append(path)
+        found += _expand(pattern, form, txt_documents)
     if not found:
         raise DataError(f"--input {' '.join(patterns)} matches folders alone; name files, as in 'FOLDER/**/*.jsonl'")
-    paths = list(dict.fromkeys(found))
-    if len(paths) < len(found):
-        log.warn(f"{len(found) - len(paths)} inputs are named more than once and read once")
-    return [Source(path, _documents_of(path, input_format, txt_documents)) for path in paths]
+    sources = list({source.path: source for source in found}.values())
+    if len(sources) < len(found):
+        log.warn(f"{len(found) - len(sources)} inputs are named more than once and read once")
+    return sources
 
 
-def _documents_of(path: str, input_format: InputFormat, txt_documents: TxtDocuments) -> Documents:
-    if input_format == "auto":
-        name = Path(path)
-        if name.suffix in _COMPRESSED:
-            name = name.with_suffix("")
-        input_format = "txt" if name.suffix.lower() in _PLAIN_TEXT else "jsonl"
-    return "jsonl" if input_format == "jsonl" else txt_documents
+def _expand(pattern: str, form: str, txt_documents: TxtDocuments) -> list[Source]:
+    if pattern.startswith(NAMED):
+        return _named(pattern)
+    if pattern.startswith(_DATA_SET):
+        return [Source(pattern, "dataset")]
+    if _is_address(pattern):
+        paths = _remote_paths(pattern)
+    elif pattern == STANDARD_INPUT or os.path.isfile(pattern):
+        paths = [pattern]
+    elif os.path.isdir(pattern):
+        paths = _inside(pattern, sorted(str(path) for path in Path(pattern).rglob("*") if path.is_file()))
+    elif os.path.exists(pattern):  # a pipe or a device
+        paths = [pattern]
+    else:
+        matches = sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise DataError(f"--input {pattern}: no such file, and no file matches it as a pattern")
+        paths = [path for path in matches if not os.path.isdir(path)]
+    return [_source(path, form, txt_documents) for path in paths]
 
 
-def read_blocks(source: Source, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """A source in blocks of about `block_bytes` of text, unpacked, without a byte-order mark.
-
-    Memory is that of a block or of the longest document, whichever is more. Raises DataError for a
-    file that cannot be read, or is damaged or ends early inside its compression.
-    """
-    with _opened(source.path) as raw:
-        pending: list[bytes] = []
-        size, wanted, line, told = 0, block_bytes, 1, 0
-        for chunk in _chunks(raw, source.name):
-            pending.append(chunk)
-            size += len(chunk)
-            if size < wanted:
-                continue
-            data = b"".join(pending)
-            end = _last_bound(data, source.documents)
-            pending, size = [data[end:]], len(data) - end
-            # Without a bound the next look is at twice the size: a very long document costs linear time.
-            wanted = block_bytes if end else 2 * size
-            if end:
-                yield Block(source, line, data[:end], raw.position - told)
-                line, told = line + data.count(b"\n", 0, end), raw.position
-        yield Block(source, line, b"".join(pending), raw.position - told)
+def _inside(folder: str, paths: list[str]) -> list[str]:
+    """The files of a folder that hold text by their suffix; what is left out is said aloud."""
+    shown = [path for path in paths if not any(part.startswith(".") for part in _relative(path, folder))]
+    taken = [path for path in shown if _suffixes(path)[0] in _FORMAT_OF_SUFFIX]
+    if not taken:
+        raise DataError(
+            f"--input {folder} is a folder without a file of text (.{', .'.join(_FORMAT_OF_SUFFIX)}, also packed); "
+            f"name its files, as in '{folder}/*'"
+        )
+    if len(taken) < len(shown):
+        left = next(path for path in shown if path not in set(taken))
+        log.note(f"{folder}: {len(shown) - len(taken):,} files are no text by their suffix and left out, as {left}")
+    return taken
 
 
-def _last_bound(data: bytes, documents: Documents) -> int:
-    """Where the last document that is surely complete ends; 0 if none is."""
-    if documents == "file":
-        return 0
-    if documents == "paragraph":
-        return max((match.end() for match in _BLANK_LINE.finditer(data)), default=0)
-    return data.rfind(b"\n") + 1
+def _relative(path: str, folder: str) -> tuple[str, ...]:
+    return PurePosixPath(path).relative_to(folder).parts if path.startswith(folder) else (PurePosixPath(path).name,)
 
 
-class _Counted:
-    """A stream that knows how much was read from it: pipes have no position."""
+def _is_address(text: str) -> bool:
+    return re.match(r"[a-z][a-z0-9+.-]*://", text) is not None
 
-    def __init__(self, stream: BinaryIO):
-        self._stream = stream
-        self.position = 0
 
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        self.position += len(data)
-        return data
+def _remote_paths(address: str) -> list[str]:
+    if address.startswith(("http://", "https://")):
+        return [address]  # without a way to list: "?" belongs to the query
+    with reading(address):
+        system, path = _file_system(address)
+        if re.search(r"[*?[]", address):
+            found = sorted(system.glob(path))
+        elif system.isdir(path):
+            found = _inside(path, sorted(system.find(path)))
+        else:
+            return [address]
+    if not found:
+        raise DataError(f"--input {address}: no file matches it as a pattern")
+    return [system.unstrip_protocol(path) for path in found]
+
+
+def _file_system(address: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(address)
+    except ValueError as error:
+        raise DataError(f"--input {address}: {error}") from None
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[_Counted]:
+def reading(name: str) -> Iterator[None]:
+    """Errors of opening and reading in this block become a DataError that names the source and the way out."""
     try:
-        # Unbuffered: a buffered read waits for all it was asked for, and a signal that comes between two
-        # of its system calls is not looked at before the pipe has more.
-        stream = sys.stdin.buffer.raw if path == STANDARD_INPUT else open(path, "rb", buffering=0)  # noqa: SIM115
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        yield _Counted(stream)
-    finally:
-        if path != STANDARD_INPUT:
-            stream.close()
-
-
-def _chunks(raw: _Counted, path: str) -> Iterator[bytes]:
-    """The unpacked text of a file without its byte-order mark; damage is reported with the file's name."""
-    mark = _BOM
-    try:
-        for chunk in _unpacked(raw, Path(path).suffix):
-            yield chunk.removeprefix(mark)
-            mark = b"" if chunk else mark
+        yield
     except ModuleNotFoundError as error:
-        raise DataError(f"{path} needs the package {error.name}: pip install {error.name}") from None
+        raise DataError(f"{name} needs the package {error.name}: pip install {error.name}") from None
+    except ImportError as error:
+        raise DataError(f"{name} needs a package: {error}") from None
     except EOFError as error:
-        raise DataError(f"{path} ends early ({error}); it is truncated, copy it again") from None
-    except (OSError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+        raise DataError(f"{name} ends early ({error}); it is truncated, copy it again") from None
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror or error}") from None
 
 
-def _unpacked(raw: _Counted, suffix: str) -> Iterator[bytes]:
-    match suffix:
-        case ".gz":
-            stream = gzip.GzipFile(fileobj=raw)
-        case ".bz2":
-            stream = bz2.BZ2File(raw)
-        case ".xz":
-            stream = lzma.LZMAFile(raw)  # noqa: SIM115
-        case ".zst":
-            return _unpacked_zstd(raw)
-        case _:
-            stream = raw
-    return iter(lambda: stream.read(_READ_BYTES), b"")
+def _named(pattern: str) -> list[Source]:
+    name = pattern.removeprefix(NAMED)
+    if name not in BY_NAME:
+        known = "; ".join(f"{key} ({entry.what})" for key, entry in BY_NAME.items())
+        raise DataError(f"--input {pattern}: there is no source of that name; there are {known}")
+    entry = BY_NAME[name]
+    log.note(f"{pattern} is {entry.input}: {entry.what}; its text is in {entry.text_key!r}")
+    return [dataclasses.replace(source, text_key=entry.text_key) for source in _expand(entry.input, "auto", "file")]
 
 
-def _unpacked_zstd(raw: _Counted) -> Iterator[bytes]:
-    # Not zstandard's stream reader: it takes a frame that is cut off for a finished one.
-    import zstandard
-
-    frame = None
-    while data := raw.read(_READ_BYTES):
-        while data:
-            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            try:
-                yield frame.decompress(data)
-            except zstandard.ZstdError as error:
-                raise OSError(error) from None
-            data = frame.unused_data
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise EOFError("the last frame has no end")
+def _suffixes(path: str) -> tuple[str, str]:
+    """The suffix that tells the format and the one that tells the packing, each without its dot or empty."""
+    if _is_address(path):
+        path = urllib.parse.urlsplit(path).path
+    name = PurePosixPath(path)
+    packing = name.suffix.lower().removeprefix(".")
+    if packing in PACKINGS:
+        return name.with_suffix("").suffix.lower().removeprefix("."), packing
+    return packing, ""
 
 
-def parse_block(block: Block, keys: Sequence[str]) -> Iterator[tuple[str, ...] | BadDocument]:
-    """The texts of each document of a block under each key (plain text has one), or what is wrong with it.
-
-    Blank lines and blank paragraphs are no documents.
-    """
-    if block.source.documents == "jsonl":
-        for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-            if line.strip():
-                yield _parse_line(line, number, keys)
-        return
-    for number, piece in _plain_pieces(block):
-        try:
-            yield (piece.decode(),)
-        except UnicodeDecodeError as error:
-            line = number + piece.count(b"\n", 0, error.start)
-            yield BadDocument(line, "invalid UTF-8", f"byte 0x{piece[error.start]:02x}: {error.reason}")
-
-
-def _plain_pieces(block: Block) -> Iterator[tuple[int, bytes]]:
-    if block.source.documents == "file":
-        if block.data:
-            yield block.first_line, block.data
-        return
-    if block.source.documents == "line":
-        for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-            if line.strip():
-                yield number, line.removesuffix(b"\r")
-        return
-    line, start = block.first_line, 0
-    ends = [(match.start(), match.end()) for match in _BLANK_LINES.finditer(block.data)]
-    for end, following in [*ends, (len(block.data), len(block.data))]:
-        piece = block.data[start:end].strip(b"\r\n")
-        if piece.strip():
-            yield line, piece
-        line += block.data.count(b"\n", start, following)
-        start = following
-
-
-def _parse_line(line: bytes, number: int, keys: Sequence[str]) -> tuple[str, ...] | BadDocument:
-    try:
-        document = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        try:
-            # Python's own reader also takes what is not strictly JSON but common: NaN, Infinity.
-            document = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            return BadDocument(number, "invalid UTF-8", f"byte 0x{line[error.start]:02x}: {error.reason}")
-        except (ValueError, RecursionError) as error:
-            return BadDocument(number, "invalid JSON", f"{error}, in {_excerpt(line)}")
-    if not isinstance(document, dict):
-        return BadDocument(number, "not an object", f"{_excerpt(line)} is no {{...}} with a key {keys[0]!r}")
-    for key in keys:
-        if key not in document:
-            has = ", ".join(map(repr, list(document)[:8])) or "none"
-            return BadDocument(number, "missing key", f"no key {key!r}; the keys are {has}")
-        if not isinstance(document[key], str):
-            return BadDocument(number, "not a string", f"{key!r} is of type {type(document[key]).__name__}")
-        if not _is_utf8(document[key]):
-            return BadDocument(number, "invalid UTF-8", f"{key!r} has an escaped lone surrogate (\\ud800 to \\udfff)")
-    return tuple(document[key] for key in keys)
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _excerpt(line: bytes) -> str:
-    text = line.strip().decode(errors="replace")
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def _source(path: str, form: str, txt_documents: TxtDocuments) -> Source:
+    kind, _, packing = form.partition(".")
+    suffix, packed = _suffixes(path)
+    if kind == "auto":
+        kind = _FORMAT_OF_SUFFIX.get(suffix, "jsonl")
+    return Source(path, txt_documents if kind == "txt" else kind, packing or packed)

@@ -17,17 +17,9 @@ from megatron_lite.config.data import DataConfig
 from megatron_lite.data.indexed import IndexedWriter
 from megatron_lite.data.ordered_workers import map_in_order
 from megatron_lite.data.provenance import Provenance, meta_path, write_provenance
-from megatron_lite.data.text_input import (
-    BLOCK_BYTES,
-    BadDocument,
-    Block,
-    InputFormat,
-    Source,
-    TxtDocuments,
-    find_sources,
-    parse_block,
-    read_blocks,
-)
+from megatron_lite.data.text_blocks import BLOCK_BYTES, NO_LIMIT, Block, Limit, limited, read_blocks
+from megatron_lite.data.text_documents import BadDocument, parse_block
+from megatron_lite.data.text_input import KEYLESS, Source, TxtDocuments, find_sources
 from megatron_lite.data.text_progress import TextProgress
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
@@ -49,8 +41,9 @@ class CorpusJob:
     output_prefix: str
     tokenizer: DataConfig
     json_keys: tuple[str, ...] = ("text",)
-    input_format: InputFormat = "auto"
+    format: str = "auto"
     txt_documents: TxtDocuments = "file"
+    limit: Limit = NO_LIMIT
     prepend_bos: bool = False
     append_eod: bool = False
     vocab_size: int | None = None
@@ -198,14 +191,15 @@ def tokenize_corpus(job: CorpusJob) -> dict[str, Provenance]:
     leaves none behind. Raises DataError for bad input, naming file and line, and for a lost worker.
     """
     tokenizer, vocab_size = _checked_tokenizer(job)
-    sources = find_sources(job.inputs, job.input_format, job.txt_documents)
-    plain = next((source.name for source in sources if source.documents != "jsonl"), None)
+    sources = find_sources(job.inputs, job.format, job.txt_documents)
+    plain = next((source.name for source in sources if source.documents in KEYLESS), None)
     if plain is not None and len(job.json_keys) > 1:
-        raise DataError(f"--json-keys {' '.join(job.json_keys)}: {plain} is plain text, which has no keys; give one")
+        raise DataError(f"--json-keys {' '.join(job.json_keys)}: {plain} has no keys; give one")
     if not job.append_eod:
         log.note("documents run into one another unmarked; --append-eod ends each with a token")
     progress, skipped = TextProgress(sources, job.log_interval), _Skipped()
-    blocks = itertools.chain.from_iterable(read_blocks(source, job.block_bytes) for source in sources)
+    blocks = itertools.chain.from_iterable(read_blocks(source, job.block_bytes, job.json_keys) for source in sources)
+    blocks = limited(blocks, job.limit)
     with contextlib.closing(progress), contextlib.ExitStack() as writers:
         sets = {
             job.prefix(key): _TokenSet(
@@ -218,7 +212,7 @@ def tokenize_corpus(job: CorpusJob) -> dict[str, Provenance]:
                 for bad in block.bad:
                     if job.on_error == "stop":
                         raise DataError(
-                            f"{block.source.name}, line {bad.line}: {bad.reason}: {bad.detail}. Mend it, or leave "
+                            f"{block.source.place(bad.line)}: {bad.reason}: {bad.detail}. Mend it, or leave "
                             "such documents out and count them by --on-error skip"
                         )
                     skipped.add(block.source, bad)

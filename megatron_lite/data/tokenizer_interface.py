@@ -75,6 +75,10 @@ def _joined(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=int(lengths.sum())), lengths
 
 
+MOST_IDS = 1 << 26
+"""That a vocabulary may have, over a hundred times the largest in use."""
+
+
 class Tokenizer(abc.ABC):
     """A mapping between text and token ids 0 ... vocab_size - 1.
 
@@ -91,6 +95,11 @@ class Tokenizer(abc.ABC):
     """Special tokens that the tokenizer's own files would put around every text; here nothing is put there."""
 
     def __init__(self, base_size: int, specials: Mapping[str, int], roles: Mapping[str, int | None]):
+        if base_size > MOST_IDS:
+            raise TokenizerError(
+                f"the largest id of this {self.kind} is {base_size - 1:,}, and an embedding would have as many rows; ids "
+                f"below {MOST_IDS:,} are possible: its file is damaged"
+            )
         self._base_size = base_size
         self._vocab_size = base_size
         self._earlier: list[tuple[dict[str, int], int]] = []  # special tokens and size before each addition

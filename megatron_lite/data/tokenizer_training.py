@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from megatron_lite.data.text_input import BadDocument, Source, parse_block, read_blocks
+from megatron_lite.data.text_blocks import Limit, limited, read_blocks
+from megatron_lite.data.text_documents import BadDocument, parse_block
+from megatron_lite.data.text_input import Source
 from megatron_lite.data.text_progress import TextProgress
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import DataError, TokenizerError
@@ -29,8 +32,11 @@ class TrainingText:
     counts them.
     """
 
-    def __init__(self, sources: Sequence[Source], keys: Sequence[str], progress: TextProgress, skip_bad: bool):
+    def __init__(
+        self, sources: Sequence[Source], keys: Sequence[str], progress: TextProgress, skip_bad: bool, limit: Limit
+    ):
         self._sources, self._keys, self._progress, self._skip_bad = sources, keys, progress, skip_bad
+        self._limit = limit
         self.held_out: list[str] = []
         self.skipped = 0
         self.trained_bytes = 0
@@ -63,23 +69,23 @@ class TrainingText:
             raise
 
     def _pieces(self) -> Iterator[str]:
-        for source in self._sources:
-            for block in read_blocks(source):
-                documents = text_bytes = 0
-                for document in parse_block(block, self._keys):
-                    if isinstance(document, BadDocument):
-                        self._refuse(source, document)
-                        continue
-                    documents += 1
-                    for text in document:
-                        text_bytes += len(text.encode())
-                        yield from _cut(text)
-                self._progress.add(block.read, documents, text_bytes)
+        blocks = itertools.chain.from_iterable(read_blocks(source, fields=self._keys) for source in self._sources)
+        for block in limited(blocks, self._limit):
+            documents = text_bytes = 0
+            for document in parse_block(block, self._keys):
+                if isinstance(document, BadDocument):
+                    self._refuse(block.source, document)
+                    continue
+                documents += 1
+                for text in document:
+                    text_bytes += len(text.encode())
+                    yield from _cut(text)
+            self._progress.add(block.read, documents, text_bytes)
 
     def _refuse(self, source: Source, bad: BadDocument) -> None:
         if not self._skip_bad:
             raise DataError(
-                f"{source.name}, line {bad.line}: {bad.reason}: {bad.detail}. Mend it, or leave such documents out "
+                f"{source.place(bad.line)}: {bad.reason}: {bad.detail}. Mend it, or leave such documents out "
                 "by --on-error skip"
             )
         self.skipped += 1

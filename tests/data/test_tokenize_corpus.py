@@ -189,7 +189,7 @@ def test_refusals_come_before_any_work(tmp_path):
 
     refused(TokenizerError, "--vocab-size 100 is less than the 258 ids", vocab_size=100)
     (tmp_path / "a.txt").write_text("plain")
-    refused(DataError, "plain text, which has no keys", inputs=(str(tmp_path / "a.txt"),), json_keys=("a", "b"))
+    refused(DataError, "a.txt has no keys; give one", inputs=(str(tmp_path / "a.txt"),), json_keys=("a", "b"))
     (tmp_path / "empty.jsonl").write_text("\n\n")
     refused(DataError, "there is no text for .*out_text_document", inputs=(str(tmp_path / "empty.jsonl"),))
     Path(source).write_text("bad")

@@ -73,7 +73,7 @@ def test_standard_input(tmp_path):
     options = ("--input", "-", "--output-prefix", tmp_path / "out", "--tokenizer-type", "ByteTokenizer")
     assert run(*options, stdin=lines(["ab", "c"])).returncode == 0
     assert (tmp_path / "out_text_document.bin").read_bytes() == np.array([97, 98, 99], "<u2").tobytes()
-    assert run(*options, "--input-format", "txt", "--txt-documents", "line", stdin=b"x\ny\n").returncode == 0
+    assert run(*options, "--format", "txt", "--txt-documents", "line", stdin=b"x\ny\n").returncode == 0
     assert IndexedReader(tmp_path / "out_text_document").num_documents == 2
 
 

@@ -1,0 +1,116 @@
+"""The unpacked bytes of a source, local, remote or on standard input, and how much was read for them."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import lzma
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from megatron_lite.data.text_input import STANDARD_INPUT, Source, reading
+from megatron_lite.errors import DataError
+
+_READ_BYTES = 1 << 17
+_BOM = b"\xef\xbb\xbf"
+
+
+class CountedStream:
+    """A stream that knows how much was read from it: pipes have no position."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+        self.position = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self.position += len(data)
+        return data
+
+
+@contextlib.contextmanager
+def opened(source: Source) -> Iterator[CountedStream]:
+    """The packed bytes of a source. Raises DataError if it cannot be opened."""
+    with contextlib.ExitStack() as opened_here:
+        with reading(source.name):
+            stream = _raw(source)
+            if source.path != STANDARD_INPUT:
+                opened_here.enter_context(contextlib.closing(stream))
+        yield CountedStream(stream)
+
+
+def _raw(source: Source) -> Any:
+    # Unbuffered: a buffered read waits for all it was asked for, and a signal that comes between two of its
+    # system calls is not looked at before the pipe has more.
+    if source.path == STANDARD_INPUT:
+        return sys.stdin.buffer.raw
+    if source.is_remote:
+        import fsspec
+
+        return fsspec.open(source.path, "rb").open()
+    return open(source.path, "rb", buffering=0)
+
+
+def chunks(raw: CountedStream, source: Source) -> Iterator[bytes]:
+    """The unpacked bytes of a stream without a byte-order mark. Raises DataError for a source that is damaged or ends
+    early inside its packing."""
+    mark = _BOM
+    try:
+        with reading(source.name):
+            for chunk in _unpacked(raw, source.packing):
+                yield chunk.removeprefix(mark)
+                mark = b"" if chunk else mark
+    except (zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{source.name} cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def seekable(source: Source) -> Iterator[BinaryIO]:
+    """A stream of the unpacked bytes that can be read at any place; a temporary file where the source cannot."""
+    with opened(source) as raw:
+        if source.path != STANDARD_INPUT and not source.packing:
+            yield raw._stream
+            return
+        with tempfile.TemporaryFile() as copy:
+            for chunk in chunks(raw, source):
+                copy.write(chunk)
+            copy.seek(0)
+            yield copy
+
+
+def _unpacked(raw: CountedStream, packing: str) -> Iterator[bytes]:
+    match packing:
+        case "gz":
+            stream = gzip.GzipFile(fileobj=raw)
+        case "bz2":
+            stream = bz2.BZ2File(raw)
+        case "xz":
+            stream = lzma.LZMAFile(raw)  # noqa: SIM115
+        case "zst":
+            return _unpacked_zstd(raw)
+        case _:
+            stream = raw
+    return iter(lambda: stream.read(_READ_BYTES), b"")
+
+
+def _unpacked_zstd(raw: CountedStream) -> Iterator[bytes]:
+    # Not zstandard's stream reader: it takes a frame that is cut off for a finished one.
+    import zstandard
+
+    frame = None
+    while data := raw.read(_READ_BYTES):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                yield frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise OSError(error) from None
+            data = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("the last frame has no end")
