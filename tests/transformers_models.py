@@ -9,6 +9,8 @@ import torch
 
 from megatron_lite.config.model import ModelConfig
 
+_SIZES = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+
 
 def gpt2(vocab_size: int, seq_length: int, **sizes):
     """(model, our config) of a GPT-2; `sizes` are our field names."""
@@ -39,7 +41,39 @@ def gpt2(vocab_size: int, seq_length: int, **sizes):
 
 def llama(vocab_size: int, seq_length: int, *, kv_heads: int, **sizes):
     """(model, our config) of a LLaMA; `sizes` are our field names."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    return _of_llamas_kind("llama", vocab_size, seq_length, kv_heads=kv_heads, **sizes)
+
+
+LLAMA_3 = {"use_rope_scaling": True, "rope_scaling_factor": 8.0, "rope_scaling_original_length": 16}
+"""Stretched as Llama 3.1, after texts so short that it shows in a test's."""
+
+
+def llama3(vocab_size: int, seq_length: int, **sizes):
+    """(model, our config) of a LLaMA whose rotary frequencies are stretched, embeddings tied."""
+    tied = {"untie_embeddings_and_output_weights": False, "rotary_base": 5e5}
+    return _of_llamas_kind("llama", vocab_size, seq_length, kv_heads=2, **LLAMA_3, **tied, **sizes)
+
+
+def mistral(vocab_size: int, seq_length: int, **sizes):
+    """(model, our config) of a Mistral whose window is as long as its texts, and whose heads are wide."""
+    window = {"sliding_window": seq_length}
+    return _of_llamas_kind("mistral", vocab_size, seq_length, kv_heads=2, theirs=window, kv_channels=12, **sizes)
+
+
+def qwen2(vocab_size: int, seq_length: int, **sizes):
+    """(model, our config) of a Qwen2: biases on query, key and value alone, embeddings tied."""
+    tied = {"untie_embeddings_and_output_weights": False}
+    return _of_llamas_kind("qwen2", vocab_size, seq_length, kv_heads=2, add_qkv_bias=True, **tied, **sizes)
+
+
+def qwen3(vocab_size: int, seq_length: int, **sizes):
+    """(model, our config) of a Qwen3: normed queries and keys, heads wider than their share."""
+    wide = {"kv_channels": 16, "rotary_base": 1e6}
+    return _of_llamas_kind("qwen3", vocab_size, seq_length, kv_heads=2, qk_layernorm=True, **wide, **sizes)
+
+
+def _of_llamas_kind(family, vocab_size, seq_length, *, kv_heads, theirs=None, **sizes):
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     ours = ModelConfig(
         num_layers=sizes.get("num_layers", 2),
@@ -52,12 +86,23 @@ def llama(vocab_size: int, seq_length: int, *, kv_heads: int, **sizes):
         position_embedding_type="rope",
         swiglu=True,
         add_bias_linear=False,
-        untie_embeddings_and_output_weights=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         make_vocab_size_divisible_by=8,
+        **{"untie_embeddings_and_output_weights": True}
+        | {key: value for key, value in sizes.items() if key not in _SIZES},
     )
-    theirs = LlamaConfig(
+    rope = {"rope_type": "default", "rope_theta": ours.rotary_base}
+    if ours.use_rope_scaling:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": ours.rope_scaling_factor,
+            "low_freq_factor": ours.rope_scaling_low_freq_factor,
+            "high_freq_factor": ours.rope_scaling_high_freq_factor,
+            "original_max_position_embeddings": ours.rope_scaling_original_length,
+        }
+    config = AutoConfig.for_model(
+        family,
         vocab_size=vocab_size,
         max_position_embeddings=seq_length,
         hidden_size=ours.hidden_size,
@@ -66,13 +111,15 @@ def llama(vocab_size: int, seq_length: int, *, kv_heads: int, **sizes):
         num_attention_heads=ours.num_attention_heads,
         num_key_value_heads=kv_heads,
         rms_norm_eps=ours.norm_epsilon,
-        rope_theta=ours.rotary_base,
-        tie_word_embeddings=False,
+        rope_parameters=rope,
+        head_dim=ours.head_dim,
+        tie_word_embeddings=not ours.untie_embeddings_and_output_weights,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
+        **theirs or {},
     )
-    return LlamaForCausalLM(theirs), ours
+    return AutoModelForCausalLM.from_config(config), ours
 
 
 def shake(model: torch.nn.Module, seed: int = 0) -> None:
@@ -120,15 +167,20 @@ def _from_llama(tensors):
     result = {
         "embedding.word.weight": tensors["model.embed_tokens.weight"],
         "final_norm.weight": tensors["model.norm.weight"],
-        "head.weight": tensors["lm_head.weight"],
     }
+    if "lm_head.weight" in tensors:
+        result["head.weight"] = tensors["lm_head.weight"]
     for layer in _layers(tensors, "model.layers."):
         there, here = f"model.layers.{layer}", f"layers.{layer}"
         attention, mlp = f"{there}.self_attn", f"{there}.mlp"
-        keys_values = (tensors[f"{attention}.k_proj.weight"], tensors[f"{attention}.v_proj.weight"])
         gate_up = (tensors[f"{mlp}.gate_proj.weight"], tensors[f"{mlp}.up_proj.weight"])
-        result[f"{here}.attention.query.weight"] = tensors[f"{attention}.q_proj.weight"]
-        result[f"{here}.attention.key_value.weight"] = torch.cat(keys_values)
+        for kind in ("weight", "bias") if f"{attention}.q_proj.bias" in tensors else ("weight",):
+            keys_values = (tensors[f"{attention}.k_proj.{kind}"], tensors[f"{attention}.v_proj.{kind}"])
+            result[f"{here}.attention.query.{kind}"] = tensors[f"{attention}.q_proj.{kind}"]
+            result[f"{here}.attention.key_value.{kind}"] = torch.cat(keys_values)
+        if f"{attention}.q_norm.weight" in tensors:
+            result[f"{here}.attention.query_norm.weight"] = tensors[f"{attention}.q_norm.weight"]
+            result[f"{here}.attention.key_norm.weight"] = tensors[f"{attention}.k_norm.weight"]
         result[f"{here}.attention.output.weight"] = tensors[f"{attention}.o_proj.weight"]
         result[f"{here}.mlp.gate_up.weight"] = torch.cat(gate_up)
         result[f"{here}.mlp.down.weight"] = tensors[f"{mlp}.down_proj.weight"]

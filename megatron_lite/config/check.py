@@ -65,6 +65,8 @@ def notices(config: RunConfig) -> list[str]:
     if config.model.swiglu and config.model.activation_func != "gelu_tanh":
         found.append(f"--activation-func {config.model.activation_func} has no effect with --swiglu.")
     if config.kernels.memory_efficient_layer_norm and config.kernels.norm_backend == "torch":
+    if config.model.use_rope_scaling and config.model.position_embedding_type != "rope":
+        found.append("--use-rope-scaling has no effect without --position-embedding-type rope.")
         found.append("--memory-efficient-layer-norm has no effect with --norm-backend torch.")
     return found
 
@@ -100,7 +102,8 @@ def _does_not_divide(name: str, divisor: int, of: str, number: int) -> str:
 _AT_LEAST = {
     1: (
         "num_layers hidden_size num_attention_heads num_query_groups kv_channels ffn_hidden_size "
-        "max_position_embeddings vocab_size make_vocab_size_divisible_by tensor_model_parallel_size "
+        "max_position_embeddings rope_scaling_original_length vocab_size make_vocab_size_divisible_by "
+        "tensor_model_parallel_size "
         "pipeline_model_parallel_size num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage "
         "context_parallel_size "
         "loss_scale_window hysteresis min_loss_scale lr_decay_iters lr_decay_samples seq_length sample_stride "
@@ -114,8 +117,9 @@ _AT_LEAST = {
     ),
 }
 _ABOVE_ZERO = (
-    "norm_epsilon rotary_base distributed_timeout_minutes loss_scale initial_loss_scale lr adam_eps train_epochs "
-    "exit_duration_in_mins exit_signal_grace_seconds"
+    "norm_epsilon rotary_base rope_scaling_factor rope_scaling_low_freq_factor rope_scaling_high_freq_factor "
+    "distributed_timeout_minutes loss_scale initial_loss_scale lr adam_eps train_epochs exit_duration_in_mins "
+    "exit_signal_grace_seconds"
 )
 _FRACTIONS = "hidden_dropout attention_dropout label_smoothing lr_warmup_fraction adam_beta1 adam_beta2 sgd_momentum"
 
@@ -168,6 +172,12 @@ def _heads(config: RunConfig, world_size: int) -> Iterator[str]:
                 "size."
             )
 
+    low, high = model.rope_scaling_low_freq_factor, model.rope_scaling_high_freq_factor
+    if model.use_rope_scaling and high <= low:
+        yield (
+            f"rope_scaling_high_freq_factor={high:g} is not above rope_scaling_low_freq_factor={low:g}; choose more "
+            f"than {low:g}."
+        )
 
 def tensor_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     """What keeps a model of this shape from being shared by that many tensor ranks, one sentence each."""

@@ -105,11 +105,15 @@ _INTERNAL = "it chooses Megatron's own code, and there is one implementation her
 _MODEL = [
     *_same(
         "--num-layers --hidden-size --num-attention-heads --num-query-groups --kv-channels --ffn-hidden-size "
-        "--max-position-embeddings --norm-epsilon --rotary-base --rotary-percent --hidden-dropout "
-        "--attention-dropout --init-method-std --vocab-size --make-vocab-size-divisible-by"
+        "--max-position-embeddings --norm-epsilon --rotary-base --rotary-percent --rope-scaling-factor "
+        "--hidden-dropout --attention-dropout --init-method-std --vocab-size --make-vocab-size-divisible-by"
     ),
     *_same("--memory-efficient-layer-norm", 0),
-    *_same("--swiglu --add-qkv-bias --untie-embeddings-and-output-weights --rotary-interleaved", 0),
+    *_same(
+        "--swiglu --add-qkv-bias --qk-layernorm --untie-embeddings-and-output-weights --rotary-interleaved "
+        "--use-rope-scaling",
+        0,
+    ),
     _mapped("--normalization", "--normalization {}", 1, values={"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}),
     _mapped(
         "--position-embedding-type",
@@ -167,12 +171,12 @@ _MODEL = [
     *_notice("--use-mcore-models --use-legacy-models --perform-initialization", _INTERNAL),
     *_notice("--use-cpu-initialization", "a weight is the same whatever device and layout it is drawn on"),
     *_refused("--apply-layernorm-1p", f"norm weights stored as gamma - 1 are {_LATER}; leave it out"),
-    *_refused("--qk-layernorm --multi-latent-attention --mtp-num-layers --spec", f"this model choice is {_LATER}"),
+    *_refused("--multi-latent-attention --mtp-num-layers --spec", f"this model choice is {_LATER}"),
     *_refused("--apply-residual-connection-post-layernorm", f"it is {_LATER}; --norm-position post is the nearest"),
     *_refused("--fp32-residual-connection", f"it is {_LATER}; the residual stream has the dtype of the model"),
     *_refused(
-        "--use-rope-scaling --rope-scaling-factor --rotary-seq-len-interpolation-factor",
-        f"stretched rotary frequencies are {_LATER}; set --rotary-base",
+        "--rotary-seq-len-interpolation-factor",
+        f"frequencies slowed down all alike are {_LATER}; --use-rope-scaling slows the slow ones",
     ),
 ]
 

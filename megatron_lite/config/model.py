@@ -39,6 +39,16 @@ class ModelConfig:
     """Share of each head that is rotated."""
     rotary_interleaved: bool = False
     """Rotate pairs of neighbours (GPT-J) instead of halves (LLaMA)."""
+    use_rope_scaling: bool = False
+    """Slow rotary frequencies down, for texts longer than those trained on before (Llama 3.1)."""
+    rope_scaling_factor: float = 8.0
+    """How much slower the slowest frequencies become."""
+    rope_scaling_low_freq_factor: float = 1.0
+    """Frequencies of fewer turns than this in the original length are slowed down in full."""
+    rope_scaling_high_freq_factor: float = 4.0
+    """Frequencies of more turns than this are left alone; between the two it goes over evenly."""
+    rope_scaling_original_length: int = 8192
+    """Tokens of the texts trained on before."""
     swiglu: bool = False
     """Gated feed-forward layer: silu(gate) x up."""
     activation_func: Literal["gelu_tanh", "gelu", "relu", "squared_relu"] = "gelu_tanh"
@@ -47,6 +57,8 @@ class ModelConfig:
     """Biases in all linear layers of the blocks."""
     add_qkv_bias: bool = False
     """Biases in query, key and value even where add_bias_linear is off (Qwen2)."""
+    qk_layernorm: bool = False
+    """Norms of queries and keys, head by head, before they are rotated (Qwen3)."""
     untie_embeddings_and_output_weights: bool = False
     """Output head with a weight of its own instead of the embedding's."""
     hidden_dropout: float = 0.1

@@ -10,6 +10,7 @@ from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.kernels.softmax import causal_softmax, masked_softmax
 from megatron_lite.model.forward_pass import ForwardPass, Site
+from megatron_lite.model.norm import HeadNorm
 from megatron_lite.parallel.linear import ColumnParallelLinear, RowParallelLinear, Unbiased
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import dropout, seed_device
@@ -21,8 +22,9 @@ class Attention(nn.Module):
     """Causal self-attention: [S, B, H] -> [S, B, H] and a bias to add, heads split over tensor ranks.
 
     `query.weight` is [N D, H], `key_value.weight` [2 K D, H] with all keys first, `output.weight`
-    [H, N D]. Where tensor ranks outnumber key/value heads, neighbours hold the same one. Raises
-    ValueError where heads cannot be shared out whole. Grouped key/value heads: Ainslie et al. 2023.
+    [H, N D]. Where tensor ranks outnumber key/value heads, neighbours hold the same one. With `qk_layernorm` each
+    query and key is normed by `query_norm` and `key_norm`, of [D]. Raises ValueError where heads cannot be shared out
+    whole. Grouped key/value heads: Ainslie et al. 2023.
     """
 
     def __init__(
@@ -62,12 +64,17 @@ class Attention(nn.Module):
             replicas=max(1, ranks // groups),
             **options,
         )
+        self.query_norm = self.key_norm = None
+        if config.qk_layernorm:
+            self.query_norm, self.key_norm = (HeadNorm(config, mesh, kernels, **options) for _ in range(2))
         self.output = RowParallelLinear(query_width, config.hidden_size, mesh, bias=config.add_bias_linear, **options)
 
     def forward(self, hidden_SBH: torch.Tensor, run: ForwardPass) -> Unbiased:
         entered = run.axis.enter(hidden_SBH)
         query_SBND = self.query(entered).unflatten(-1, (-1, self._head_dim))
         key_SBKD, value_SBKD = self.key_value(entered).unflatten(-1, (2, -1, self._head_dim)).unbind(-3)
+        if self.query_norm is not None:
+            query_SBND, key_SBKD = self.query_norm(query_SBND, run.axis), self.key_norm(key_SBKD, run.axis)
         if run.rotation is not None:
             query_SBND, key_SBKD = run.rotation(query_SBND), run.rotation(key_SBKD)
         query, key, value = (

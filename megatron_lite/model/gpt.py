@@ -24,7 +24,7 @@ from megatron_lite.model.cache import KeyValueCache
 from megatron_lite.model.forward_pass import ForwardPass, Site
 from megatron_lite.model.init import initialize
 from megatron_lite.model.norm import Norm
-from megatron_lite.model.rotary import Rotary, Rotation
+from megatron_lite.model.rotary import Rotation, rotary_of
 from megatron_lite.parallel.context import ContextAxis
 from megatron_lite.parallel.layout import replicated
 from megatron_lite.parallel.linear import TensorAxis, empty_parameter, lay_out
@@ -85,10 +85,7 @@ class GPT(nn.Module):
         self._axis = TensorAxis(mesh, sequence_parallel and mesh.size("tensor") > 1)
         self._context_exchange = context_exchange
         self._recompute = recompute or Recompute()
-        self._rotary = None
-        if config.position_embedding_type == "rope":
-            width = int(config.head_dim * config.rotary_percent)
-            self._rotary = Rotary(width, config.rotary_base, interleaved=config.rotary_interleaved)
+        self._rotary = rotary_of(config)
 
         stages = stages or whole_model(config.num_layers)
         self.relay = Relay(mesh, placement)

@@ -15,6 +15,7 @@ from megatron_lite.errors import KernelError
 from megatron_lite.kernels.layer_norm import layer_norm, residual_layer_norm
 from megatron_lite.kernels.rms_norm import residual_rms_norm, rms_norm
 from megatron_lite.model.apex import nvidia_apex_norms
+from megatron_lite.parallel.collectives import copy_to
 from megatron_lite.parallel.layout import replicated
 from megatron_lite.parallel.linear import TensorAxis, empty_parameter
 from megatron_lite.parallel.process_mesh import ProcessMesh
@@ -29,9 +30,10 @@ the last dim, or the RMS norm where the bias is None."""
 class Norm(nn.Module):
     """A norm over the last dim with a learned scale, and with a learned shift for "LayerNorm".
 
-    [S, B, H] -> [S, B, H]; with a residual of that shape, the norm of its sum with the input, and the sum. Weights are
-    replicated over tensor ranks. LayerNorm: Ba et al. 2016; RMSNorm: Zhang and Sennrich 2019. Raises KernelError
-    where the backend is apex and cannot be had, and where one that keeps its output has a weight of 0.
+    [S, B, H] -> [S, B, H], or of another `width`; with a residual of that shape, the norm of its sum with the input,
+    and the sum. Weights are replicated over tensor ranks. LayerNorm: Ba et al. 2016; RMSNorm: Zhang and Sennrich 2019.
+    Raises KernelError where the backend is apex and cannot be had, and where one that keeps its output has a weight
+    of 0.
     """
 
     def __init__(
@@ -40,11 +42,12 @@ class Norm(nn.Module):
         mesh: ProcessMesh,
         kernels: KernelsConfig,
         *,
+        width: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        layout = replicated((config.hidden_size,), mesh.rank("tensor"))
+        layout = replicated((width or config.hidden_size,), mesh.rank("tensor"))
         self._epsilon = config.norm_epsilon
         self._norm = norm_function(kernels, torch.device(device or "cpu").type)
         self._divides_by_weight = kernels.memory_efficient_layer_norm and kernels.norm_backend != "torch"
@@ -56,12 +59,15 @@ class Norm(nn.Module):
     def forward(
         self, hidden: torch.Tensor, axis: TensorAxis, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        weight = axis.shared(self.weight)
-        bias = None if self.bias is None else axis.shared(self.bias)
+        weight = self._shared(self.weight, axis)
+        bias = None if self.bias is None else self._shared(self.bias, axis)
         if self._divides_by_weight and torch.is_grad_enabled():
             self._refuse_zeros()
         normal, total = self._norm(hidden, residual, weight, bias, self._epsilon)
         return normal if residual is None else (normal, total)
+
+    def _shared(self, parameter: torch.Tensor, axis: TensorAxis) -> torch.Tensor:
+        return axis.shared(parameter)
 
     def _refuse_zeros(self) -> None:
         """Once, at the first step: to look halts a GPU. A weight that is 0 later gives a NaN, which stops the run."""
@@ -72,6 +78,27 @@ class Norm(nn.Module):
                 f"--memory-efficient-layer-norm divides by the weights of norms, and {zeros} of the "
                 f"{self.weight.numel()} weights of one are 0; leave it out"
             )
+
+
+class HeadNorm(Norm):
+    """A norm of each head by itself, [S, B, N, D] -> [S, B, N, D], that all heads share, those of other ranks too.
+
+    Henry et al. 2020.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: ProcessMesh,
+        kernels: KernelsConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(config, mesh, kernels, width=config.head_dim, device=device, dtype=dtype)
+
+    def _shared(self, parameter: torch.Tensor, axis: TensorAxis) -> torch.Tensor:
+        return copy_to(parameter, axis.group)
 
 
 def norm_function(kernels: KernelsConfig, device_type: str) -> NormFunction:

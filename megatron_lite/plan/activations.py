@@ -136,10 +136,14 @@ def _attention(config: RunConfig, element: int, device_type: str) -> tuple[int, 
     backend, dropout = config.kernels.attention_backend, bool(model.attention_dropout)
     fused_softmax = backend == "fused_softmax" or (backend == "auto" and dropout and device_type == "cpu")
     inputs = query + 2 * keys
+    copies_projection = context > 1 or (fused_softmax and batch > 1)
+    normed = 0
+    if model.qk_layernorm:
+        normed = _head_norms(config, element, device_type, tokens, query, keys, copies_projection)
     if context > 1 and config.parallel.cp_comm_type == "p2p":
         # Keys and values are copied side by side. Their gradients, and those of queries, are summed in fp32, and a
         # pair and its gradients come in while others go out.
-        kept = (inputs + query) * element + tokens * heads * FP32
+        kept = (inputs + query) * element + tokens * heads * FP32 + normed
         summed = query * FP32 + 2 * keys * (2 * FP32 + element)
         if backend == "fused_softmax":
             return kept + query * element, 0, summed + 3 * tokens * heads * (seq_length // context) * FP32
@@ -149,11 +153,11 @@ def _attention(config: RunConfig, element: int, device_type: str) -> tuple[int, 
         # repeated.
         keys = max(keys, tokens * context * model.head_dim)
         inputs = (1 if fused_softmax else 2) * query + 2 * keys
-    elif model.position_embedding_type == "rope" and not (fused_softmax and batch > 1):
-        # Rotated keys are a copy, while the values still hold the whole key/value projection. A product over
-        # several sequences takes its own copy of them.
+    elif (model.position_embedding_type == "rope" or model.qk_layernorm) and not copies_projection:
+        # Rotated or normed keys are a copy, while the values still hold the whole key/value projection. A product
+        # over several sequences takes its own copy of them.
         inputs += keys
-    kept = (inputs + query) * element
+    kept = (inputs + query) * element + normed
     if fused_softmax:
         if dropout:
             return kept, 2 * square * element, square * element
@@ -162,6 +166,23 @@ def _attention(config: RunConfig, element: int, device_type: str) -> tuple[int, 
         # torch's CPU kernel has no dropout: probabilities, noise and their product are kept, all in fp32.
         return kept, 3 * square * FP32 + (query + 2 * keys) * (FP32 - element), square * FP32
     return kept, tokens * heads * FP32, 0
+
+
+def _head_norms(
+    config: RunConfig, element: int, device_type: str, tokens: int, query: int, keys: int, copies_projection: bool
+) -> int:
+    """Bytes the norms of queries and keys keep beside what attention does."""
+    model, kernels = config.model, config.kernels
+    heads = (query + keys) // model.head_dim
+    statistics = heads * (1 if model.normalization == "RMSNorm" else 2) * FP32
+    by_torch = kernels.norm_backend == "torch"
+    if by_torch and device_type == "cpu" and model.normalization == "RMSNorm":
+        return 2 * (query + keys) * FP32 + statistics
+    if kernels.memory_efficient_layer_norm and not by_torch:
+        # The outputs: what attention reads, unless it is rotated first.
+        return (query + keys) * element * (model.position_embedding_type == "rope") + statistics
+    # Queries, and the whole key/value projection, which the values hold anyway where they are no copy.
+    return (query + 2 * keys * copies_projection) * element + statistics
 
 
 def _feed_forward(model: ModelConfig, tokens: int, element: int, tensor: int) -> tuple[int, int]:

@@ -70,10 +70,10 @@ def parameter_shapes(
         vector = name.endswith("bias") or component == "norms"
         return ParameterShape(name, component, shape, tuple(held), vector)
 
-    def norm(name: str):
-        yield parameter(f"{name}.weight", "norms", hidden)
+    def norm(name: str, width: int = config.hidden_size):
+        yield parameter(f"{name}.weight", "norms", width)
         if config.normalization == "LayerNorm":
-            yield parameter(f"{name}.bias", "norms", hidden)
+            yield parameter(f"{name}.bias", "norms", width)
 
     hidden, ffn = config.hidden_size, config.ffn_size
     query, key_value = config.num_attention_heads * config.head_dim, 2 * config.kv_heads * config.head_dim
@@ -95,6 +95,9 @@ def parameter_shapes(
         yield parameter(f"{attention}.key_value.weight", "attention", key_value, hidden, split=0, local=local_key_value)
         if config.has_qkv_bias:
             yield parameter(f"{attention}.key_value.bias", "attention", key_value, split=0, local=local_key_value)
+        if config.qk_layernorm:
+            yield from norm(f"{attention}.query_norm", config.head_dim)
+            yield from norm(f"{attention}.key_norm", config.head_dim)
         yield parameter(f"{attention}.output.weight", "attention", hidden, query, split=1)
         if config.add_bias_linear:
             yield parameter(f"{attention}.output.bias", "attention", hidden)

@@ -67,7 +67,9 @@ def _computation(model: ModelConfig) -> dict[str, Any]:
     }
     without_effect = set(_FREE)
     if model.position_embedding_type != "rope":
-        without_effect |= {"rotary_base", "rotary_percent", "rotary_interleaved"}
+        without_effect |= {name for name in chosen if name.startswith(("rotary_", "rope_scaling_", "use_rope_"))}
+    elif not model.use_rope_scaling:
+        without_effect |= {name for name in chosen if name.startswith("rope_scaling_")}
     if model.swiglu:
         without_effect |= {"activation_func"}
     return {name: value for name, value in chosen.items() if name not in without_effect}

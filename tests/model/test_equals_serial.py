@@ -37,6 +37,12 @@ CONFIGS = {
     "qkv bias alone, wide heads, no positions": dataclasses.replace(
         BASE, add_bias_linear=False, add_qkv_bias=True, kv_channels=12, position_embedding_type="none"
     ),
+    "normed heads without rotation": dataclasses.replace(
+        BASE, qk_layernorm=True, normalization="RMSNorm", num_query_groups=2
+    ),
+    "normed and rotated heads, two key/value heads": dataclasses.replace(
+        ROPE, qk_layernorm=True, normalization="RMSNorm", num_query_groups=2, use_rope_scaling=True
+    ),
     "untied, squared relu": dataclasses.replace(
         BASE, untie_embeddings_and_output_weights=True, activation_func="squared_relu"
     ),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ranks import run_on_ranks
-from transformers_models import gpt2, llama, load_serial, serial, shake
+from transformers_models import gpt2, llama, llama3, load_serial, mistral, qwen2, qwen3, serial, shake
 
 from megatron_lite.errors import UserError
 from megatron_lite.model.cache import KeyValueCache
@@ -21,6 +21,10 @@ def _references():
         "llama, 4 key/value heads": llama(VOCABULARY, LENGTH, kv_heads=4),
         "llama, 2 key/value heads": llama(VOCABULARY, LENGTH, kv_heads=2),
         "llama, 1 key/value head": llama(VOCABULARY, LENGTH, kv_heads=1),
+        "llama 3, stretched": llama3(VOCABULARY, LENGTH),
+        "mistral": mistral(VOCABULARY, LENGTH),
+        "qwen2": qwen2(VOCABULARY, LENGTH),
+        "qwen3": qwen3(VOCABULARY, LENGTH),
     }.items():
         shake(model)
         generator = torch.Generator().manual_seed(1)

@@ -33,6 +33,8 @@ LLAMA = GPT2 | {
     "ffn_hidden_size": 160, "num_query_groups": 2, "untie_embeddings_and_output_weights": True,
 }  # fmt: skip
 
+QWEN3 = LLAMA | {"qk_layernorm": True, "kv_channels": 32}
+
 
 def measured(config, mesh=None):
     """(bytes alive after forward, highest in backward) of a model's second micro-batch, gradients apart."""
@@ -91,6 +93,13 @@ CASES = {
     "gpt2 squared relu": run_config(GPT2 | {"activation_func": "squared_relu"}),
     "gpt2 wide heads": run_config(GPT2 | {"kv_channels": 24}),
     "llama": run_config(LLAMA),
+    "qwen3": run_config(QWEN3),
+    "qwen3 bf16": run_config(QWEN3, bf16=True),
+    "qwen3 fused softmax": run_config(QWEN3, kernels=KernelsConfig(attention_backend="fused_softmax")),
+    "qwen3 lean norms bf16": run_config(QWEN3, bf16=True, kernels=LEAN),
+    "qwen3 norms by torch bf16": run_config(QWEN3, bf16=True, kernels=KernelsConfig(norm_backend="torch")),
+    "gpt2 normed heads": run_config(GPT2 | {"qk_layernorm": True}),
+    "gpt2 normed heads, lean": run_config(GPT2 | {"qk_layernorm": True}, kernels=LEAN),
     "llama bf16": run_config(LLAMA, bf16=True),
     "llama dropout bf16": run_config(LLAMA | {"hidden_dropout": 0.1}, bf16=True),
     "llama fused softmax": run_config(LLAMA, kernels=KernelsConfig(attention_backend="fused_softmax")),
@@ -138,6 +147,8 @@ def test_the_highest_moment_of_backward(config):
 
 RING = ParallelConfig(context_parallel_size=2)
 CONTEXT_CASES = {
+    "qwen3 ring": run_config(QWEN3, seq_length=256, parallel=RING),
+    "qwen3 all-to-all": run_config(QWEN3, seq_length=256, parallel=dataclasses.replace(RING, cp_comm_type="a2a")),
     "llama ring bf16": run_config(LLAMA, bf16=True, seq_length=256, parallel=RING),
     "gpt2 ring fused softmax": run_config(
         GPT2, seq_length=256, kernels=KernelsConfig(attention_backend="fused_softmax"), parallel=RING

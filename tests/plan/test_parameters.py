@@ -104,6 +104,7 @@ VARIANTS = {
     "wide heads, few groups, own head": {
         "kv_channels": 24, "num_query_groups": 2, "untie_embeddings_and_output_weights": True,
     },
+    "normed heads": {"qk_layernorm": True, "kv_channels": 24, "num_query_groups": 2},
 }  # fmt: skip
 
 

@@ -21,6 +21,14 @@ LLAMA: dict[str, Any] = {
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",
     "swiglu": True,
+QWEN3: dict[str, Any] = LLAMA | {
+    "qk_layernorm": True,
+    "kv_channels": 12,
+    "add_qkv_bias": True,
+    "use_rope_scaling": True,
+    "rope_scaling_original_length": 8,
+}
+"""And what Qwen2 and Llama 3.1 have beside."""
     "add_bias_linear": False,
     "untie_embeddings_and_output_weights": True,
 }
@@ -48,6 +56,7 @@ class Case:
     layers: int = 2
     dropout: float = 0.0
     attention_dropout: float | None = None
+    qwen3: bool = False
     context: int = 1
     exchange: str = "p2p"
     backend: str = "auto"
@@ -81,7 +90,7 @@ def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
             "make_vocab_size_divisible_by": 8,
             "hidden_dropout": case.dropout,
             "attention_dropout": case.dropout if case.attention_dropout is None else case.attention_dropout,
-            **(LLAMA if case.llama else GPT2),
+            **(QWEN3 if case.qwen3 else LLAMA if case.llama else GPT2),
         },
         "parallel": {
             "tensor_model_parallel_size": case.tensor,

@@ -26,7 +26,8 @@ def serial_of(case: Case) -> Case:
     if case.dropout:
         kept = {"micro_batches": case.micro_batches * case.data, "dropout": case.dropout}
         kept["attention_dropout"] = case.attention_dropout
-    return Case(layers=case.layers, llama=case.llama, optimizer=case.optimizer, **kept)
+    shape = {"layers": case.layers, "llama": case.llama, "qwen3": case.qwen3}
+    return Case(**shape, steps=case.steps, optimizer=case.optimizer, **kept)
 
 
 def run_serially(cases: Iterable[Case]) -> dict[Case, Reference]:
