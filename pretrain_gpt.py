@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pretrain a GPT: `python pretrain_gpt.py --config FILE`, or by `deepspeed` or `torchrun`."""
+"""Pretrain a GPT: `python pretrain_gpt.py --config FILE`, or by `deepspeed`, `torchrun`, `mpirun` or `srun`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from megatron_lite.config import check, cli
 from megatron_lite.config.cli import LaunchOptions
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, MegatronLiteError
-from megatron_lite.parallel.launch import Launch, command_line, likely_device
+from megatron_lite.parallel.launch import Launch, likely_device
+from megatron_lite.parallel.launcher import command_line
 from megatron_lite.parallel.layout_line import parse_layout
 from megatron_lite.train.rules import problems
 

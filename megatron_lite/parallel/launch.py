@@ -1,6 +1,6 @@
 """Starting a rank: what the launcher's environment says, the process group, threads, and signals.
 
-The only place that reads environment variables of the launch. `deepspeed`, `torchrun` and a plain
+The only place that reads environment variables of the launch. `deepspeed`, `torchrun`, `mpirun`, `srun` and a plain
 `python` (one rank) all arrive here.
 """
 
@@ -8,20 +8,52 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
+import re
 import signal
+import socket
 import threading
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_lite import log
 from megatron_lite.errors import ConfigError, LaunchError
+from megatron_lite.parallel.launcher import launcher_chain, parent_of
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GRACE_SECONDS = 25.0
 """What a save may take once the launcher is told to stop: `deepspeed` and `torchrun` kill ranks after 30 s."""
+
+
+class _Names(NamedTuple):
+    """What one kind of launcher calls a rank and its place; each local name may have alternatives."""
+
+    launcher: str
+    rank: str
+    world_size: str
+    local_rank: tuple[str, ...]
+    local_world_size: tuple[str, ...]
+
+
+#: The first whose rank is there is believed: `srun torchrun` and `srun mpirun` leave Slurm's names behind theirs.
+_LAUNCHERS = (
+    _Names("deepspeed or torchrun", "RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
+    _Names(
+        "Open MPI's mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        ("OMPI_COMM_WORLD_LOCAL_RANK",),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    _Names(
+        "mpirun",
+        "PMI_RANK",
+        "PMI_SIZE",
+        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "SLURM_LOCALID"),
+        ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,34 +65,130 @@ class Launch:
     local_rank: int = 0
     local_world_size: int = 1
     master_addr: str | None = None
+    master_port: int | None = None
+    store_is_there: bool = False
+    """`torchrun` keeps the store at the master's address; elsewhere rank 0 does."""
+    attempt: int = 0
+    """How often `torchrun` has started the ranks again: its store remembers what earlier ones wrote."""
 
     @staticmethod
     def from_environment() -> Launch:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR; absent is one rank.
+        """Read what `deepspeed`, `torchrun`, `mpirun` or `srun` say of a rank; nothing said is one rank.
 
-        Raises ConfigError when only a part of them is there.
+        Raises ConfigError when only a part of it is there.
         """
-        if "RANK" not in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return Launch()
-        missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
-            raise ConfigError(
-                f"the environment names a rank but not {', '.join(missing)}; "
-                f"start with `deepspeed`, `torchrun` or plain `python`, or unset RANK and WORLD_SIZE"
-            )
-        world_size = int(os.environ["WORLD_SIZE"])
-        return Launch(
-            rank=int(os.environ["RANK"]),
-            world_size=world_size,
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))),
-            master_addr=os.environ["MASTER_ADDR"],
-        )
+        names = next((names for names in _LAUNCHERS if names.rank in os.environ), None)
+        if names is not None:
+            return _started_by(names)
+        for names in _LAUNCHERS:
+            if os.environ.get(names.world_size, "1") != "1":
+                raise ConfigError(
+                    f"the environment has {names.world_size}={os.environ[names.world_size]} but not {names.rank}; "
+                    f"start with {names.launcher}, or unset {names.world_size}"
+                )
+        # A batch script has a SLURM_PROCID too, and is no task of a step.
+        if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ:
+            return _started_by_srun()
+        return Launch()
 
     @property
     def is_local(self) -> bool:
         """All ranks are on this machine and talk over loopback."""
-        return self.master_addr is None or self.master_addr in LOOPBACK
+        return self.local_world_size == self.world_size or self.master_addr in LOOPBACK
+
+    @property
+    def meeting_place(self) -> str:
+        """The address at which the ranks find one another."""
+        return "127.0.0.1" if self.is_local and not self.store_is_there else self.master_addr
+
+
+def _started_by(names: _Names) -> Launch:
+    world_size = _number(names.world_size, names, least=1)
+    rank = _number(names.rank, names)
+    if rank >= world_size:
+        raise ConfigError(f"the environment has {names.rank}={rank}, but {names.world_size}={world_size}")
+    if world_size == 1:
+        return Launch()
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"the environment names rank {rank} of {world_size} ({names.launcher}) but not {' and '.join(missing)}, "
+            f"where the ranks find one another: the address of the first node, and a free port of it; "
+            f"examples/cluster/ has scripts that set them"
+        )
+    local_rank = next((name for name in names.local_rank if name in os.environ), None)
+    local_size = next((name for name in names.local_world_size if name in os.environ), None)
+    if (local_rank is None) != (local_size is None):
+        there, absent = (local_rank, names.local_world_size) if local_rank else (local_size, names.local_rank)
+        raise ConfigError(
+            f"the environment has {there} but not {absent[0]}: how many ranks this node has, and which of them this "
+            f"is, go together; set both, or neither for one rank a node"
+        )
+    launch = Launch(
+        rank=rank,
+        world_size=world_size,
+        local_rank=_number(local_rank, names) if local_rank else 0,
+        local_world_size=_number(local_size, names, least=1) if local_size else 1,
+        master_addr=os.environ["MASTER_ADDR"],
+        master_port=_number("MASTER_PORT", names, least=1),
+        store_is_there=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
+    if launch.local_rank >= launch.local_world_size:
+        raise ConfigError(
+            f"the environment has {local_rank}={launch.local_rank}, but {local_size}={launch.local_world_size}"
+        )
+    return launch
+
+
+def _number(name: str, names: _Names, least: int = 0) -> int:
+    if name not in os.environ:
+        raise ConfigError(
+            f"the environment has {names.rank} but not {name}; start with {names.launcher} or plain `python`, "
+            f"or unset {names.rank}"
+        )
+    text = os.environ[name]
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"the environment has {name}={text!r}, which is to be a whole number of at least {least}")
+    return int(text)
+
+
+def _started_by_srun() -> Launch:
+    """A task of a Slurm step. Without MASTER_ADDR and MASTER_PORT ranks meet on the step's first node, at a port made
+    of the job's and the step's number."""
+    names = _Names("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", (), ())
+    world_size = _number(names.world_size, names, least=1)
+    if world_size == 1:
+        return Launch()
+    node = _number("SLURM_NODEID", names)
+    local_sizes = tasks_per_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "")
+    if node >= len(local_sizes) or not nodes:
+        raise ConfigError(
+            "the environment has SLURM_PROCID but neither SLURM_STEP_NODELIST nor SLURM_STEP_TASKS_PER_NODE for this "
+            "node; start with srun, or unset SLURM_PROCID"
+        )
+    step = _number("SLURM_JOB_ID", names) + 7 * _number("SLURM_STEP_ID", names)
+    port = os.environ.get("MASTER_PORT") or str(20000 + step % 10000)
+    return Launch(
+        rank=_number(names.rank, names),
+        world_size=world_size,
+        local_rank=_number("SLURM_LOCALID", names),
+        local_world_size=local_sizes[node],
+        master_addr=os.environ.get("MASTER_ADDR") or first_host(nodes),
+        master_port=int(port),
+    )
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Slurm's shorthand written out: "2(x3),1" is [2, 2, 2, 1]."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?(?:,|$)", text)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+
+
+def first_host(nodes: str) -> str:
+    """The first name of Slurm's list of nodes: "gpu[07-09,12],login" begins with gpu07."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)[0])
 
 
 def likely_device() -> str:
@@ -70,11 +198,42 @@ def likely_device() -> str:
     return "cuda" if found and not hidden else "cpu"
 
 
-def start(launch: Launch, timeout_minutes: float):
+def open_store(launch: Launch, timeout_minutes: float):
+    """The torch.distributed store through which the ranks find one another. Raises LaunchError.
+
+    Rank 0 keeps it, on loopback alone where all ranks are on this machine; or `torchrun` does.
+    """
+    import torch.distributed as dist
+
+    if launch.world_size == 1:
+        return dist.HashStore()
+    keeps = launch.rank == 0 and not launch.store_is_there
+    place, port = launch.meeting_place, launch.master_port
+    try:
+        # Torch itself would listen on every interface of the machine.
+        listening = socket.create_server((place, port), backlog=4096) if keeps and launch.is_local else None
+        store = dist.TCPStore(
+            place,
+            port,
+            launch.world_size,
+            is_master=keeps,
+            timeout=timedelta(minutes=timeout_minutes),
+            wait_for_workers=False,
+            master_listen_fd=None if listening is None else listening.detach(),
+        )
+    except (OSError, RuntimeError) as error:
+        raise LaunchError(
+            f"the ranks cannot meet at {place}:{port} ({str(error).splitlines()[0]}); if another job has the port, "
+            f"start with another one: --master_port for `deepspeed` and `torchrun`, MASTER_PORT for `mpirun` and `srun`"
+        ) from None
+    return dist.PrefixStore(f"attempt {launch.attempt}", store)
+
+
+def start(launch: Launch, timeout_minutes: float, store=None):
     """The device of this rank, its process group started, its threads shared out.
 
-    Returns a torch.device: this rank's GPU (nccl), or the CPU (gloo). One rank alone gets a group
-    too, over an in-process store: DeepSpeed wants one.
+    `store` is that of `open_store`, if it is open already. Returns a torch.device: this rank's GPU (nccl), or the
+    CPU (gloo). One rank alone gets a group too, over an in-process store: DeepSpeed wants one.
     """
     import torch
     import torch.distributed as dist
@@ -83,8 +242,10 @@ def start(launch: Launch, timeout_minutes: float):
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
     if torch.cuda.is_available():
-        device = torch.device("cuda", launch.local_rank)
-        if launch.local_rank >= torch.cuda.device_count():
+        # Slurm may show each task its own GPU alone.
+        alone = torch.cuda.device_count() == 1 and launch.local_world_size > 1 and "SLURM_STEP_ID" in os.environ
+        device = torch.device("cuda", 0 if alone else launch.local_rank)
+        if device.index >= torch.cuda.device_count():
             raise LaunchError(
                 f"local rank {launch.local_rank} has no GPU: this node has {torch.cuda.device_count()}; "
                 f"start at most that many ranks a node"
@@ -93,22 +254,52 @@ def start(launch: Launch, timeout_minutes: float):
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    if launch.is_local:
-        # Loopback only: without it gloo may listen on every interface of the machine.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    timeout = timedelta(minutes=timeout_minutes)
-    if launch.world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        try:
-            dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
-        except dist.DistNetworkError as error:
-            raise LaunchError(
-                f"the ranks cannot meet at {launch.master_addr}:{os.environ['MASTER_PORT']} "
-                f"({str(error).splitlines()[0]}); if another job on this machine has the port, start with "
-                f"--master_port and another one (both `deepspeed` and `torchrun` take it)"
-            ) from None
+    _choose_interface(launch)
+    dist.init_process_group(
+        backend,
+        store=open_store(launch, timeout_minutes) if store is None else store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
     return device
+
+
+def _choose_interface(launch: Launch) -> None:
+    """Let the ranks of one machine talk over loopback, and those of several over the interface towards the first.
+
+    Left alone, gloo listens where the machine's name leads, which on many is 127.0.1.1 and no way to other nodes.
+    """
+    if launch.is_local:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    elif "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_towards(launch.master_addr)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+        if interface in (None, "lo"):
+            what = "not to be reached" if interface is None else "this machine itself by its loopback address"
+            elsewhere = launch.world_size - launch.local_world_size
+            log.every_rank(
+                f"warning: {launch.master_addr}, where the ranks are to meet, is {what}, though {elsewhere} of "
+                f"{launch.world_size} ranks are elsewhere; if they do not find one another, give an address of the "
+                f"network between the nodes, or name its interface in GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME)"
+            )
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface by which this machine reaches `host`; None if it does not."""
+    import psutil
+
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, held in interfaces if own in [a.address.partition("%")[0] for a in held]), None)
 
 
 class StopRequest:
@@ -129,7 +320,7 @@ class StopRequest:
         """Install the signal handlers and watch the launcher. Call from the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        watched = _launcher_chain()
+        watched = launcher_chain()
         if watched:
             if self._grace_seconds is None:
                 self._grace_seconds = GRACE_SECONDS
@@ -165,58 +356,6 @@ class StopRequest:
 
     def _watch(self, chain: list[tuple[int, int]]) -> None:
         while not self._watch_over.wait(0.5):
-            if any(_parent_of(pid) != parent for pid, parent in chain):
+            if any(parent_of(pid) != parent for pid, parent in chain):
                 self.ask("the launcher is gone", pressing=True)
                 return
-
-
-def command_line(argv: Sequence[str]) -> str:
-    """The command this rank was started with, to be given again: its launcher's, where there is one.
-
-    `argv` is that of the script, its path first.
-    """
-    chain = _launcher_chain()
-    words = _words_of(chain[-1][1]) if chain else []
-    if not words or "deepspeed.launcher.launch" in words:
-        # On a node that `deepspeed` reached by ssh its own command line is not to be seen.
-        return shlex.join(["python", *argv])
-    if Path(words[0]).name.startswith("python"):
-        is_module = words[1].startswith("-")
-        words = ["python", *words[1:]] if is_module else [Path(words[1]).name, *words[2:]]
-    return shlex.join(words)
-
-
-def _launcher_chain() -> list[tuple[int, int]]:
-    """Pairs (process, its parent) that must stay as they are while the launcher lives.
-
-    `deepspeed` is two processes above a rank: its launch.py and the command the user started, which
-    is the one a SIGTERM ends first. A shell above the launcher is not watched: it may go.
-    """
-    me, parent = os.getpid(), os.getppid()
-    command = _command_of(parent)
-    if not any(word in command for word in ("deepspeed", "torchrun", "torch.distributed", "torch/distributed")):
-        return []
-    chain = [(me, parent)]
-    grandparent = _parent_of(parent)
-    if "launcher" in command and grandparent and "deepspeed" in _command_of(grandparent):
-        chain.append((parent, grandparent))
-    return chain
-
-
-def _parent_of(pid: int) -> int | None:
-    try:
-        # The name, in parentheses, may hold spaces: the fields are counted after it.
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _command_of(pid: int) -> str:
-    return " ".join(_words_of(pid))
-
-
-def _words_of(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-    except OSError:
-        return []

@@ -24,7 +24,7 @@ def handlers():
 )
 def test_a_save_is_pressed_where_somebody_kills(under_a_launcher, given, expected, monkeypatch):
     chain = [(os.getpid(), os.getppid())] if under_a_launcher else []
-    monkeypatch.setattr(launch, "_launcher_chain", lambda: chain)
+    monkeypatch.setattr(launch, "launcher_chain", lambda: chain)
     stop = StopRequest(given)
     stop.listen()
     try:

@@ -1,0 +1,78 @@
+"""The launcher of a rank, as the processes above it: whether it still lives, and the command that started it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+#: Programs that start ranks, by their file names or as Python's modules; `sshd` where another node's launcher reached
+#: this one. A name ends at a colon: "sshd: me@notty", "slurmstepd: [12.0]".
+_PROGRAMS = {"deepspeed", "torchrun", "mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "hydra_pmi_proxy"}
+_PROGRAMS |= {"mpirun.openmpi", "mpiexec.openmpi", "mpiexec.hydra", "slurmstepd"}
+_MODULES = {"torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.launch"}
+_MODULES |= {"deepspeed.launcher.runner"}
+
+
+def launcher_chain() -> list[tuple[int, int]]:
+    """Pairs (process, its parent), from this process upwards, that stay as they are while the launcher lives.
+
+    `deepspeed` is two processes above a rank, its launch.py and the command the user started, and another node's is
+    at the far end of an `sshd`. Shells and containers in between belong to it; a shell above it does not: it may go.
+    Empty without a launcher.
+    """
+    chain: list[tuple[int, int]] = []
+    links, process = 0, os.getpid()
+    while (parent := parent_of(process)) and parent > 1:
+        chain.append((process, parent))
+        words = _words_of(parent)
+        if _is_launcher(words) or (links and words and _name(words[0]) == "sshd"):
+            links = len(chain)
+        process = parent
+    return chain[:links]
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """The command this rank was started with, to be given again: its launcher's, where there is one.
+
+    `argv` is that of the script, its path first.
+    """
+    chain = launcher_chain()
+    words = next((words for _, pid in reversed(chain) if _is_launcher(words := _words_of(pid))), [])
+    if not words or "deepspeed.launcher.launch" in words or _name(words[0]) in ("orted", "prted", "slurmstepd"):
+        # On a node that a launcher reached from another its own command line is not to be seen.
+        return shlex.join(["python", *argv])
+    if Path(words[0]).name.startswith("python"):
+        is_module = words[1].startswith("-")
+        words = ["python", *words[1:]] if is_module else [Path(words[1]).name, *words[2:]]
+    return shlex.join(words)
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent of a process; None if there is no such process."""
+    try:
+        # The name, in parentheses, may hold spaces: the fields are counted after it.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _is_launcher(words: list[str]) -> bool:
+    """Whether a command line is a launcher's: its program, or the module or script that Python runs."""
+    if not words or not Path(words[0]).name.startswith("python"):
+        return bool(words) and _name(words[0]) in _PROGRAMS
+    module = words[words.index("-m") + 1 : words.index("-m") + 2] if "-m" in words[:4] else []
+    script = next((word for word in words[1:] if not word.startswith("-")), "")
+    return bool(_MODULES.intersection(module)) or _name(script) in _PROGRAMS or script.endswith("distributed/run.py")
+
+
+def _name(word: str) -> str:
+    return Path(word.partition(":")[0]).name
+
+
+def _words_of(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
