@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
 from megatron_lite.checkpoint.boxes import Rectangle
 from megatron_lite.checkpoint.manifest import CODE_DTYPES, box_bytes
 from megatron_lite.kernels.code_maps import blocks
+from megatron_lite.parallel.layout import ParameterLayout
 
 #: The dtypes a checkpoint may hold, by the names the safetensors format gives them.
 DTYPES = {
@@ -83,6 +85,21 @@ class Piece:
         if self.absmax is not None:
             flat = torch.cat([_bytes(self.absmax), flat])
         return memoryview(flat.numpy())
+
+
+def pieces_of(name: str, layout: ParameterLayout, local: torch.Tensor, *, owned: bool) -> list[Piece]:
+    """Views of a tensor rank's whole part of a parameter, `local`, as rectangles of the global one."""
+    flat = local.detach().view(-1)
+    return [
+        Piece(
+            name,
+            layout.global_shape,
+            part.global_start,
+            flat[part.flat_start : part.flat_start + math.prod(part.shape)].view(part.shape),
+            owned,
+        )
+        for part in layout.fragments()
+    ]
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,12 +22,13 @@ from megatron_lite.parallel.launch import StopRequest
 from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.parallel.whereabouts import CHECKPOINT, HERE, STEP
 from megatron_lite.plan.memory import Moment
 from megatron_lite.train.batch_plan import BatchPlan
 from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.progress import Progress
-from megatron_lite.train.reading import read
+from megatron_lite.train.reading import count_targets, read
 from megatron_lite.train.step import StepResult, raise_non_finite, train_step, validate
 
 EARLY_STOPPING = "early stopping"
@@ -73,6 +74,7 @@ def train(run: Run) -> str:
     while reason is None and run.progress.step < run.plan.total_iterations:
         reason = _one_step(run, started) or _between_steps(run)
     _save(run, is_last=True)
+    HERE.begin("end")
     return reason or "done"
 
 
@@ -103,28 +105,31 @@ def _early_stop(run: Run) -> str | None:
 
 
 def _save(run: Run, *, is_best: bool = False, is_last: bool = False) -> None:
+    HERE.begin(CHECKPOINT, run.progress.step)
     # Records of steps up to the checkpoint must be there if a run goes on from it.
     run.sinks.flush()
-    run.keeper.save(run.engine, run.progress, is_best=is_best, is_last=is_last, deadline=run.stop.deadline())
+    run.keeper.save(run.engine, run.progress, is_best=is_best, is_last=is_last, deadline=run.stop.deadline)
 
 
 def _one_step(run: Run, started: float) -> str | None:
     """Train one step; a reason to stop instead, agreed by all ranks."""
     began = time.perf_counter()
     progress, plan, mesh = run.progress, run.plan, run.mesh
+    HERE.begin(STEP, progress.step + 1)
+    HERE.note("reading samples")
     limit = run.config.training.exit_duration_in_mins
     if limit is not None and time.monotonic() - started >= 60 * limit:
         run.stop.ask("exit duration")
     batch_size = plan.global_batch_size(progress.consumed_samples)
-    counts_here = mesh.rank("tensor") == 0 and mesh.rank("pipe") == 0 and mesh.rank("context") == 0
 
-    def tokens_and_stops(batches: list[MicroBatch]) -> list[float]:
-        tokens = sum(int(batch.loss_mask.sum()) for batch in batches) if counts_here else 0
-        return [tokens, run.stop.reason is not None]
+    def count(batches: list[MicroBatch]) -> list[float]:
+        return [count_targets(batches, mesh), run.stop.reason is not None, run.keeper.has_ended]
 
-    micro_batches, (target_tokens, asked) = read(
-        run.train_loader, mesh, progress.consumed_samples, batch_size, tokens_and_stops
+    micro_batches, (target_tokens, asked, saves_ended) = read(
+        run.train_loader, mesh, progress.consumed_samples, batch_size, count
     )
+    if saves_ended == mesh.world_size:
+        run.keeper.settle()
     if asked:
         return next(reason for reason in mesh.gather_json(run.stop.reason) if reason)
     rate = run.schedule.learning_rate(progress.step, progress.consumed_samples)
@@ -138,6 +143,7 @@ def _one_step(run: Run, started: float) -> str | None:
         learning_rate=rate,
         pipeline=run.pipeline,
         look=_look_of(run, progress.step + 1),
+        before_change=run.keeper.allow_change,
     )
     progress.step += 1
     progress.consumed_samples += batch_size

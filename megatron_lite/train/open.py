@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Set
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from megatron_lite import log
 from megatron_lite.checkpoint.find import find
 from megatron_lite.checkpoint.load import load
 from megatron_lite.checkpoint.manifest import Manifest, read_manifest
-from megatron_lite.checkpoint.piece import Piece
+from megatron_lite.checkpoint.piece import Piece, pieces_of
 from megatron_lite.config import check, sources
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.parallel import ParallelConfig
@@ -108,15 +107,9 @@ def open_on(
 def weight_pieces(model: GPT) -> list[Piece]:
     """The weights of a model without an engine, in its own dtype, for loading weights alone."""
     return [
-        Piece(
-            f"weight/{name}",
-            parameter.mesh_layout.global_shape,
-            part.global_start,
-            parameter.detach().view(-1)[part.flat_start : part.flat_start + math.prod(part.shape)].view(part.shape),
-            parameter.mesh_layout.is_owner,
-        )
+        piece
         for name, parameter in model.named_parameters()
-        for part in parameter.mesh_layout.fragments()
+        for piece in pieces_of(f"weight/{name}", parameter.mesh_layout, parameter, owned=parameter.mesh_layout.is_owner)
     ]
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
-from megatron_lite.train import build
-from megatron_lite.train.step import train_step
+from megatron_lite.train.trace import Trace, trace
 
 VOCABULARY, LENGTH, BATCH = 101, 16, 4
 GPT2: dict[str, Any] = {}
@@ -21,6 +18,9 @@ LLAMA: dict[str, Any] = {
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",
     "swiglu": True,
+    "add_bias_linear": False,
+    "untie_embeddings_and_output_weights": True,
+}
 QWEN3: dict[str, Any] = LLAMA | {
     "qk_layernorm": True,
     "kv_channels": 12,
@@ -29,9 +29,6 @@ QWEN3: dict[str, Any] = LLAMA | {
     "rope_scaling_original_length": 8,
 }
 """And what Qwen2 and Llama 3.1 have beside."""
-    "add_bias_linear": False,
-    "untie_embeddings_and_output_weights": True,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +53,10 @@ class Case:
     layers: int = 2
     dropout: float = 0.0
     attention_dropout: float | None = None
-    qwen3: bool = False
     context: int = 1
     exchange: str = "p2p"
     backend: str = "auto"
+    qwen3: bool = False
 
     def __str__(self) -> str:
         changed = (f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
@@ -68,15 +65,6 @@ class Case:
             for text, f in zip(changed, dataclasses.fields(self), strict=True)
             if getattr(self, f.name) != f.default
         )
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What a rank saw: (loss, gradient norm) a step, and its pieces of the weights after."""
-
-    curve: list[tuple[float, float]]
-    pieces: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]
-    gradients: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]
 
 
 def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
@@ -120,54 +108,12 @@ def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
     return sources.override(RunConfig(), fields)
 
 
-def run_cases(cases: list[Case]) -> list[Outcome]:
+def run_cases(cases: list[Case]) -> list[Trace]:
     """Each case in turn on the ranks that call; all of them fit the number of ranks."""
-    return [_run(case) for case in cases]
+    return [run_case(case) for case in cases]
 
 
-def _run(case: Case) -> Outcome:
+def run_case(case: Case) -> Trace:
+    """A case on the ranks that call."""
     mesh = ProcessMesh.create(MeshShape(case.pipe, case.data, case.context, tensor=case.tensor))
-    config = config_of(case)
-    engine = build.build_engine(config, build.build_model_to_train(config, mesh, VOCABULARY), mesh)
-    pipeline = build.build_pipeline(config, engine.module, mesh)
-    loader = build.open_loader(config, build.open_stream(config, "train", VOCABULARY), mesh, VOCABULARY)
-    curve, gradients = [], []
-    for step in range(case.steps):
-        result = train_step(
-            engine,
-            mesh,
-            loader.step(step * BATCH, BATCH),
-            target_tokens=BATCH * LENGTH,
-            step=step + 1,
-            seed=17 if case.dropout else None,
-            learning_rate=1e-2,
-            pipeline=pipeline,
-        )
-        curve.append((result.loss, result.outcome.grad_norm))
-        if step == 0:
-            # After one step from zero, Adam's first moment is (1 - beta1) x the clipped gradient.
-            first_moment = "momentum_buffer/" if case.optimizer == "sgd" else "exp_avg/"
-            gradients = [
-                (p.name.removeprefix(first_moment), p.global_shape, p.global_start, p.tensor.clone())
-                for p in engine.pieces()
-                if p.owned and p.name.startswith(first_moment)
-            ]
-    pieces = [
-        (p.name.removeprefix("weight/"), p.global_shape, p.global_start, p.tensor.clone())
-        for p in engine.pieces(optimizer=False)
-        if p.owned
-    ]
-    return Outcome(curve, pieces, gradients)
-
-
-def assemble(pieces: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Global tensors by name out of all ranks' owned pieces; fails where they do not tile."""
-    whole: dict[str, torch.Tensor] = {}
-    for name, shape, start, part in pieces:
-        into = whole.setdefault(name, torch.full(shape, float("nan")))
-        window = into[tuple(slice(a, a + n) for a, n in zip(start, part.shape, strict=True))]
-        assert window.isnan().all(), f"{name} is owned twice"
-        window.copy_(part)
-    for name, tensor in whole.items():
-        assert not tensor.isnan().any(), f"a part of {name} is owned by nobody"
-    return whole
+    return trace(config_of(case), mesh, VOCABULARY, steps=case.steps)

@@ -114,7 +114,7 @@ def test_bf16_follows_fp32(serial):
         Case(context=2, zero=2, dtype="bf16", backend="fused_softmax"),
     ]
     outcomes, _ = run_on_ranks(run_cases, 2, cases, timeout=200)
-    reference = serial[Case()].outcome.curve
+    reference = serial[Case()].curve
     for case, outcome in zip(cases, outcomes, strict=True):
         for ours, theirs in zip(outcome.curve, reference, strict=True):
             assert ours[0] == pytest.approx(theirs[0], rel=5e-3), case

@@ -63,7 +63,7 @@ def test_bf16_follows_fp32(serial):
     """16-bit weights round, so this holds the curve, not the digits; ranks and stages must agree closer."""
     cases = [Case(2, 1, 1, dtype="bf16"), Case(1, 2, 2, dtype="bf16", micro_batches=2), Case(1, 2, 3, dtype="bf16")]
     outcomes, _ = run_on_ranks(run_cases, 2, cases, timeout=200)
-    reference = serial[Case()].outcome.curve
+    reference = serial[Case()].curve
     for case, outcome in zip(cases, outcomes, strict=True):
         for ours, theirs in zip(outcome.curve, reference, strict=True):
             assert ours[0] == pytest.approx(theirs[0], rel=5e-3), case

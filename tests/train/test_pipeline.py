@@ -81,5 +81,5 @@ def test_a_schedule_of_ones_own(tmp_path, serial):
     file.write_text("0F0,0F1,,,0B0,0B1\n,1F0,1I0,1F1,1I1,1W0,1W1\n")
     case = Case(pipe=2, layers=4, schedule=str(file), micro_batches=2, zero=1)
     outcome = run_on_ranks(run_cases, 2, [case])[0][0]
-    for ours, theirs in zip(outcome.curve, serial[serial_of(case)].outcome.curve, strict=True):
+    for ours, theirs in zip(outcome.curve, serial[serial_of(case)].curve, strict=True):
         assert ours == pytest.approx(theirs, rel=TIGHT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_on_ranks
-from train.layouts import BATCH, Case, assemble, config_of
+from train.layouts import BATCH, Case, config_of
 
 from megatron_lite.checkpoint.load import read_tensor
 from megatron_lite.checkpoint.manifest import read_manifest
@@ -19,6 +20,7 @@ from megatron_lite.errors import CheckpointError, UserError
 from megatron_lite.parallel.launch import StopRequest
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.train.compare import assemble
 from megatron_lite.train.start import train_on
 
 STEPS = 6
@@ -155,7 +157,7 @@ def _loaded_pieces(jobs):
         engine = build.build_engine(config, build.build_model_to_train(config, mesh, config.model.vocab_size), mesh)
         load(Path(folder) / "step-00000002", engine.pieces(), mesh)
         engine.refresh()
-        found.append([(p.name, p.global_shape, p.global_start, p.tensor.clone()) for p in engine.pieces() if p.owned])
+        found.append([dataclasses.replace(piece, tensor=piece.tensor.clone()) for piece in engine.pieces()])
     return found
 
 

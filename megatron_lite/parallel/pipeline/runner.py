@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch.distributed.pipelining.stage import _RecvInfo
 
 from megatron_lite.parallel.pipeline.rules import PipelinePlan
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.parallel.whereabouts import HERE
 
 TakeGradients = Callable[[Iterable[nn.Parameter]], None]
 """Told of parameters whose `.grad` was written without a hook of theirs being called."""
@@ -45,6 +47,11 @@ class Pipeline:
         self._share: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._schedule: torch_schedules._PipelineSchedule | None = None
         self._micro_batches = 0
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The stages held here, which the schedule calls."""
+        return list(self._modules.values())
 
     @property
     def has_first(self) -> bool:
@@ -102,6 +109,7 @@ class Pipeline:
         ]
         for stage in stages:
             stage.take_gradients = self._took
+            stage.suppliers = {"F": self._rank_of(stage.stage_index - 1), "B": self._rank_of(stage.stage_index + 1)}
         options = {"n_microbatches": micro_batches, "loss_fn": self._loss_of, "scale_grads": False}
         if plan.csv is not None:
             schedule = torch_schedules._PipelineScheduleRuntime(stages, **options)
@@ -113,6 +121,12 @@ class Pipeline:
         schedule = kind(stages, **options)
         _take_pairs_apart(schedule)
         return schedule
+
+    def _rank_of(self, stage: int) -> int | None:
+        """The rank, of all, that holds a stage; None for this one, and where there is no such stage."""
+        if stage in self._modules or not 0 <= stage < self._plan.stages:
+            return None
+        return dist.get_global_rank(self._mesh.group("pipe"), self._plan.placement[stage])
 
     def _loss_of(self, loss: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         return self._share(loss)
@@ -137,30 +151,37 @@ def _take_pairs_apart(schedule: torch_schedules._PipelineScheduleRuntime) -> Non
 
 
 class _Stage(PipelineStage):
-    """A stage as torch has it, but for two things.
+    """A stage as torch has it, but for three things.
 
-    It tells of the gradients of weights that torch writes to `.grad` by itself. And what it receives has memory from
-    the order to receive it until it is used, not one buffer for each micro-batch of a step for good.
+    It notes where it is, for who asks what a rank waits for. It tells of the gradients of weights that torch writes to
+    `.grad` by itself. And what it receives has memory from the order to receive it until it is used, not one buffer for
+    each micro-batch of a step for good.
     """
 
     take_gradients: TakeGradients
+    suppliers: dict[str, int | None]
+    """The ranks, if others, that make the inputs of its forward and of its backward passes."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._await("F", fwd_chunk_id)
         self._make_buffers(self.args_recv_info[fwd_chunk_id])
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        self._await("B", bwd_chunk_id)
         if not self.is_last:
             self._make_buffers(self.grad_recv_info[bwd_chunk_id])
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments, **options):
-        output = super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
+        with self._doing("F", fwd_chunk_id):
+            output = super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
         _drop_buffers(self.args_recv_info[fwd_chunk_id])
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *arguments, **options) -> None:
-        super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
+        with self._doing("B", bwd_chunk_id):
+            super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
         _drop_buffers(self.grad_recv_info[bwd_chunk_id])
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
@@ -179,8 +200,27 @@ class _Stage(PipelineStage):
                 info.buffer = torch.empty(info.tensor_meta.shape, dtype=info.tensor_meta.dtype, device=self.device)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        with self._doing("W", bwd_chunk_id):
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
         self.take_gradients(self.submod.parameters())
+
+    def _await(self, kind: str, micro_batch: int) -> None:
+        if (rank := self.suppliers[kind]) is not None:
+            HERE.awaited[kind, self.stage_index, micro_batch] = rank
+
+    @contextlib.contextmanager
+    def _doing(self, kind: str, micro_batch: int) -> Iterator[None]:
+        """Note a pass under way: within it nothing is waited for, and after it what had been ordered before."""
+        where = "of stage", self.stage_index, "micro-batch", micro_batch
+        HERE.awaited.pop((kind, self.stage_index, micro_batch), None)
+        awaited, HERE.awaited = HERE.awaited, {}
+        HERE.note(_ACTIONS[kind], *where)
+        yield
+        HERE.awaited = awaited
+        HERE.note("after", _ACTIONS[kind], *where)
+
+
+_ACTIONS = {"F": "the forward pass", "B": "the backward pass", "W": "the gradients of weights"}
 
 
 def _drop_buffers(infos: Sequence[_RecvInfo]) -> None:
