@@ -239,3 +239,49 @@ def assert_equals_reference(name: str, arguments: tuple[Any, ...], digits: int =
         torch.testing.assert_close(
             ours, reference, rtol=0, atol=digits * digit, equal_nan=True, msg=lambda said: f"{name}: {said}"
         )
+
+
+def assert_lists_equal_each_alone(device: str) -> None:
+    """Raise unless an optimizer's step of many tensors is, to the bit, the steps of each alone, wherever they lie.
+
+    The list is longer than one launch's table, of mixed dtypes, with empty tensors and some of many chunks; l2_norm of
+    the same list equals its reference.
+    """
+    sizes = [20_003, *(index * 37 % 900 for index in range(150)), 70_001]
+    dtypes = [DTYPES[index % 5 % 3] for index in range(len(sizes))]
+    parameters = [drawn(size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+    gradients = [drawn(size, dtype=dtype, seed=1) for size, dtype in zip(sizes, reversed(dtypes), strict=True)]
+    first, second = [drawn(size, seed=2) for size in sizes], [drawn(size, seed=3).square() for size in sizes]
+    codes = [
+        list(
+            map(
+                list, zip(*(torch.ops.megatron_lite.quantize_blockwise(value, signed) for value in values), strict=True)
+            )
+        )
+        for values, signed in ((first, True), (second, False))
+    ]
+    for name, tensors, rule in (
+        ("adamw", [parameters, gradients, first, second], RULE),
+        ("adamw8bit", [parameters, gradients, *codes[0], *codes[1]], (*RULE, True)),
+    ):
+        results = []
+        for offset in (0, 1):
+            together = [[_placed(tensor, offset, device) for tensor in each] for each in tensors]
+            operator(name)(*together, *rule)
+            results.append(together)
+        alone = [[_placed(tensor, 0, device) for tensor in each] for each in tensors]
+        for index in range(len(sizes)):
+            operator(name)(*([each[index]] for each in alone), *rule)
+        for one, *others in zip(tree_leaves(alone), *map(tree_leaves, results), strict=True):
+            assert all(torch.equal(one, other) for other in others), name
+    for offset in (0, 1):
+        norm = operator("l2_norm")([_placed(gradient, offset, device) for gradient in gradients])
+        torch.testing.assert_close(
+            norm.cpu(), torch.cat([g.double() for g in gradients]).norm().float(), rtol=1e-6, atol=0
+        )
+
+
+def _placed(tensor: torch.Tensor, offset: int, device: str) -> torch.Tensor:
+    """A copy that begins so many elements after an address of 64 bytes."""
+    room = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=device)
+    return room[offset:].copy_(tensor)

@@ -1,40 +1,58 @@
-#include "adamw/adamw.h"
-
-#include "base/cuda.cuh"
+#include "adamw/adamw.cuh"
 
 namespace megatron_lite::cuda {
 namespace {
 
-template <class Element, class Gradient>
-__global__ void __launch_bounds__(256) update_kernel(const AdamwTensor of, const AdamwRule rule) {
-  auto* parameter = static_cast<Element*>(of.parameter);
-  const auto* gradient = static_cast<const Gradient*>(of.gradient);
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < of.length; i += stride) {
-    const float g = load(gradient[i]);
-    const float m = adamw_first_moment(rule, of.first_moment[i], g);
-    const float v = adamw_second_moment(rule, of.second_moment[i], g);
-    of.first_moment[i] = m;
-    of.second_moment[i] = v;
-    store(parameter[i], adamw_parameter(rule, load(parameter[i]), m, sqrtf(v)));
+constexpr int kThreads = 256;
+constexpr int kPack = 4;
+constexpr int64_t kChunk = kThreads * kPack * 8;
+
+// This thread's part of the elements from `begin` to `end`, so many at a time.
+template <int kCount, class Element, class Gradient>
+__device__ __forceinline__ void update(const AdamwTensor& of, const AdamwRule& rule, int64_t begin, int64_t end) {
+  auto* parameters = static_cast<Element*>(of.parameter);
+  const auto* gradients = static_cast<const Gradient*>(of.gradient);
+  for (int64_t at = begin + threadIdx.x * kCount; at < end; at += kThreads * kCount) {
+    const auto g = read_once<Gradient, kCount>(gradients + at);
+    auto p = read_once<Element, kCount>(parameters + at);
+    auto m = read_once<float, kCount>(of.first_moment + at), v = read_once<float, kCount>(of.second_moment + at);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      m.set(i, adamw_first_moment(rule, m[i], g[i]));
+      v.set(i, adamw_second_moment(rule, v[i], g[i]));
+      p.set(i, adamw_parameter(rule, p[i], m[i], sqrtf(v[i])));
+    }
+    write(of.first_moment + at, m);
+    write(of.second_moment + at, v);
+    write(parameters + at, p);
   }
+}
+
+template <class Element>
+__device__ __forceinline__ bool aligned_packs(const void* elements) {
+  return reinterpret_cast<uintptr_t>(elements) % sizeof(Pack<Element, kPack>) == 0;
+}
+
+template <class Element, class Gradient>
+__global__ void __launch_bounds__(kThreads, 4) update_kernel(const Table<AdamwTensor> table, const AdamwRule rule) {
+  const auto mine = table.mine();
+  const AdamwTensor& of = mine.tensor;
+  const int64_t begin = mine.chunk * kChunk, end = begin + kChunk < of.length ? begin + kChunk : of.length;
+  const bool packs = aligned_packs<Element>(of.parameter) && aligned_packs<Gradient>(of.gradient) &&
+                     aligned_packs<float>(of.first_moment) && aligned_packs<float>(of.second_moment);
+  const int64_t packed = packs ? end - end % kPack : begin;
+  update<kPack, Element, Gradient>(of, rule, begin, packed);
+  update<1, Element, Gradient>(of, rule, packed, end);
 }
 
 }  // namespace
 
 Status launch(const Context& context, const Adamw& a) {
-  for (int64_t tensor = 0; tensor < a.count; ++tensor) {
-    const AdamwTensor& of = a.tensors[tensor];
-    Status inner = kSuccess;
-    const Status status = with_element(of.dtype, [&](auto element) {
-      inner = with_element(of.gradient_dtype, [&](auto gradient) {
-        update_kernel<decltype(element), decltype(gradient)>
-            <<<grid_of((of.length + 255) / 256), 256, 0, stream_of(context)>>>(of, a.rule);
-      });
-    });
-    if (inner || status) return inner ? inner : status;
-  }
-  return kSuccess;
+  const auto update = [&](auto element, auto gradient, const auto& table, int64_t chunks) {
+    update_kernel<decltype(element), decltype(gradient)>
+        <<<grid_of(chunks), kThreads, 0, stream_of(context)>>>(table, a.rule);
+  };
+  return for_tables_of_pairs(a.tensors, a.count, kChunk, update);
 }
 
 }  // namespace megatron_lite::cuda

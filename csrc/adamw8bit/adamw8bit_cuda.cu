@@ -1,15 +1,25 @@
 #include "adamw8bit/adamw8bit.h"
 
+#include "adamw/adamw.cuh"
 #include "quantize_blockwise/quantize_blockwise.cuh"
 
 namespace megatron_lite::cuda {
 namespace {
 
+// Blocks of codes that a block of threads takes, each warp every kWarps-th of them.
+constexpr int64_t kChunkBlocks = 4 * kWarps;
+
 template <class Element, class Gradient>
-__global__ void __launch_bounds__(256) update_kernel(const Adamw8bitTensor of, const AdamwRule rule, bool keep) {
+__global__ void __launch_bounds__(32 * kWarps)
+    update_kernel(const Table<Adamw8bitTensor> table, const AdamwRule rule, bool keep) {
+  const auto mine = table.mine();
+  const Adamw8bitTensor& of = mine.tensor;
   auto* parameter = static_cast<Element*>(of.parameter);
   const auto* gradient = static_cast<const Gradient*>(of.gradient);
-  each_block(of.length, [&](int64_t block, int64_t first) {
+  const int64_t blocks = quantize_blocks(of.length), begin = mine.chunk * kChunkBlocks;
+  const int64_t end = begin + kChunkBlocks < blocks ? begin + kChunkBlocks : blocks;
+  for (int64_t block = begin + threadIdx.y; block < end; block += kWarps) {
+    const int64_t first = block * kQuantizeBlock + threadIdx.x;
     const float first_absmax = of.first_absmax[block], second_absmax = of.second_absmax[block];
     float m[kLaneValues], v[kLaneValues];
 #pragma unroll
@@ -37,24 +47,18 @@ __global__ void __launch_bounds__(256) update_kernel(const Adamw8bitTensor of, c
       of.first_absmax[block] = first_largest;
       of.second_absmax[block] = second_largest;
     }
-  });
+  }
 }
 
 }  // namespace
 
 Status launch(const Context& context, const Adamw8bit& a) {
-  for (int64_t tensor = 0; tensor < a.count; ++tensor) {
-    const Adamw8bitTensor& of = a.tensors[tensor];
-    Status inner = kSuccess;
-    const Status status = with_element(of.dtype, [&](auto element) {
-      inner = with_element(of.gradient_dtype, [&](auto gradient) {
-        update_kernel<decltype(element), decltype(gradient)>
-            <<<block_grid(of.length), dim3(32, kWarps), 0, stream_of(context)>>>(of, a.rule, a.keep_second_moments);
-      });
-    });
-    if (inner || status) return inner ? inner : status;
-  }
-  return kSuccess;
+  constexpr int64_t kChunk = kChunkBlocks * kQuantizeBlock;
+  const auto update = [&](auto element, auto gradient, const auto& table, int64_t chunks) {
+    update_kernel<decltype(element), decltype(gradient)>
+        <<<grid_of(chunks), dim3(32, kWarps), 0, stream_of(context)>>>(table, a.rule, a.keep_second_moments);
+  };
+  return for_tables_of_pairs(a.tensors, a.count, kChunk, update);
 }
 
 }  // namespace megatron_lite::cuda

@@ -73,7 +73,8 @@ Status launch(const Context& context, const BiasGeluForward& a) {
     const StripPlan plan = plan_strips(a.length, sizeof(Element), aligned({a.input, a.bias, a.output}), 512, 128);
     const unsigned grid = grid_of((a.rows + plan.rows.block.y - 1) / plan.rows.block.y);
     with_packs(plan.rows.packs, [&](auto packs) {
-      const auto kernel = a.tanh ? forward_kernel<Element, packs.value, true> : forward_kernel<Element, packs.value, false>;
+      constexpr int kPacks = packs.value;
+      const auto kernel = a.tanh ? forward_kernel<Element, kPacks, true> : forward_kernel<Element, kPacks, false>;
       kernel<<<dim3(grid, plan.strips), plan.rows.block, 0, stream_of(context)>>>(a, plan.strip);
     });
   });

@@ -1,16 +1,9 @@
 #include "l2_norm/l2_norm.h"
 
-#include "base/cuda.cuh"
+#include "base/table.cuh"
 
 namespace megatron_lite::cuda {
 namespace {
-
-// As many tensors as the arguments of one launch (4 KiB) hold.
-struct Table {
-  static constexpr int kMost = 120;
-  L2NormTensor tensors[kMost];
-  int count;
-};
 
 constexpr int kThreads = 512;
 
@@ -29,20 +22,17 @@ __device__ float squares(const Element* data, int64_t count) {
       for (int i = 0; i < kCount; ++i) sum += values[i] * values[i];
     }
   }
-  for (int64_t index = done + threadIdx.x; index < count; index += kThreads) sum += load(data[index]) * load(data[index]);
+  for (int64_t index = done + threadIdx.x; index < count; index += kThreads) {
+    const float value = load(data[index]);
+    sum += value * value;
+  }
   return sum;
 }
 
-__global__ void __launch_bounds__(kThreads) chunk_kernel(const Table table, double* partials) {
-  const int64_t chunk = table.tensors[0].first_chunk + blockIdx.x;
-  int low = 0, high = table.count - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (table.tensors[middle].first_chunk <= chunk) low = middle;
-    else high = middle - 1;
-  }
-  const L2NormTensor& tensor = table.tensors[low];
-  const int64_t begin = (chunk - tensor.first_chunk) * kL2NormChunk, rest = tensor.length - begin;
+__global__ void __launch_bounds__(kThreads) chunk_kernel(const Table<L2NormTensor> table, double* partials) {
+  const auto mine = table.mine();
+  const L2NormTensor& tensor = mine.tensor;
+  const int64_t begin = mine.chunk * kL2NormChunk, rest = tensor.length - begin;
   const int64_t count = rest < kL2NormChunk ? rest : kL2NormChunk;
   float sum[1];
   switch (tensor.dtype) {
@@ -51,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) chunk_kernel(const Table table, doub
     case Dtype::float16: sum[0] = squares(static_cast<const __half*>(tensor.data) + begin, count); break;
   }
   row_sums(sum);
-  if (threadIdx.x == 0) partials[chunk] = sum[0];
+  if (threadIdx.x == 0) partials[tensor.first_chunk + mine.chunk] = sum[0];
 }
 
 __global__ void __launch_bounds__(kThreads) total_kernel(const double* partials, int64_t chunks, float* norm) {
@@ -69,16 +59,10 @@ __global__ void __launch_bounds__(kThreads) total_kernel(const double* partials,
 }  // namespace
 
 Status launch(const Context& context, const L2Norm& a) {
-  Table table{};
-  for (int64_t tensor = 0; tensor < a.count; ++tensor) {
-    if (a.tensors[tensor].length) table.tensors[table.count++] = a.tensors[tensor];
-    if (table.count < Table::kMost && tensor + 1 < a.count) continue;
-    if (table.count == 0) break;
-    const L2NormTensor& last = table.tensors[table.count - 1];
-    const int64_t chunks = last.first_chunk + l2_norm_chunks(last.length) - table.tensors[0].first_chunk;
+  const auto all = [](const L2NormTensor&) { return true; };
+  for_tables(a.tensors, a.count, kL2NormChunk, all, [&](const Table<L2NormTensor>& table, int64_t chunks) {
     chunk_kernel<<<grid_of(chunks), kThreads, 0, stream_of(context)>>>(table, a.partials);
-    table.count = 0;
-  }
+  });
   total_kernel<<<1, kThreads, 0, stream_of(context)>>>(a.partials, a.chunks, a.norm);
   return static_cast<Status>(cudaGetLastError());
 }

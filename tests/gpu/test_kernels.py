@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from kernel_cases import DTYPES, SHAPES, assert_equals_reference, cases, operator, outcome
+from kernel_cases import (
+    DTYPES,
+    SHAPES,
+    assert_equals_reference,
+    assert_lists_equal_each_alone,
+    cases,
+    operator,
+    outcome,
+)
 from torch.utils._pytree import tree_map_only
 
 from megatron_lite.kernels import extension, operators
@@ -29,6 +37,10 @@ def test_equals_the_reference_and_itself(shape, dtype, device):
         assert_equals_reference(name, arguments, digits=16 if shape in LARGE else 4)
         for first, second in zip(*(outcome(name, operator(name), arguments) for _ in range(2)), strict=True):
             assert torch.equal(first.nan_to_num(), second.nan_to_num()), f"{name} differs from run to run"
+
+
+def test_lists_longer_than_a_launch_holds(device):
+    assert_lists_equal_each_alone(device)
 
 
 def test_gradients_reach_the_leaves(device):

@@ -21,7 +21,7 @@ import sys, torch
 from megatron_lite.kernels import extension
 torch.ops.load_library(sys.argv[1])
 extension._libraries["cpu"] = sys.argv[1]
-from kernel_cases import DTYPES, assert_equals_reference, cases
+from kernel_cases import DTYPES, assert_equals_reference, assert_lists_equal_each_alone, cases
 # Nothing; less than a pack; odd; a few packs of one warp; rows that share a block; many warps a row; long and odd.
 for shape in [(0, 8), (1, 1), (3, 7), (2, 3, 64), (37, 65), (21, 256), (19, 1024), (3, 2048), (2, 2051)]:
     for dtype in DTYPES:
@@ -31,6 +31,7 @@ for shape in [(0, 8), (1, 1), (3, 7), (2, 3, 64), (37, 65), (21, 256), (19, 1024
 for name, arguments in cases((2, 16392), torch.float32):
     if name.startswith(("residual", "layer_norm", "rms_norm", "softmax", "bias")):
         assert_equals_reference(name, arguments)
+assert_lists_equal_each_alone("cpu")
 """
 
 
