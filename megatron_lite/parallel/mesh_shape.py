@@ -7,7 +7,7 @@ axis that talks most stays inside a node.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from megatron_lite.errors import ConfigError
 
@@ -97,3 +97,17 @@ class MeshShape:
     def __str__(self) -> str:
         short = {"tensor": "tp", "pipe": "pp", "context": "cp", "data": "dp", "expert": "ep"}
         return ",".join(f"{name}={self.size(axis)}" for axis, name in short.items() if self.size(axis) > 1) or "tp=1"
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """ "rank 3", or "ranks 0-5, 7 and 9": any number of them in few words."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    texts = [text for run in runs for text in ([f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run))]
+    if len(texts) == 1:
+        return f"rank{'s' if '-' in texts[0] else ''} {texts[0]}"
+    return f"ranks {', '.join(texts[:-1])} and {texts[-1]}"

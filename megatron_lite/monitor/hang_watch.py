@@ -1,0 +1,251 @@
+"""The watch over a run that may hang: a thread in every rank, which speaks when its rank no longer moves.
+
+It costs a look a second at what `parallel/whereabouts.py` notes. When a stretch of training outlasts its limit, each
+rank writes its word into a folder that all of them see, the lowest rank that could makes the page of them
+(`hang_page.py`), and the ranks exit, wherever they are stuck. Ranks talk through files alone: nothing else of theirs
+can be relied upon by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_lite import log
+from megatron_lite.errors import EXIT_HANG, HangError
+from megatron_lite.monitor.hang_page import Awaited, Page, Seat, Word, page
+from megatron_lite.parallel import whereabouts
+from megatron_lite.parallel.mesh_shape import MeshShape
+from megatron_lite.parallel.whereabouts import HERE, STEP, VALIDATION
+from megatron_lite.publish import publish
+
+LEAST_SECONDS = 60.0
+"""No stretch hangs before, however quick the others were."""
+TIMES_THE_SLOWEST = 10.0
+PATIENCE_SECONDS = 10.0
+"""How long ranks are waited for that give no word."""
+ALARM_SECONDS = 4.0
+"""How often a rank looks whether another has found that the run hangs."""
+PAGE = "page.txt"
+_PACKAGE = f"{os.sep}megatron_lite{os.sep}"
+
+
+class Limit:
+    """Seconds that a stretch may take.
+
+    `fixed_minutes` is the user's; None learns it from the stretches of the same kind before. The first of a kind, which
+    compiles and connects, has at least `first_minutes`.
+    """
+
+    def __init__(self, fixed_minutes: float | None, first_minutes: float):
+        self._fixed = None if fixed_minutes is None else 60 * fixed_minutes
+        self._first = 60 * first_minutes
+
+    def seconds(self, kind: str) -> float:
+        """The limit now; infinite for what takes long once in a while, such as a checkpoint that waits for a disk: there
+        the time that a collective may take has to do."""
+        if kind not in (STEP, VALIDATION):
+            return float("inf")
+        times = HERE.times[kind]
+        learned = max(LEAST_SECONDS, TIMES_THE_SLOWEST * max(times, default=0.0))
+        limit = learned if self._fixed is None else self._fixed
+        return limit if times else max(limit, self._first)
+
+    def reason(self, kind: str) -> str:
+        """Why it is what it is."""
+        times = HERE.times[kind]
+        if not times:
+            return "the first of its kind, --distributed-timeout-minutes and --hang-limit-minutes"
+        if self._fixed is not None:
+            return "--hang-limit-minutes"
+        return f"{TIMES_THE_SLOWEST:g} times the slowest of the last {len(times)}, and at least {LEAST_SECONDS:g} s"
+
+
+class HangWatch:
+    """This rank's watch, from `start` to `close`.
+
+    `seats` tells where every rank runs, and `machines` which of them share one. `folder` is made when the run hangs.
+    `told` is handed the page on the rank that made it, before any rank ends.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        shape: MeshShape,
+        seats: Sequence[Seat],
+        machines: Sequence[str],
+        folder: Path,
+        limit: Limit,
+        told: Callable[[Page], None],
+    ):
+        self._rank, self._shape, self._seats, self._machines = rank, shape, seats, machines
+        self._folder, self._limit, self._told = folder, limit, told
+        self._main = threading.main_thread().ident
+        self._over = threading.Event()
+        self._speaking = threading.Lock()
+        self._place, self._still = -1, 0.0
+
+    def start(self, tick: float = 1.0) -> None:
+        """Begin to watch the main thread of this process, every `tick` seconds."""
+        threading.Thread(target=self._run, args=(tick,), daemon=True, name="hang-watch").start()
+
+    def close(self) -> None:
+        """Watch no more. Where this rank is ending already, because its run hangs, this does not return."""
+        self._over.set()
+        if not self._speaking.acquire(blocking=False):
+            threading.Event().wait()
+
+    def report(self, error: HangError) -> None:
+        """Have the page made, since a collective gave up waiting; the watch is over then."""
+        self._over.set()
+        if not self._speaking.acquire(blocking=False):
+            threading.Event().wait()
+        self._speak(str(error), took_too_long=str(error))
+        self._speaking.release()
+
+    def _run(self, tick: float) -> None:
+        looked = time.monotonic()
+        while not self._over.wait(tick):
+            now = time.monotonic()
+            # What goes beyond is time in which this thread did not run either: a process that was stopped, a machine
+            # that was suspended or has far too much to do.
+            elapsed, looked = min(now - looked, 2 * tick), now
+            stretch = HERE.stretch
+            if stretch.place != self._place:
+                self._place, self._still = stretch.place, 0.0
+                continue
+            before, self._still = self._still, self._still + elapsed
+            limit, reason = self._limit.seconds(stretch.kind), None
+            if self._still > limit:
+                reason = f"{stretch} did not end within {limit:.3g} s ({self._limit.reason(stretch.kind)})"
+            elif self._still // ALARM_SECONDS > before // ALARM_SECONDS and self._folder.is_dir():
+                # Other ranks may have begun earlier, or learned a shorter limit.
+                reason = f"{stretch} hangs, as another rank says"
+            if reason is not None and self._speaking.acquire(blocking=False):
+                self._speak(reason)
+                self._end()
+
+    def _speak(self, reason: str, took_too_long: str = "") -> None:
+        """Give this rank's word, and make the page of all words or wait for it."""
+        try:
+            publish(self._word_file(self._rank), take_word(self._rank, self._main, took_too_long).to_json())
+            if self._makes_page():
+                self._make_page(reason)
+        except Exception:
+            log.every_rank(f"the report of a run that hangs failed:\n{traceback.format_exc()}")
+
+    def _end(self) -> NoReturn:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(EXIT_HANG)
+
+    def _makes_page(self) -> bool:
+        """Whether this rank is to make the page; False once another has done so.
+
+        Rank 0 makes it, or where that gives no word one of the lowest that do.
+        """
+        began = time.monotonic()
+        while self._rank > 0:
+            waited = time.monotonic() - began
+            if (self._folder / PAGE).exists() or waited > 3 * PATIENCE_SECONDS:
+                return False
+            if waited > 1.0 + min(5.0, 0.1 * self._rank) and not self._word_file(0).exists():
+                with contextlib.suppress(FileExistsError):
+                    (self._folder / "page-maker").touch(exist_ok=False)
+                    return True
+            time.sleep(0.1)
+        return True
+
+    def _make_page(self, reason: str) -> None:
+        began, missing = time.monotonic(), set(range(self._shape.world_size))
+        while missing:
+            missing -= {int(path.stem.rpartition("-")[2]) for path in self._folder.glob("rank-*.json")}
+            waited = time.monotonic() - began
+            # A process may be seen stopped in passing.
+            known = waited > 1.0 and all(self._state_here(rank) is not None for rank in missing)
+            if known or waited > PATIENCE_SECONDS:
+                break
+            time.sleep(0.2)
+        spoke = sorted(set(range(self._shape.world_size)) - missing)
+        made = page(
+            {rank: Word.from_json(self._word_file(rank).read_text()) for rank in spoke},
+            {rank: self._state_here(rank) or "it is stopped, or its node is gone" for rank in sorted(missing)},
+            self._seats,
+            self._shape,
+            reason=reason,
+            folder=str(self._folder),
+        )
+        self._told(made)
+        log.every_rank(made.text)
+        publish(self._folder / PAGE, made.text + "\n")
+
+    def _state_here(self, rank: int) -> str | None:
+        """Why a rank on this machine gives no word; None where it runs, or is elsewhere."""
+        if self._machines[rank] != self._machines[self._rank]:
+            return None
+        return process_state(self._seats[rank].process)
+
+    def _word_file(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank:05}.json"
+
+
+def process_state(process: int) -> str | None:
+    """What keeps a process of this machine from doing anything, if something does."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "its process is gone"
+    return {
+        "T": f"its process is stopped (by SIGSTOP; kill -CONT {process} lets it go on)",
+        "t": "its process is stopped by a debugger",
+        "Z": "its process is dead",
+        "X": "its process is dead",
+    }.get(state)
+
+
+def take_word(rank: int, main_thread: int, error: str = "") -> Word:
+    """What this process is doing, by its notes, its collectives and its threads' stacks."""
+    stretch = HERE.stretch
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = {thread: traceback.extract_stack(frame) for thread, frame in sys._current_frames().items()}
+    stacks = {
+        f"{names.get(thread, 'a thread')} {thread}": traceback.format_list(frames[thread])
+        for thread in sorted(frames, key=lambda thread: thread != main_thread)
+    }
+    try:
+        collectives = whereabouts.collectives()
+    except Exception as failure:
+        log.every_rank(f"torch's record of collectives cannot be read ({type(failure).__name__}: {failure})")
+        collectives = []
+    return Word(
+        rank=rank,
+        stretch=str(stretch),
+        place=stretch.place,
+        seconds=round(time.monotonic() - stretch.began, 1),
+        doing=" ".join(map(str, HERE.doing)),
+        error=error,
+        at=_own_lines(frames.get(main_thread, [])),
+        awaited=[
+            Awaited(f"{_KINDS[kind]} of stage {stage}, micro-batch {micro_batch}", whom)
+            for (kind, stage, micro_batch), whom in dict(HERE.awaited).items()
+        ][:1],
+        collectives=collectives,
+        stacks=stacks,
+    )
+
+
+_KINDS = {"F": "the input", "B": "the gradient"}
+
+
+def _own_lines(frames: Sequence[traceback.FrameSummary], count: int = 5) -> list[str]:
+    """The innermost of this package's lines, the last one last."""
+    own = [frame for frame in frames if _PACKAGE in frame.filename]
+    return [f"megatron_lite/{f.filename.rpartition(_PACKAGE)[2]}:{f.lineno} in {f.name}" for f in own[-count:]]

@@ -1,0 +1,97 @@
+"""Where this process is, noted in passing and read when it no longer moves.
+
+There is one of it in a process, as of the log: whatever acts notes what it is about to do, by a few assignments and
+no lock, so that another thread can tell it while this one is stuck in a collective or on a GPU. Training is cut into
+stretches (a step, a batch of a validation, a checkpoint), which all ranks go through in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict, deque
+from typing import Any, NamedTuple
+
+STEP, VALIDATION, CHECKPOINT = "training step", "batch of validation", "checkpoint"
+RECENT = 50
+"""Stretches of a kind whose times are remembered."""
+
+
+class Stretch(NamedTuple):
+    """A part of a run."""
+
+    kind: str
+    number: int
+    place: int
+    """How many stretches came before it: on all ranks the same."""
+    began: float
+    """On the monotonic clock, which stands still while the machine is suspended."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.number}" if self.number else self.kind
+
+
+class Collective(NamedTuple):
+    """The last collective that this rank entered in a process group, out of torch's flight recorder."""
+
+    group: str
+    """The group's name, the same on all its ranks."""
+    over: str
+    """The axes its ranks differ along, as "data+context"; another word for what is no group of the mesh."""
+    name: str
+    number: int
+    """How many of this group there were, itself included: on all its ranks the same."""
+    entered: int
+    """The same of the last one that was begun, where several are under way at once, as on a GPU."""
+    is_over: bool
+
+
+class Whereabouts:
+    """What this process is doing."""
+
+    def __init__(self) -> None:
+        self.stretch = Stretch("start", 0, 0, time.monotonic())
+        self.doing: tuple[Any, ...] = ()
+        """Words and numbers, put together only when somebody asks."""
+        self.awaited: dict[tuple[str, int, int], int] = {}
+        """What a pipeline has ordered from its neighbours and not used: (F or B, stage, micro-batch) -> global rank."""
+        self.times: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        """Seconds that the last stretches of each kind took."""
+
+    def begin(self, kind: str, number: int = 0) -> None:
+        """Come to the next stretch, which ends the one before."""
+        last, now = self.stretch, time.monotonic()
+        self.times[last.kind].append(now - last.began)
+        self.doing = ()
+        self.awaited.clear()
+        self.stretch = Stretch(kind, number, last.place + 1, now)
+
+    def note(self, *words: Any) -> None:
+        """Say what comes next within a stretch."""
+        self.doing = words
+
+
+HERE = Whereabouts()
+
+
+def collectives() -> list[Collective]:
+    """The collective that this rank is in, or was in last, in each process group; none where torch keeps no record."""
+    import torch._C._distributed_c10d as c10d
+
+    found: dict[str, Collective] = {}
+    for recorder in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
+        if (dump := getattr(c10d, recorder, None)) is None:
+            continue
+        for entry in json.loads(dump()).get("entries", ()):
+            if entry["is_p2p"]:
+                continue
+            group, over = entry["process_group"]
+            number = entry["collective_seq_id"]
+            last = found.get(group)
+            if last is not None and not last.is_over:
+                found[group] = last._replace(entered=number)
+                continue
+            name = entry["profiling_name"].rpartition(":")[2]
+            is_over = entry["retired"] or entry["state"] == "completed"
+            found[group] = Collective(group, over, name, number, number, is_over)
+    return list(found.values())
