@@ -52,7 +52,7 @@ def load(
     try:
         manifest = _read_and_match(folder, wanted, ranks, only, cast)
         _tell_conversions(folder, manifest, wanted)
-        together(ranks, lambda: _fill(folder, manifest, wanted))
+        together(ranks, lambda: fill(folder, manifest, wanted))
     except RankFailures as failures:
         raise CheckpointError(f"{folder} cannot be loaded: {failures}") from failures
     return manifest.state
@@ -67,7 +67,7 @@ def read_tensor(folder: str | os.PathLike[str], name: str) -> torch.Tensor:
         raise CheckpointError(f"{folder} holds no tensor {name!r}; it holds {_some(manifest.tensors)}")
     stored = manifest.tensors[name]
     whole = torch.empty(stored.shape, dtype=DTYPES.get(stored.dtype, torch.float32))
-    _fill(Path(folder), manifest, [Piece(name, stored.shape, (0,) * len(stored.shape), whole, owned=False)])
+    fill(Path(folder), manifest, [Piece(name, stored.shape, (0,) * len(stored.shape), whole, owned=False)])
     return whole
 
 
@@ -151,7 +151,8 @@ def _some(names: Collection[str]) -> str:
     return f"{first}, ..." if len(names) > _SHOWN else first
 
 
-def _fill(folder: Path, manifest: Manifest, pieces: list[Piece]) -> None:
+def fill(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> None:
+    """Read `pieces` of stored tensors in place, whatever their dtype: parts of tensors too. Raises CheckpointError."""
     by_name: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces:
         by_name[piece.name].append(piece)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
+
+_FREE = frozenset(
+    "hidden_dropout attention_dropout init_method init_method_std label_smoothing z_loss "
+    "vocab_size make_vocab_size_divisible_by max_position_embeddings".split()
+)
+"""Settings that may change under a model's weights: of training alone, and numbers of rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,3 +103,22 @@ class ModelConfig:
     @property
     def has_qkv_bias(self) -> bool:
         return self.add_bias_linear or self.add_qkv_bias
+
+    @property
+    def computation(self) -> dict[str, Any]:
+        """The settings that decide what is computed from the weights: defaults filled in, idle ones left out."""
+        chosen = {
+            **dataclasses.asdict(self),
+            "num_query_groups": self.kv_heads,
+            "kv_channels": self.head_dim,
+            "ffn_hidden_size": self.ffn_size,
+            "add_qkv_bias": self.has_qkv_bias,
+        }
+        without_effect = set(_FREE)
+        if self.position_embedding_type != "rope":
+            without_effect |= {name for name in chosen if name.startswith(("rotary_", "rope_scaling_", "use_rope_"))}
+        elif not self.use_rope_scaling:
+            without_effect |= {name for name in chosen if name.startswith("rope_scaling_")}
+        if self.swiglu:
+            without_effect |= {"activation_func"}
+        return {name: value for name, value in chosen.items() if name not in without_effect}

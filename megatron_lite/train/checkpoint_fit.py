@@ -26,12 +26,6 @@ VOCABULARY = ("embedding.word.weight", "head.weight")
 POSITIONS = ("embedding.position.weight",)
 """Parameters with a row for each position."""
 
-_FREE = frozenset(
-    "hidden_dropout attention_dropout init_method init_method_std label_smoothing z_loss "
-    "vocab_size make_vocab_size_divisible_by max_position_embeddings".split()
-)
-"""Settings of a model that may change under its weights: of training alone, and lengths, which `stored_rows` checks."""
-
 
 def check_settings(folder: Path, manifest: Manifest, model: ModelConfig, *, finetune: bool) -> None:
     """Compare what two models compute, where tensors of equal shapes would hide it (a rotary base, say).
@@ -39,7 +33,7 @@ def check_settings(folder: Path, manifest: Manifest, model: ModelConfig, *, fine
     Raises CheckpointError naming each field with both values; with `finetune` it warns instead.
     """
     stored = sources.from_plain(manifest.config, str(folder)).model
-    before, now = _computation(stored), _computation(model)
+    before, now = stored.computation, model.computation
     named = ", ".join(
         f"{name} is {there} there and {here} here"
         for name, (there, here) in config_differences(before, now).items()
@@ -54,25 +48,6 @@ def check_settings(folder: Path, manifest: Manifest, model: ModelConfig, *, fine
         f"{folder} does not fit this model: {named}. To go on with it, start with the settings it was trained with; "
         f"for a new run, give another --save folder; to begin with its weights, --load it with --finetune."
     )
-
-
-def _computation(model: ModelConfig) -> dict[str, Any]:
-    """The settings that decide what a model computes from its weights: defaults filled in, idle ones left out."""
-    chosen = {
-        **dataclasses.asdict(model),
-        "num_query_groups": model.kv_heads,
-        "kv_channels": model.head_dim,
-        "ffn_hidden_size": model.ffn_size,
-        "add_qkv_bias": model.has_qkv_bias,
-    }
-    without_effect = set(_FREE)
-    if model.position_embedding_type != "rope":
-        without_effect |= {name for name in chosen if name.startswith(("rotary_", "rope_scaling_", "use_rope_"))}
-    elif not model.use_rope_scaling:
-        without_effect |= {name for name in chosen if name.startswith("rope_scaling_")}
-    if model.swiglu:
-        without_effect |= {"activation_func"}
-    return {name: value for name, value in chosen.items() if name not in without_effect}
 
 
 def tell_changes(folder: Path, manifest: Manifest, data: DataConfig, facts: dict[str, Any], *, finetune: bool) -> None:
