@@ -9,6 +9,7 @@ from typing import Any
 from megatron_lite.config.run import RunConfig
 from megatron_lite.parallel.pipeline.partition import Stage
 from megatron_lite.parallel.pipeline.rules import pipeline_plan
+from megatron_lite.plan.communication import by_axes, sent_in_a_step
 from megatron_lite.plan.flops import flops_per_token
 from megatron_lite.plan.memory import (
     GRANULARITIES,
@@ -55,6 +56,7 @@ def dry_run_report(
         *_pipeline(config, vocab_size, memory),
         *_compute(config, vocab_size, world_size, data_size, total_samples),
         "",
+        *_communication(config, vocab_size, data_size),
         *_memory(config, vocab_size, memory),
         "",
         *_checkpoint(config, vocab_size),
@@ -149,6 +151,23 @@ def _compute(
         total = total_samples * config.data.seq_length
         lines.append(f"  the run  {flops(token * total)} = {flops(token)} x {total:,} tokens")
     return lines
+
+
+def _communication(config: RunConfig, vocab_size: int, data_size: int) -> list[str]:
+    """What the rank that sends most sends; nothing where there is one rank."""
+    places = range(config.parallel.pipeline_model_parallel_size)
+    options = {"data_size": data_size, "vocab_size": vocab_size}
+    ranks = [sent_in_a_step(config, pipe_rank=place, **options) for place in places]
+    sent = max(ranks, key=lambda entries: sum(entry.bytes for entry in entries))
+    if not sent:
+        return []
+    where = f" of pipeline rank {ranks.index(sent)}, which sends most," if len(ranks) > 1 else ""
+    lines = [f"communication{where} in a step, bytes sent by a rank (sums and gathers go round a ring)"]
+    for axes, total in by_axes(sent).items():
+        parts = sorted((entry for entry in sent if "+".join(entry.axes) == axes), key=lambda entry: -entry.bytes)
+        told = " + ".join(f"{entry.purpose} {size(float(entry.bytes))}" for entry in parts)
+        lines.append(f"  {axes:<14} {size(float(total)):>9}  = {told}")
+    return [*lines, ""]
 
 
 def _memory(config: RunConfig, vocab_size: int, arguments: dict[str, Any]) -> list[str]:
