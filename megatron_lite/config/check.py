@@ -378,7 +378,7 @@ def _checkpoint(config: RunConfig, world_size: int) -> Iterator[str]:
         if checkpoint.resume == "must":
             yield "--resume must needs the folder of the run to go on with; give --save DIR."
     if checkpoint.load is None:
-        if checkpoint.finetune:
+        if checkpoint.finetune and checkpoint.load_hf is None:
             yield "--finetune needs weights to start from; give --load DIR."
         if checkpoint.ckpt_step is not None and checkpoint.save is None:
             yield f"ckpt_step={checkpoint.ckpt_step} needs a folder of checkpoints; give --load DIR."
@@ -390,6 +390,8 @@ def _checkpoint(config: RunConfig, world_size: int) -> Iterator[str]:
     if checkpoint.overwrite and checkpoint.resume != "never":
         yield f"--overwrite empties the run folder, but --resume is {checkpoint.resume}; give --resume never with it."
 
+    elif checkpoint.load_hf is not None:
+        yield f"load={checkpoint.load} and load_hf={checkpoint.load_hf} are two models to begin with; give one of them."
 
 def _lies_in(path: str, folder: str) -> bool:
     return Path(path).resolve().is_relative_to(Path(folder).resolve())

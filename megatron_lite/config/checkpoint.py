@@ -17,6 +17,9 @@ class CheckpointConfig:
     """Steps between checkpoints; default: only at the end and when stopped."""
     load: str | None = None
     """Folder of checkpoints to start from when `save` holds none of this run."""
+    load_hf: str | None = None
+    """Hugging Face folder whose model to go on from, when `save` holds no checkpoint of this run: its weights, its
+    config.json unless flags contradict it, and its tokenizer unless another is named."""
     ckpt_step: int | None = None
     """Step to load; default: the newest complete one."""
     resume: Literal["auto", "must", "never"] = "auto"

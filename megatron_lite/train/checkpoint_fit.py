@@ -81,12 +81,19 @@ def stored_rows(
     `model_rows` are `GPT.rows`. Every rank gets the same. Raises CheckpointError where rows would be lost, and where
     positions would grow and may not.
     """
+    shapes = {name.removeprefix("weight/"): tensor.shape for name, tensor in manifest.tensors.items()}
+    return rows_of(folder, shapes, model_rows, positions_may_grow=positions_may_grow)
+
+
+def rows_of(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], model_rows: Mapping[str, int], *, positions_may_grow: bool
+) -> dict[str, int]:
+    """As `stored_rows`, of parameters of these shapes."""
     grown: dict[str, int] = {}
     for name, here in model_rows.items():
-        tensor = manifest.tensors.get(f"weight/{name}")
-        if tensor is None:
+        if name not in shapes:
             continue
-        there = tensor.shape[0]
+        there = shapes[name][0]
         if name in VOCABULARY and there > here:
             raise CheckpointError(
                 f"{folder} has {there:,} token ids and this model {here:,}: a vocabulary can grow, not shrink; give "

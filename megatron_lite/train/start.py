@@ -41,6 +41,7 @@ from megatron_lite.train.ending import tell_end, tell_failure
 from megatron_lite.train.engine import load_libraries
 from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.keeper import Keeper
+from megatron_lite.train.huggingface import begin_with
 from megatron_lite.train.loop import Run, train
 from megatron_lite.train.progress import Progress
 
@@ -159,6 +160,9 @@ def _assemble(config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: M
         plan=plan,
         schedule=start.schedule,
         progress=start.progress,
+    elif config.checkpoint.load_hf is not None:
+        with build.alike():
+            begin_with(config.checkpoint.load_hf, mesh, engine)
         dropout_seed=start.dropout_seed,
         train_loader=build.open_loader(config, data.train_stream, mesh, data.vocab_size),
         valid_loader=data.valid_stream and build.open_loader(config, data.valid_stream, mesh, data.vocab_size),
@@ -307,7 +311,8 @@ def _load(
     )
     rows = checkpoint_fit.stored_rows(folder, manifest, engine.module.rows, positions_may_grow=weights_only)
     pieces = checkpoint_fit.within_stored_rows(engine.pieces(optimizer=optimizer), rows)
-    state = load(folder, pieces, mesh, only="" if optimizer else "weight/")
+    # Imported weights have the dtype they came in; masters take them all exactly.
+    state = load(folder, pieces, mesh, only="" if optimizer else "weight/", cast=weights_only)
     engine.refresh()
     if weights_only:
         log.note("took the weights alone (--finetune): step, data position and optimizer start anew")
@@ -333,6 +338,11 @@ def _choose_schedule(config: RunConfig, saved: Schedule, asked: Schedule, take_s
     if config.optimizer.override_opt_param_scheduler:
         log.note(f"learning-rate schedule overridden by the flags: {', '.join(differs)}")
         return asked
+    if not weights_only and "progress" not in manifest.state:
+        raise CheckpointError(
+            f"{folder} holds weights that were imported, and no state of a run to go on with; begin a run with them by "
+            "--load and --finetune"
+        )
     log.warn(
         f"the learning-rate schedule of the checkpoint is kept, which ends at {saved.floor:g} after {saved.decay:,g} "
         f"{saved.unit}; the flags would change {', '.join(differs)} (--override-opt_param-scheduler takes them)"
