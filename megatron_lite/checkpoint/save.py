@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,20 @@ def save(
     layout: str,
     config: dict[str, Any],
     versions: dict[str, str],
+    claim: store.Claim | None = None,
     keep_last: int | None = None,
+    keep_every: int | None = None,
+    spared: Collection[int] = (),
     best: bool = False,
-    deadline: float | None = None,
+    deadline: Callable[[], float | None] = lambda: None,
 ) -> Path:
     """The checkpoint of `step`, complete and durable in its folder under `root`. All ranks call.
 
     `pieces` are this rank's; over all ranks the owned ones tile every tensor. `state`, `config` and
     `versions` are plain JSON, and rank 0's are written. `best` marks this checkpoint as the best one;
-    then all but the newest `keep_last` and the best are deleted. `deadline` is a time.monotonic()
-    value past which the save is given up. A checkpoint of the same step is replaced, those of later
-    steps are set aside. The caller holds `store.claim(root, ranks)`.
+    then others are deleted as `store.prune` has it. `deadline` gives the time.monotonic() value past
+    which the save is given up, asked again and again. A checkpoint of the same step is replaced, those
+    of later steps are set aside. `claim` is the caller's right to write under `root`.
 
     Raises, on all ranks alike: CheckpointNotSaved when the disk is full, an I/O error occurs or the
     deadline passes (the run may go on: memory and earlier checkpoints are as they were);
@@ -68,6 +71,8 @@ def save(
                 raw = encode(step, layout, config, versions, state, files, tensors)
                 _check_complete(temporary, raw)
                 keep_to(deadline)
+                if claim is not None:
+                    claim.insist()
                 store.write_durably(temporary / FILE_NAME, raw)
                 store.publish(root, step, token)
 
@@ -81,7 +86,7 @@ def save(
             f"the checkpoint of step {step} was not saved ({failures}); earlier ones are untouched"
         ) from failures
     if ranks.global_rank == 0:
-        _tidy(root, step, token, keep_last, best)
+        _tidy(root, step, token, best, keep_last, keep_every, spared)
     return root / store.step_name(step)
 
 
@@ -109,7 +114,7 @@ def _agree(root: Path, prepared: list[dict[str, Any]]) -> None:
         )
 
 
-def _write(temporary: Path, plan: ShardPlan, ranks: Ranks, deadline: float | None) -> dict[str, Any]:
+def _write(temporary: Path, plan: ShardPlan, ranks: Ranks, deadline: Callable[[], float | None]) -> dict[str, Any]:
     temporary.mkdir(exist_ok=True)
     return plan.write(temporary / shard_name(ranks.global_rank), deadline)
 
@@ -124,13 +129,21 @@ def _check_complete(temporary: Path, raw: bytes) -> None:
             )
 
 
-def _tidy(root: Path, step: int, token: str, keep_last: int | None, best: bool) -> None:
+def _tidy(
+    root: Path,
+    step: int,
+    token: str,
+    best: bool,
+    keep_last: int | None,
+    keep_every: int | None,
+    spared: Collection[int],
+) -> None:
     """What follows a published checkpoint, and costs no checkpoint when it fails."""
     try:
         store.point(root, "latest", step, token)
         if best:
             store.point(root, "best", step, token)
         if keep_last is not None:
-            store.prune(root, keep_last)
+            store.prune(root, keep_last, keep_every, spared)
     except OSError as error:
         log.warn(f"the checkpoint of step {step} is saved, but {root} could not be tidied: {error}")

@@ -14,7 +14,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -73,10 +73,10 @@ class ShardPlan:
             _Placed(piece, base + a, base + b) for piece, a, b in zip(held, ends[:-1], ends[1:], strict=True)
         ]
 
-    def write(self, path: Path, deadline: float | None = None) -> dict[str, Any]:
+    def write(self, path: Path, deadline: Callable[[], float | None] = lambda: None) -> dict[str, Any]:
         """Write the file and make it durable; its `files` and `tensors` entries for the manifest.
 
-        Straight from the pieces' memory, chunk by chunk. `deadline` is a time.monotonic() value past
+        Straight from the pieces' memory, chunk by chunk. `deadline` gives the time.monotonic() value past
         which it gives up. Raises OSError (TimeoutError past the deadline).
         """
         if not self.placed:
@@ -101,13 +101,13 @@ class ShardPlan:
         return {"files": {path.name: entry}, "tensors": tensors}
 
 
-def keep_to(deadline: float | None) -> None:
-    """Raise TimeoutError past `deadline`, a time.monotonic() value."""
-    if deadline is not None and time.monotonic() > deadline:
+def keep_to(deadline: Callable[[], float | None]) -> None:
+    """Raise TimeoutError past the time.monotonic() value that `deadline` gives, if it gives one."""
+    if (end := deadline()) is not None and time.monotonic() > end:
         raise TimeoutError(errno.ETIMEDOUT, "the time for this save is used up")
 
 
-def _write_chunks(file: BinaryIO, values: memoryview, deadline: float | None) -> list[int]:
+def _write_chunks(file: BinaryIO, values: memoryview, deadline: Callable[[], float | None]) -> list[int]:
     checksums = []
     for first in range(0, len(values), CHUNK_BYTES):
         keep_to(deadline)

@@ -20,7 +20,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from megatron_lite import log
@@ -80,7 +80,7 @@ def best(root: str | os.PathLike[str]) -> Path | None:
 
 
 @contextlib.contextmanager
-def claim(root: str | os.PathLike[str], ranks: Ranks) -> Iterator[None]:
+def claim(root: str | os.PathLike[str], ranks: Ranks) -> Iterator[Claim]:
     """The right to save under `root`, for the length of a run: rank 0 locks it and sweeps leftovers.
 
     The lock is the operating system's, so it ends with the process however that ends. Raises
@@ -88,36 +88,58 @@ def claim(root: str | os.PathLike[str], ranks: Ranks) -> Iterator[None]:
     """
     root = Path(root)
     with contextlib.ExitStack() as held:
+        right = Claim(root, held)
 
         def lock_and_sweep() -> None:
             if ranks.global_rank == 0:
                 make_folder(root)
-                _lock(root, held)
+                right.take()
                 sweep(root)
 
         try:
             together(ranks, lock_and_sweep)
         except RankFailures as failures:
             raise CheckpointError(f"checkpoints cannot be saved under {root}: {failures}") from failures
-        yield
+        yield right
 
 
-def _lock(root: Path, held: contextlib.ExitStack) -> None:
-    file = held.enter_context(open(root / ".lock", "a+"))  # noqa: SIM115 (the stack closes it)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read(200).strip() or "another run"
-        raise CheckpointError(
-            f"{owner} is saving there; stop it, or give this run a --save folder of its own"
-        ) from None
-    except OSError as error:
-        log.warn(f"{root} cannot be locked ({error.strerror}): make sure that no other run saves there")
-        return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+class Claim:
+    """A lock on a folder that also tells its owner in words: some network file systems lock for one host alone."""
+
+    def __init__(self, root: Path, held: contextlib.ExitStack):
+        self._path = root / ".lock"
+        self._held = held
+        self._owner = f"process {os.getpid()} on {socket.gethostname()} ({new_token()})"
+
+    def take(self) -> None:
+        """Lock the folder. Raises CheckpointError when another process has it."""
+        file = self._held.enter_context(open(self._path, "a+"))  # noqa: SIM115 (the stack closes it)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise _taken(file.read(200).strip() or "another run") from None
+        except OSError as error:
+            log.warn(
+                f"{self._path.parent} cannot be locked ({error.strerror}): make sure that no other run saves there"
+            )
+        file.truncate(0)
+        file.write(f"{self._owner}\n")
+        file.flush()
+
+    def insist(self) -> None:
+        """Raise CheckpointError if another run has taken the folder since, from a host that sees no lock."""
+        try:
+            owner = self._path.read_text().strip()
+        except FileNotFoundError:
+            # Deleted by hand, and the lock with it.
+            return self.take()
+        if owner != self._owner:
+            raise _taken(owner)
+
+
+def _taken(owner: str) -> CheckpointError:
+    return CheckpointError(f"{owner} is saving there; stop it, or give this run a --save folder of its own")
 
 
 def sweep(root: Path) -> None:
@@ -201,14 +223,15 @@ def point(root: Path, name: str, step: int, token: str) -> None:
     sync_folder(root)
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one, oldest first.
+def prune(root: Path, keep_last: int, keep_every: int | None = None, spared: Collection[int] = ()) -> None:
+    """Delete checkpoints, oldest first: all but the newest `keep_last`, those of steps that are multiples of
+    `keep_every`, those of the steps `spared`, and the best one.
 
     Raises OSError, and deletes nothing, where it cannot be read which one is the best.
     """
     kept = best(root)
-    for folder in list(steps(root).values())[:-keep_last]:
-        if folder != kept:
+    for step, folder in list(steps(root).items())[:-keep_last]:
+        if folder != kept and step not in spared and not (keep_every and step % keep_every == 0):
             # Renamed first, so that a deletion that is cut off leaves no half of a checkpoint.
             doomed = root / temporary_name(folder.name, new_token())
             os.rename(folder, doomed)

@@ -64,9 +64,9 @@ def notices(config: RunConfig) -> list[str]:
         found.append("--log-histograms-interval shows the layers of the first pipeline rank alone.")
     if config.model.swiglu and config.model.activation_func != "gelu_tanh":
         found.append(f"--activation-func {config.model.activation_func} has no effect with --swiglu.")
-    if config.kernels.memory_efficient_layer_norm and config.kernels.norm_backend == "torch":
     if config.model.use_rope_scaling and config.model.position_embedding_type != "rope":
         found.append("--use-rope-scaling has no effect without --position-embedding-type rope.")
+    if config.kernels.memory_efficient_layer_norm and config.kernels.norm_backend == "torch":
         found.append("--memory-efficient-layer-norm has no effect with --norm-backend torch.")
     return found
 
@@ -108,8 +108,8 @@ _AT_LEAST = {
         "context_parallel_size "
         "loss_scale_window hysteresis min_loss_scale lr_decay_iters lr_decay_samples seq_length sample_stride "
         "micro_batch_size global_batch_size gradient_accumulation_steps train_iters train_samples train_tokens "
-        "recompute_num_layers eval_iters early_stopping_patience exit_interval save_interval keep_last log_interval "
-        "log_histograms_interval"
+        "recompute_num_layers eval_iters early_stopping_patience exit_interval save_interval keep_last "
+        "keep_every log_interval log_histograms_interval"
     ),
     0: (
         "init_method_std z_loss min_lr lr_warmup_iters lr_warmup_samples lr_warmup_init weight_decay clip_grad "
@@ -375,8 +375,15 @@ def _checkpoint(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"save_interval={checkpoint.save_interval} needs a folder; give --save DIR."
         if checkpoint.keep_last is not None:
             yield f"keep_last={checkpoint.keep_last} needs a folder; give --save DIR."
+        if checkpoint.keep_every is not None:
+            yield f"keep_every={checkpoint.keep_every} needs a folder; give --save DIR."
         if checkpoint.resume == "must":
             yield "--resume must needs the folder of the run to go on with; give --save DIR."
+    elif checkpoint.keep_every is not None and checkpoint.keep_last is None:
+        yield (
+            f"keep_every={checkpoint.keep_every} says what to keep beside the newest, and all are kept; give "
+            "--keep-last N too."
+        )
     if checkpoint.load is None:
         if checkpoint.finetune and checkpoint.load_hf is None:
             yield "--finetune needs weights to start from; give --load DIR."

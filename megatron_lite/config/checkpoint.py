@@ -36,6 +36,10 @@ class CheckpointConfig:
     """Save weights alone (such a checkpoint cannot be resumed, only loaded with --finetune)."""
     keep_last: int | None = None
     """Newest checkpoints to keep; default: all. The best one is kept apart."""
+    keep_every: int | None = None
+    """With keep_last: keep the checkpoints of steps that are multiples of this as well."""
+    async_save: bool = True
+    """Save in the background, from a copy in host memory, while training goes on."""
 
     @property
     def loads_what_it_saves(self) -> bool:

@@ -383,10 +383,10 @@ _CHECKPOINT = [
     *_notice("--universal-checkpoint --use-dist-ckpt", "every checkpoint loads at another layout"),
     *_notice("--auto-detect-ckpt-format --ckpt-fully-parallel-save --ckpt-fully-parallel-load", _INTERNAL),
     *_notice("--ckpt-assume-constant-structure --no-ckpt-fully-parallel-save", _INTERNAL),
-    *_notice("--async-save", f"saves wait for the disk; saving in the background is {_LATER}"),
+    _mapped("--async-save", "--async-save", reason=_DEFAULT),
     *_refused("--use-checkpoint-args", "start from the run folder's file: --config RUN/config.yaml"),
     *_refused("--pretrained-checkpoint", "give it by --load with --finetune"),
-    *_refused("--save-retain-interval", "give the number of newest checkpoints to keep by --keep-last"),
+    _mapped("--save-retain-interval", "--keep-every {}", 1, "beside the newest, --keep-last N"),
     *_refused("--non-persistent-save-interval --non-persistent-ckpt-type", f"checkpoints in memory are {_LATER}"),
 ]
 

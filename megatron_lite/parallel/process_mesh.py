@@ -37,7 +37,7 @@ class ProcessMesh:
         self._where = shape.coordinates(rank)
         self._timeout = timeout
         self._groups: dict[tuple[str, ...], dist.ProcessGroup | None] = {}
-        self._control: dist.ProcessGroup | None = None
+        self._control = Exchange(rank, shape.world_size, None)
 
     @staticmethod
     def create(
@@ -55,10 +55,14 @@ class ProcessMesh:
         for axes in (("tensor",), ("data",), ("pipe",), ("context",), ("expert",), REPLICAS, ("pipe", "tensor")):
             if all(shape.size(axis) > 1 for axis in axes):
                 mesh._groups[axes] = mesh.make_group(shape.groups(*axes))
-        if world > 1:
-            # JSON between ranks goes over gloo, so that it needs no GPU and no GPU stream.
-            mesh._control = dist.new_group(backend="gloo", timeout=timeout)
+        mesh._control = mesh.make_exchange()
         return mesh
+
+    def make_exchange(self) -> Exchange:
+        """A way of its own for numbers and JSON between all ranks, for another thread; a collective call."""
+        # Over gloo, so that it needs no GPU and no GPU stream.
+        group = dist.new_group(backend="gloo", timeout=self._timeout) if self.world_size > 1 else None
+        return Exchange(self.global_rank, self.world_size, group)
 
     def make_group(self, groups: Iterable[Sequence[int]]) -> dist.ProcessGroup:
         """A new process group for each of these lists of ranks, of which this rank's is returned.
@@ -126,26 +130,47 @@ class ProcessMesh:
 
     def gather_json(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank. JSON, never pickled objects."""
+        return self._control.gather_json(value)
+
+    def sum_numbers(self, values: Sequence[float]) -> list[float]:
+        """`values` summed over all ranks, in float64: exact for counts below 2^53."""
+        return self._control.sum_numbers(values)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self._control.barrier()
+
+
+class Exchange:
+    """Numbers and JSON between all ranks over a group of its own; one thread at a time may use it."""
+
+    def __init__(self, rank: int, world_size: int, group: dist.ProcessGroup | None):
+        self.global_rank = rank
+        self.world_size = world_size
+        self._group = group
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """`value` of every rank, in rank order, on every rank."""
         if self.world_size == 1:
             return [json.loads(json.dumps(value))]
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(lengths, torch.tensor([payload.numel()]), group=self._control)
+        dist.all_gather(lengths, torch.tensor([payload.numel()]), group=self._group)
         longest = max(int(length) for length in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: payload.numel()] = payload
         gathered = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
-        dist.all_gather(gathered, padded, group=self._control)
+        dist.all_gather(gathered, padded, group=self._group)
         return [json.loads(bytes(part[: int(length)].numpy())) for part, length in zip(gathered, lengths, strict=True)]
 
     def sum_numbers(self, values: Sequence[float]) -> list[float]:
-        """`values` summed over all ranks, in float64: exact for counts below 2^53."""
+        """`values` summed over all ranks, in float64."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(total, group=self._control)
+            dist.all_reduce(total, group=self._group)
         return total.tolist()
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.world_size > 1:
-            dist.barrier(group=self._control)
+            dist.barrier(group=self._group)

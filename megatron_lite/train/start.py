@@ -78,17 +78,19 @@ def run_training(config: RunConfig, me: Launch, command: str) -> None:
 def train_on(mesh: ProcessMesh, config: RunConfig, stop: StopRequest, command: str) -> Run:
     """A run from its beginning, or from where it was left, to its end, on a live mesh."""
     with contextlib.ExitStack() as held:
-        _claim_folders(config, mesh, held)
+        claim = _claim_folders(config, mesh, held)
         run = None
         try:
             build.together(mesh, lambda: load_libraries(config))
             build.prepare_kernels(config, mesh)
-            run = _assemble(config, mesh, stop, MemoryMeter(mesh.device))
+            run = _assemble(config, mesh, stop, MemoryMeter(mesh.device), claim)
             for resource in (run.sinks, run.train_loader, run.valid_loader):
                 if resource is not None:
                     held.callback(resource.close)
             reason = train(run)
         except Exception as error:
+            if run is not None:
+                run.keeper.let_end(error)
             told = tell_failure(error, mesh, run_folder(config), run, command)
             if told is error:
                 raise
@@ -97,13 +99,14 @@ def train_on(mesh: ProcessMesh, config: RunConfig, stop: StopRequest, command: s
     return run
 
 
-def _claim_folders(config: RunConfig, mesh: ProcessMesh, held: contextlib.ExitStack) -> None:
+def _claim_folders(config: RunConfig, mesh: ProcessMesh, held: contextlib.ExitStack) -> store.Claim | None:
     """Take the right to write in the run's folders, emptied first where --overwrite says so."""
-    options = config.checkpoint
+    options, claim = config.checkpoint, None
     if options.save is not None:
         build.together(mesh, lambda: _insist(Path(options.save), options.resume, options.overwrite))
-        held.enter_context(store.claim(options.save, mesh))
+        claim = held.enter_context(store.claim(options.save, mesh))
     build.together(mesh, lambda: _make_ready(config) if mesh.global_rank == 0 else None)
+    return claim
 
 
 def _make_ready(config: RunConfig) -> None:
@@ -115,7 +118,9 @@ def _make_ready(config: RunConfig) -> None:
         exit_file.remove_exit(run_dir)
 
 
-def _assemble(config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: MemoryMeter) -> Run:
+def _assemble(
+    config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: MemoryMeter, claim: store.Claim | None
+) -> Run:
     with build.alike():
         found = _what_to_load(config, mesh)
     data = build.together(mesh, lambda: _open_data(config, mesh))
@@ -172,6 +177,7 @@ def _assemble(config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: M
         memory=memory,
         keeper=Keeper(
             root=Path(config.checkpoint.save) if config.checkpoint.save else None,
+            claim=claim,
             mesh=mesh,
             config=config,
             schedule=start.schedule,

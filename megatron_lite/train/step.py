@@ -41,13 +41,14 @@ def train_step(
     learning_rate: float,
     pipeline: Pipeline | None = None,
     look: Callable[[Engine], None] | None = None,
+    before_change: Callable[[], None] | None = None,
 ) -> StepResult:
     """One optimizer step on this rank's micro-batches of a global batch.
 
     `target_tokens` are those of the whole global batch, counted before backward: masks, accumulation
     and data ranks cannot bias the mean. `seed` None is no dropout. `look` is shown the engine while it
-    holds this step's gradients. Raises NonFiniteError, on all
-    ranks alike and before any weight changes, for a NaN or infinite loss.
+    holds this step's gradients; `before_change` returns when weights and optimizer state may change.
+    Raises NonFiniteError, on all ranks alike and before any weight changes, for a NaN or infinite loss.
     """
     # ------------------------------------------------------------------ single training step
     loss = torch.zeros((), dtype=torch.float32, device=mesh.device)
@@ -74,6 +75,8 @@ def train_step(
         raise_non_finite(engine, mesh, step, value, share=loss.item())
     if look is not None:
         look(engine)
+    if before_change is not None:
+        before_change()
     outcome = engine.step(learning_rate)
     # ---------------------------------------------------------------------------------------
     if not math.isfinite(outcome.grad_norm) and not (outcome.skipped and engine.scales_loss):

@@ -113,7 +113,7 @@ def test_pruning_is_oldest_first_and_after_publishing(one_rank, tmp_path, monkey
 def test_failing_to_prune_costs_no_checkpoint(one_rank, tmp_path, monkeypatch, capsys):
     save_value(tmp_path, 1, one_rank)
 
-    def refuse(root, keep_last):
+    def refuse(root, keep_last, *spared):
         raise OSError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(store, "prune", refuse)

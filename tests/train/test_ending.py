@@ -204,7 +204,7 @@ def test_a_save_that_is_due_while_a_stop_is_asked_for_has_its_deadline(tmp_path,
         return step(*arguments, **options)
 
     def noted(self, engine, progress, **options):
-        seen.append((progress.step, options["deadline"]))
+        seen.append((progress.step, options["deadline"]()))
         save(self, engine, progress, **options)
 
     monkeypatch.setattr(loop, "train_step", signalled)
