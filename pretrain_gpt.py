@@ -10,8 +10,9 @@ from megatron_lite import log
 from megatron_lite.config import check, cli
 from megatron_lite.config.cli import LaunchOptions
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import ConfigError, MegatronLiteError
-from megatron_lite.parallel.launch import Launch, likely_device
+from megatron_lite.errors import ConfigError, LostRankError, MegatronLiteError
+from megatron_lite.monitor import rank_log
+from megatron_lite.parallel.launch import Launch, end_process, likely_device
 from megatron_lite.parallel.launcher import command_line
 from megatron_lite.parallel.layout_line import parse_layout
 from megatron_lite.train.rules import problems
@@ -34,14 +35,17 @@ def main(argv: list[str]) -> int:
         if me.local_rank == 0:
             log.every_rank(f"error: {error}")
         return error.exit_code
-    from megatron_lite.train.start import run_training
+    from megatron_lite.train.start import run_folder, run_training
 
-    try:
-        run_training(config, me, command_line([sys.argv[0], *argv]))
-    except MegatronLiteError as error:
-        if me.rank == 0 or not error.on_all_ranks:
-            log.every_rank(f"error: {error}")
-        return error.exit_code
+    command = command_line([sys.argv[0], *argv])
+    with rank_log.kept(run_folder(config), me.rank, me.world_size, command, several_nodes=not me.is_local):
+        try:
+            run_training(config, me, command)
+        except MegatronLiteError as error:
+            is_told = isinstance(error, LostRankError) and error.is_told_elsewhere
+            tell = log.aside if is_told or (error.on_all_ranks and me.rank != 0) else log.every_rank
+            tell(f"error: {error}")
+            return error.exit_code
     return 0
 
 
@@ -86,4 +90,4 @@ def at_layout(config: RunConfig, options: LaunchOptions, me: Launch) -> tuple[Ru
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -104,3 +104,5 @@ class LostRankError(MegatronLiteError):
 
     exit_code = EXIT_LOST_RANK
     cause = "lost_rank"
+    is_told_elsewhere = False
+    """One rank tells it for all that are left."""

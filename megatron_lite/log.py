@@ -1,18 +1,23 @@
 """Plain log lines: rank 0 speaks for all, another rank only when the line is its own.
 
 `note` is progress, `warn` a fallback or a doubtful value (a fallback is never silent),
-`once` a line that is said one time whatever the number of callers.
+`once` a line that is said one time whatever the number of callers. Where a rank's output goes to a file
+(monitor/rank_log.py), lines go there and to the console.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TextIO
 
 _rank = 0
 _world_size = 1
+_place = ""
 _stream: TextIO | None = None
+_console: TextIO | None = None
+_record: TextIO | None = None
 _said: set[str] = set()
 
 
@@ -22,12 +27,27 @@ def configure(rank: int, world_size: int, stream: TextIO | None = None) -> None:
     _rank, _world_size, _stream = rank, world_size, stream
 
 
-def _write(text: str) -> None:
-    stream = _stream or sys.stderr
+def attach(console: TextIO | None = None, record: TextIO | None = None, place: str = "") -> None:
+    """Write each line to `console` in place of standard error, and to `record` too; `place` is told beside the rank."""
+    global _console, _record, _place
+    _console, _record, _place = console, record, place
+
+
+def console() -> TextIO:
+    """Where a person looks: standard error, or what stands for it."""
+    return _console or sys.stderr
+
+
+def _write(text: str, to_console: bool = True) -> None:
     stamp = time.strftime("%H:%M:%S")
-    prefix = f"[{stamp}]" if _rank == 0 else f"[{stamp} rank {_rank}/{_world_size}]"
-    stream.write("".join(f"{prefix} {line}\n" for line in text.splitlines() or [""]))
-    stream.flush()
+    prefix = f"[{stamp}]" if _rank == 0 else f"[{stamp} rank {_rank}/{_world_size}{_place}]"
+    lines = "".join(f"{prefix} {line}\n" for line in text.splitlines() or [""])
+    for stream in (_record, (_stream or console()) if to_console else None):
+        if stream is not None:
+            # With two places to write to, a full disk or a closed console is no reason to end.
+            with contextlib.suppress(*() if _record is None else (OSError,)):
+                stream.write(lines)
+                stream.flush()
 
 
 def note(text: str) -> None:
@@ -45,6 +65,11 @@ def warn(text: str) -> None:
 def every_rank(text: str) -> None:
     """Say a line on whichever rank calls, with its number."""
     _write(text)
+
+
+def aside(text: str) -> None:
+    """Put a line into this rank's record alone, where it has one: others tell it."""
+    _write(text, to_console=False)
 
 
 def once(text: str) -> None:

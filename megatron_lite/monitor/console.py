@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import TextIO
 
 from megatron_lite import log
@@ -31,7 +30,7 @@ class ConsoleSink:
         self._window: list[Record] = []
         self._world_size = world_size
         self._bar = None
-        stream = stream or sys.stderr
+        stream = stream or log.console()
         if stream.isatty():
             self._bar = _open_bar(total_steps, resume_step, stream)
         if self._bar is not None:

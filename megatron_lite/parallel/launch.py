@@ -11,14 +11,15 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from megatron_lite import log
-from megatron_lite.errors import ConfigError, LaunchError
+from megatron_lite.errors import EXIT_HANG, EXIT_LOST_RANK, ConfigError, LaunchError
 from megatron_lite.parallel.launcher import launcher_chain, parent_of
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -300,6 +301,15 @@ def interface_towards(host: str) -> str | None:
         return None
     interfaces = psutil.net_if_addrs().items()
     return next((name for name, held in interfaces if own in [a.address.partition("%")[0] for a in held]), None)
+
+
+def end_process(code: int) -> NoReturn:
+    """End with that exit code: at once where other ranks hang or are gone, whose groups a tidy end would wait for."""
+    if code in (EXIT_HANG, EXIT_LOST_RANK):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class StopRequest:

@@ -41,11 +41,14 @@ T = TypeVar("T")
 
 
 def start_ranks(
-    me: launch.Launch, *, tensor: int, pipe: int = 1, context: int = 1, timeout_minutes: float
+    me: launch.Launch, *, tensor: int, pipe: int = 1, context: int = 1, timeout_minutes: float, store=None
 ) -> ProcessMesh:
-    """The live mesh of all ranks that were launched; the data size is what the other sizes leave."""
+    """The live mesh of all ranks that were launched; the data size is what the other sizes leave.
+
+    `store` is that of `launch.open_store`, if it is open already.
+    """
     shape = MeshShape.of_world(me.world_size, tensor=tensor, pipe=pipe, context=context)
-    device = launch.start(me, timeout_minutes)
+    device = launch.start(me, timeout_minutes, store)
     return ProcessMesh.create(shape, device, timedelta(minutes=timeout_minutes))
 
 

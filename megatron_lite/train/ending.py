@@ -2,52 +2,121 @@
 
 from __future__ import annotations
 
+import contextlib
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_lite import log
 from megatron_lite.errors import EXIT_DONE, EXIT_ERROR, HangError, LostRankError, MegatronLiteError
-from megatron_lite.monitor import exit_file
-from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.monitor import exit_file, rank_log
+from megatron_lite.parallel.roll_call import RollCall, lost_rank
 from megatron_lite.plan.report import memory_comparison
 from megatron_lite.train.loop import EARLY_STOPPING, Run
 
 #: What gloo, nccl and torch's store say when the other end did not answer in time, or is gone.
 _TIMED_OUT = ("Timed out waiting", "caused pair closure", "collective operation timeout", "wait timeout after")
-_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "connectFullMesh failed")
 #: nccl errors that another rank has no part in.
 _OF_THIS_RANK = ("ncclUnhandledCudaError", "ncclInvalidUsage", "ncclInvalidArgument")
+_LAST_LINES = 12
 
 
-def tell_end(run: Run, reason: str, command: str) -> None:
-    """Say how a run went that is done, or was stopped by request with its state saved."""
-    how = _how_to_go_on(run, command, stopped_early=reason == EARLY_STOPPING)
-    if run.mesh.global_rank == 0:
-        _leave(run.run_dir, reason.replace(" ", "_"), EXIT_DONE, run.progress.step, how, "")
-    peak = run.memory.peak()
-    log.note(memory_comparison(run.predicted_peak, peak.in_use, peak.process))
-    log.note(f"stopped at step {run.progress.step} of {run.plan.total_iterations}: {reason}; {how}")
+class Ending:
+    """The end of this rank's run. `run` is None until it is put together.
 
-
-def tell_failure(error: Exception, mesh: ProcessMesh, run_dir: Path | None, run: Run | None, command: str) -> Exception:
-    """Leave `exit.json` for a run that an error ended, and return what to raise for it.
-
-    `run` is None where it was never put together. Each rank that fails by itself writes what it knows; one
-    that merely lost another leaves what that one wrote.
+    `command` is how the run was started; `roll` finds out who is lost, where there are other ranks.
     """
-    error = explained(error, mesh.global_rank)
-    follows = isinstance(error, (HangError, LostRankError))
-    if isinstance(error, MegatronLiteError):
-        cause, code, message, alike = error.cause, error.exit_code, str(error), error.on_all_ranks
+
+    def __init__(self, rank: int, run_dir: Path | None, command: str, roll: RollCall | None = None):
+        self.run: Run | None = None
+        self._rank, self._run_dir, self._command = rank, run_dir, command
+        self._roll = roll or RollCall(None, rank, 1)
+        self._roll.give_up = self._give_up
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """What ends the run in here is told, and raised as what it is."""
+        try:
+            yield
+        except Exception as error:
+            told = self.tell_failure(error)
+            if told is error:
+                raise
+            raise told from error
+
+    def tell_end(self, run: Run, reason: str) -> None:
+        """Say how a run went that is done, or was stopped by request with its state saved."""
+        how = _how_to_go_on(run, self._command, stopped_early=reason == EARLY_STOPPING)
+        if self._rank == 0:
+            self._leave_word(reason.replace(" ", "_"), EXIT_DONE, how, "")
+        peak = run.memory.peak()
+        log.note(memory_comparison(run.predicted_peak, peak.in_use, peak.process))
+        log.note(f"stopped at step {run.progress.step} of {run.plan.total_iterations}: {reason}; {how}")
+
+    def tell_failure(self, error: Exception) -> Exception:
+        """Leave `exit.json` for a run that an error ended, and return what to raise for it.
+
+        Each rank that fails by itself writes what it knows, and has the others told; of those that merely lost
+        it one writes, unless it is written already.
+        """
+        error = explained(error, self._rank)
+        if isinstance(error, LostRankError):
+            error = self._who_is_lost(error)
+        elif not getattr(error, "on_all_ranks", False):
+            self._roll.leave(f"{type(error).__name__}: {error}".splitlines()[0])
+        else:
+            self._roll.leave()
+        self._write(error)
+        return error
+
+    def _who_is_lost(self, seen: LostRankError) -> LostRankError:
+        lost, tells = self._roll.who_is_lost()
+        error = lost_rank(lost, str(seen)) if lost else seen
+        error.is_told_elsewhere = not tells
+        for rank in [rank for rank, _ in zip(lost, range(2), strict=False) if tells and self._run_dir is not None]:
+            if lines := rank_log.last_lines(self._run_dir, rank, _LAST_LINES):
+                said = "\n".join(f"  {line}" for line in lines)
+                log.every_rank(f"rank {rank}'s last lines, in {rank_log.path_of(self._run_dir, rank)}:\n{said}")
+        return error
+
+    def _give_up(self, error: LostRankError) -> None:
+        self._write(error)
+        log.aside(f"error: {error}")
+
+    def _write(self, error: Exception) -> None:
+        follows = isinstance(error, (HangError, LostRankError))
+        if isinstance(error, MegatronLiteError):
+            cause, code, message, alike = error.cause, error.exit_code, str(error), error.on_all_ranks
+        else:
+            cause, code, message, alike = "error", EXIT_ERROR, f"{type(error).__name__}: {error}", False
+        if (alike and self._rank != 0) or (follows and exit_file.is_there(self._run_dir)):
+            return
+        how = f"nothing was trained; the same command tries again: {self._command}"
+        if self.run is not None:
+            how = _how_to_go_on(self.run, self._command)
+        self._leave_word(cause, code, how, message)
+
+    def _leave_word(self, cause: str, code: int, how: str, message: str) -> None:
+        if self._run_dir is None:
+            return
+        step = None if self.run is None else self.run.progress.step
+        try:
+            exit_file.write_exit(self._run_dir, cause, code, step, how, message)
+        except OSError as error:
+            log.warn(f"exit.json could not be written: {error}")
+
+
+def tell_traceback(roll: RollCall) -> None:
+    """Show the exception at hand, which nobody foresaw: in full by one rank where several have one."""
+    whole = traceback.format_exc()
+    if roll.is_first_to("show a traceback"):
+        log.every_rank(whole)
     else:
-        cause, code, message, alike = "error", EXIT_ERROR, f"{type(error).__name__}: {error}", False
-    if not (alike and mesh.global_rank != 0) and not (follows and exit_file.is_there(run_dir)):
-        how = f"nothing was trained; the same command tries again: {command}"
-        if run is not None:
-            how = _how_to_go_on(run, command)
-        _leave(run_dir, cause, code, None if run is None else run.progress.step, how, message)
-    return error
+        log.aside(whole)
+        log.every_rank(f"error: {whole.splitlines()[-1]}")
 
 
 def explained(error: Exception, rank: int) -> Exception:
@@ -84,12 +153,3 @@ def _how_to_go_on(run: Run, command: str, stopped_early: bool = False) -> str:
         changes.append(" with a larger --early-stopping-patience,")
     comma = "," if changes else ""
     return f"the same command{comma}{''.join(changes)} goes on from step {run.keeper.saved_step}: {command}"
-
-
-def _leave(run_dir: Path | None, cause: str, code: int, step: int | None, how: str, message: str) -> None:
-    if run_dir is None:
-        return
-    try:
-        exit_file.write_exit(run_dir, cause, code, step, how, message)
-    except OSError as error:
-        log.warn(f"exit.json could not be written: {error}")

@@ -22,22 +22,23 @@ from megatron_lite.data.stream import SampleStream
 from megatron_lite.data.tokenizer_files import FOLDER as TOKENIZER_FOLDER
 from megatron_lite.data.tokenizer_files import copy_tokenizer
 from megatron_lite.data.vocabulary import resolve_vocabulary
-from megatron_lite.errors import CheckpointError
-from megatron_lite.monitor import exit_file
+from megatron_lite.errors import EXIT_ERROR, CheckpointError, MegatronLiteError
+from megatron_lite.monitor import exit_file, rank_log
 from megatron_lite.monitor.memory import MemoryMeter
 from megatron_lite.monitor.metrics import Metrics
 from megatron_lite.monitor.sinks import open_sinks
 from megatron_lite.monitor.versions import versions
 from megatron_lite.optim.schedule import Schedule, schedule
-from megatron_lite.parallel.launch import Launch, StopRequest
+from megatron_lite.parallel.launch import Launch, StopRequest, open_store
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.parallel.roll_call import RollCall, this_place
 from megatron_lite.plan.devices import dense_peak_flops
 from megatron_lite.plan.flops import flops_per_token
 from megatron_lite.publish import publish
 from megatron_lite.train import build, checkpoint_fit
 from megatron_lite.train.batch_plan import BatchPlan
 from megatron_lite.train.dry_run import planned_peak
-from megatron_lite.train.ending import tell_end, tell_failure
+from megatron_lite.train.ending import Ending, tell_traceback
 from megatron_lite.train.engine import load_libraries
 from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.keeper import Keeper
@@ -46,7 +47,7 @@ from megatron_lite.train.loop import Run, train
 from megatron_lite.train.progress import Progress
 
 #: What a run leaves behind that failed before it began.
-_OF_NO_RUN = (".lock", exit_file.NAME)
+_OF_NO_RUN = (".lock", exit_file.NAME, rank_log.FOLDER)
 
 
 def run_folder(config: RunConfig) -> Path | None:
@@ -63,27 +64,48 @@ def run_training(config: RunConfig, me: Launch, command: str) -> None:
     """
     stop = StopRequest(config.training.exit_signal_grace_seconds)
     stop.listen()
-    mesh = build.start_ranks(
-        me,
-        tensor=config.parallel.tensor_model_parallel_size,
-        pipe=config.parallel.pipeline_model_parallel_size,
-        context=config.parallel.context_parallel_size,
-        timeout_minutes=config.parallel.distributed_timeout_minutes,
-    )
-    train_on(mesh, config, stop, command)
+    timeout = config.parallel.distributed_timeout_minutes
+    store = open_store(me, timeout)
+    roll = RollCall(store, me.rank, me.world_size, keeper=None if me.store_is_there else 0)
+    try:
+        with Ending(me.rank, run_folder(config), command, roll).told():
+            mesh = build.start_ranks(
+                me,
+                tensor=config.parallel.tensor_model_parallel_size,
+                pipe=config.parallel.pipeline_model_parallel_size,
+                context=config.parallel.context_parallel_size,
+                timeout_minutes=timeout,
+                store=store,
+            )
+            roll.watch_neighbours(mesh.gather_json(this_place()))
+        train_on(mesh, config, stop, command, roll)
+    except MegatronLiteError:
+        raise
+    except Exception:
+        tell_traceback(roll)
+        raise SystemExit(EXIT_ERROR) from None
+    finally:
+        roll.leave()
+        roll.close()
     stop.close()
     build.close_ranks()
 
 
-def train_on(mesh: ProcessMesh, config: RunConfig, stop: StopRequest, command: str) -> Run:
-    """A run from its beginning, or from where it was left, to its end, on a live mesh."""
+def train_on(
+    mesh: ProcessMesh, config: RunConfig, stop: StopRequest, command: str, roll: RollCall | None = None
+) -> Run:
+    """A run from its beginning, or from where it was left, to its end, on a live mesh.
+
+    `roll` tells who is lost where ranks were launched; without it nobody is asked.
+    """
+    ending = Ending(mesh.global_rank, run_folder(config), command, roll)
     with contextlib.ExitStack() as held:
         claim = _claim_folders(config, mesh, held)
         run = None
         try:
             build.together(mesh, lambda: load_libraries(config))
             build.prepare_kernels(config, mesh)
-            run = _assemble(config, mesh, stop, MemoryMeter(mesh.device), claim)
+            run = ending.run = _assemble(config, mesh, stop, MemoryMeter(mesh.device), claim)
             for resource in (run.sinks, run.train_loader, run.valid_loader):
                 if resource is not None:
                     held.callback(resource.close)
@@ -91,11 +113,11 @@ def train_on(mesh: ProcessMesh, config: RunConfig, stop: StopRequest, command: s
         except Exception as error:
             if run is not None:
                 run.keeper.let_end(error)
-            told = tell_failure(error, mesh, run_folder(config), run, command)
+            told = ending.tell_failure(error)
             if told is error:
                 raise
             raise told from error
-        tell_end(run, reason, command)
+        ending.tell_end(run, reason)
     return run
 
 
@@ -296,7 +318,7 @@ def _insist(folder: Path, resume: str, overwrite: bool) -> None:
 
 
 def _empty(folder: Path) -> None:
-    held = [path for path in folder.iterdir() if path.name != ".lock"]
+    held = [path for path in folder.iterdir() if path.name not in (".lock", rank_log.FOLDER)]
     for path in held:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     if held:

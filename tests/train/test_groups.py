@@ -17,7 +17,7 @@ MINUTES = 0.75
 
 def _timeouts(cases: list[Case]) -> list[float]:
     """Seconds each group of these runs gives its collectives, but for the first, which the harness made."""
-    launch.start = lambda me, timeout_minutes: torch.device("cpu")
+    launch.start = lambda *arguments: torch.device("cpu")
     for case in cases:
         me = launch.Launch(world_size=case.tensor * case.data)
         mesh = build.start_ranks(me, tensor=case.tensor, timeout_minutes=MINUTES)

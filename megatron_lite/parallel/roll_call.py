@@ -1,0 +1,192 @@
+"""Which ranks are alive, asked of all of them when one seems not to be."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_lite.errors import EXIT_LOST_RANK, LostRankError
+
+T = TypeVar("T")
+
+ANSWER_SECONDS = 5.0
+"""How long a rank may take to answer before it counts as lost."""
+GIVE_UP_SECONDS = 15.0
+"""How long a rank that was called may stay where it is, which may be a collective that never ends."""
+_HERE, _GONE, _LEFT = "here", "gone", "left"
+
+
+class RollCall:
+    """This rank's part in finding out who is lost: threads that answer, whatever the rank itself waits for.
+
+    A rank calls when a connection breaks under it, when it fails by itself, or when the process of another rank on its
+    machine ends without a word. Then each rank answers over the store (a torch.distributed Store all ranks share),
+    one of them finds out who did not, and one that does not come out of a collective is ended: `give_up` is handed the
+    LostRankError, then the process exits with its code. `keeper` is the rank that keeps the store, and is lost with it;
+    None where the launcher keeps it.
+    """
+
+    def __init__(self, store, rank: int, world_size: int, keeper: int | None = 0):
+        self.give_up: Callable[[LostRankError], object] = lambda error: None
+        self._rank, self._world_size, self._keeper = rank, world_size, keeper
+        self._places: list[dict[str, Any]] = []
+        self._taken_over = threading.Event()
+        self._store = None
+        if world_size > 1:
+            # A store serves one thread at a time, so the one that waits has a connection to itself.
+            self._store, bell = store.clone(), store.clone()
+            threading.Thread(target=self._answer, args=(bell,), daemon=True, name="roll-call").start()
+
+    def watch_neighbours(self, places: list[dict[str, Any]]) -> None:
+        """Watch the processes of this machine's other ranks; `places` is `this_place()` of every rank, in order."""
+        self._places = places
+        machine = places[self._rank]["machine"]
+        pids = {place["pid"]: rank for rank, place in enumerate(places) if place["machine"] == machine}
+        del pids[os.getpid()]
+        if pids:
+            threading.Thread(target=self._watch, args=(pids,), daemon=True, name="neighbours").start()
+
+    def leave(self, failure: str = "") -> None:
+        """Say that this rank ends, so that its end is no riddle; the others are called because of a `failure`."""
+        self._claim(f"rank {self._rank}", f"{_LEFT} {failure}")
+        if failure:
+            self._call()
+
+    def who_is_lost(self) -> tuple[dict[int, str], bool]:
+        """Lost ranks and what is known of each, and whether this rank is the one to tell it.
+
+        Asks all ranks, which takes moments, or `ANSWER_SECONDS` where one does not answer.
+        """
+        self._taken_over.set()
+        if self._world_size == 1:
+            return {}, True
+        self._call()
+        tells = self._claim("teller", str(self._rank))
+        if tells:
+            self._ask(lambda store: store.set("lost", json.dumps(self._missing(store))))
+        found = self._ask(self._await_answer)
+        if self._store is None and self._keeper is not None:
+            return {self._keeper: self._at(self._keeper, "its process or its node is gone")}, self._rank == 1
+        return {int(rank): what for rank, what in (found or {}).items()}, tells
+
+    def is_first_to(self, deed: str) -> bool:
+        """Whether no other rank has asked this of that deed: one says what all of them could."""
+        return self._store is None or self._claim(deed, str(self._rank))
+
+    def close(self) -> None:
+        """Answer no more."""
+        self._taken_over.set()
+        self._ask(lambda store: store.set(f"bell {self._rank}", "closed"))
+
+    def _call(self) -> None:
+        if self._claim("caller", str(self._rank)):
+            bells = [f"bell {rank}" for rank in range(self._world_size)]
+            self._ask(lambda store: store.multi_set(bells, ["rung"] * self._world_size))
+
+    def _answer(self, bell) -> None:
+        try:
+            bell.wait([f"bell {self._rank}"], timedelta(days=365))
+        except RuntimeError:
+            if self._keeper is None:
+                return  # the launcher is gone, and is watched by other means
+            self._store = None
+        self._claim(f"rank {self._rank}", _HERE)
+        if not self._taken_over.wait(GIVE_UP_SECONDS):
+            lost, _ = self.who_is_lost()
+            self.give_up(lost_rank(lost, "it could not go on without"))
+            os._exit(EXIT_LOST_RANK)
+
+    def _watch(self, pids: dict[int, int]) -> None:
+        ends, ranks = select.poll(), {}
+        for pid, rank in pids.items():
+            try:
+                descriptor = os.pidfd_open(pid)
+            except ProcessLookupError:
+                self._found_gone(rank)
+            except OSError:
+                return  # a kernel or a sandbox without: the launcher has to notice
+            else:
+                ranks[descriptor] = rank
+                ends.register(descriptor, select.POLLIN)
+        while ranks and not self._taken_over.is_set():
+            for descriptor, _ in ends.poll(1000):
+                ends.unregister(descriptor)
+                os.close(descriptor)
+                self._found_gone(ranks.pop(descriptor))
+
+    def _found_gone(self, rank: int) -> None:
+        if self._claim(f"rank {rank}", _GONE):
+            self._call()
+
+    def _missing(self, store) -> dict[int, str]:
+        """Each lost rank and what is known of it."""
+        answers: dict[int, str] = {}
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while len(answers) < self._world_size and time.monotonic() < deadline:
+            for rank in range(self._world_size):
+                if rank not in answers and store.check([f"rank {rank}"]):
+                    answers[rank] = store.get(f"rank {rank}").decode()
+            time.sleep(0.05)
+        lost = {}
+        for rank in range(self._world_size):
+            state, _, words = answers.get(rank, "").partition(" ")
+            if state == _GONE:
+                lost[rank] = self._at(rank, "its process ended")
+            elif state == _LEFT and words:
+                lost[rank] = self._at(rank, words)
+            elif not state:
+                lost[rank] = self._at(rank, f"it did not answer within {ANSWER_SECONDS:g} s")
+        return lost
+
+    def _await_answer(self, store) -> dict[str, str] | None:
+        deadline = time.monotonic() + 2 * ANSWER_SECONDS
+        while not store.check(["lost"]):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.1)
+        return json.loads(store.get("lost"))
+
+    def _at(self, rank: int, what: str) -> str:
+        return f"on {self._places[rank]['host']}: {what}" if self._places else what
+
+    def _claim(self, key: str, value: str) -> bool:
+        """Whether the store holds that value under a key that had none."""
+        return self._ask(lambda store: store.compare_set(key, "", value) == value.encode()) or False
+
+    def _ask(self, act: Callable[[Any], T]) -> T | None:
+        """`act` with the store; None once that is gone."""
+        store = self._store
+        if store is None:
+            return None
+        try:
+            return act(store)
+        except RuntimeError:
+            self._store = None
+            return None
+
+
+def lost_rank(lost: dict[int, str], seen: str) -> LostRankError:
+    """The error of a rank that lost those ranks; `seen` says how it noticed."""
+    if not lost:
+        return LostRankError(f"another rank is gone: {seen}; every rank still answers, so a connection broke")
+    shown = [f"rank {rank} {what}" for rank, what in list(lost.items())[:8]]
+    more = f", and {len(lost) - 8} more" if len(lost) > 8 else ""
+    return LostRankError(f"lost {'; '.join(shown)}{more} ({seen})")
+
+
+def this_place() -> dict[str, Any]:
+    """Where this process is to be found: host, process id, and what says whether two share a machine."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "machine": f"{boot} {os.readlink('/proc/self/ns/pid')}",
+    }
