@@ -69,34 +69,36 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     return f"; perhaps you meant {found[0]}" if found else ""
 
 
-class _Mismatch(Exception):
+class Mismatch(Exception):
     """A value that its field's type does not admit; the text says what is expected."""
 
 
-def _typed(value: Any, expected: Any) -> Any:
-    """`value`, of YAML or JSON, as the type `expected`; _Mismatch if it is not one."""
+def typed_value(value: Any, expected: Any) -> Any:
+    """`value`, of YAML or JSON, as the type `expected`. Raises Mismatch if it is not one."""
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
         (inner,) = (argument for argument in arguments if argument is not type(None))
-        return None if value is None else _typed(value, inner)
+        return None if value is None else typed_value(value, inner)
     if origin is typing.Literal:
         if value not in arguments:
-            raise _Mismatch(f"one of {', '.join(map(str, arguments))}{nearest(str(value), arguments)}")
+            raise Mismatch(f"one of {', '.join(map(str, arguments))}{nearest(str(value), arguments)}")
         return value
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else str(value).split() if value is not None else ()
         if arguments[-1] is Ellipsis:
-            return tuple(_typed(item, arguments[0]) for item in items)
+            return tuple(typed_value(item, arguments[0]) for item in items)
         if len(items) != len(arguments):
-            raise _Mismatch(f"{len(arguments)} values, not {len(items)}")
-        return tuple(map(_typed, items, arguments))
+            raise Mismatch(f"{len(arguments)} values, not {len(items)}")
+        return tuple(map(typed_value, items, arguments))
     if expected is bool:
         if not isinstance(value, bool):
-            raise _Mismatch("true or false")
+            raise Mismatch("true or false")
         return value
     if expected is str:
         if not isinstance(value, str):
-            raise _Mismatch("text; put it in quotes")
+            raise Mismatch("text; put it in quotes")
+        if "\0" in value:
+            raise Mismatch("text without a NUL character")
         return value
     try:
         if isinstance(value, bool):
@@ -110,7 +112,7 @@ def _typed(value: Any, expected: Any) -> Any:
             return int(number)
     except (TypeError, ValueError):
         pass
-    raise _Mismatch("a number" if expected is float else "a whole number")
+    raise Mismatch("a number" if expected is float else "a whole number")
 
 
 def respell(flag: str, words: typing.Sequence[str], expected: Any) -> list[str]:
@@ -127,13 +129,13 @@ def respell(flag: str, words: typing.Sequence[str], expected: Any) -> list[str]:
     if not is_tuple and len(words) != 1:
         raise ConfigError(f"{flag} takes one value, but {text!r} was given." if words else f"{flag} needs a value.")
     try:
-        value = _typed(None if words and words[-1] == "None" else words if is_tuple else words[0], expected)
-    except _Mismatch as mismatch:
+        value = typed_value(None if words and words[-1] == "None" else words if is_tuple else words[0], expected)
+    except Mismatch as mismatch:
         raise ConfigError(f"{flag} is {text!r}, but should be {mismatch}.") from None
     return [str(item) for item in (value if isinstance(value, tuple) else [value])]
 
 
-class _Loader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """YAML whose plain scalars are null, true, false or text, and whose keys are unique."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
@@ -149,8 +151,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:[Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+PlainLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:[Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
 
 
 def parse(text: str, source: str) -> Overrides:
@@ -159,7 +161,7 @@ def parse(text: str, source: str) -> Overrides:
     Raises ConfigError with every unknown section, unknown key and value of a wrong type at once.
     """
     try:
-        document = yaml.load(text, _Loader)
+        document = yaml.load(text, PlainLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     if document is None:
@@ -196,8 +198,8 @@ def typed(document: Mapping[str, Any], source: str) -> Overrides:
                     problems.append(f"{source}: {section}.{name} is not a known field{hint}.")
                     continue
                 try:
-                    overrides[section][name] = _typed(value, expected)
-                except _Mismatch as mismatch:
+                    overrides[section][name] = typed_value(value, expected)
+                except Mismatch as mismatch:
                     problems.append(f"{source}: {section}.{name} is {value!r}, but should be {mismatch}.")
     if problems:
         raise ConfigError(problems)
@@ -234,7 +236,7 @@ def plain(config: RunConfig) -> dict[str, dict[str, Any]]:
         section: {
             name: list(value) if isinstance(value, tuple) else value
             for name, expected in fields.items()
-            for value in [_typed(getattr(getattr(config, section), name), expected)]
+            for value in [typed_value(getattr(getattr(config, section), name), expected)]
         }
         for section, fields in field_types().items()
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,19 @@ _IRRELEVANT = ("trim_offsets",)
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not a JSON file ({error}); give the file the tokenizer was saved to") from None
+
+
+@contextlib.contextmanager
+def _described_by(source: str) -> Iterator[None]:
+    """What the library refuses is a TokenizerError: it raises plain Exception whatever is wrong, or panics."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"{source} is not a tokenizer that `tokenizers` can read: {error}") from None
 
 
 def _essence(value: Any) -> Any:
@@ -47,16 +59,13 @@ class HuggingFaceTokenizer(Tokenizer):
     kind = "HuggingFaceTokenizer"
 
     def __init__(self, description: Mapping[str, Any], roles: Mapping[str, str], source: str):
-        try:
+        with _described_by(source):
             self._library = tokenizers.Tokenizer.from_str(json.dumps(description))
-        except Exception as error:
-            # The library raises plain Exception whatever is wrong.
-            raise TokenizerError(f"{source} is not a tokenizer that `tokenizers` can read: {error}") from None
-        self._library.encode_special_tokens = True
-        self._library.no_truncation()
-        self._library.no_padding()
+            self._library.encode_special_tokens = True
+            self._library.no_truncation()
+            self._library.no_padding()
+            self.template = tuple(self._library.encode("", add_special_tokens=True).tokens)
         self._description = description
-        self.template = tuple(self._library.encode("", add_special_tokens=True).tokens)
         names = {name for candidates in ROLE_NAMES.values() for name in candidates}
         added = self._library.get_added_tokens_decoder()
         specials = {token.content: id for id, token in added.items() if token.special or token.content in names}

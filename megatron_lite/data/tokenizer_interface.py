@@ -97,8 +97,8 @@ class Tokenizer(abc.ABC):
     def __init__(self, base_size: int, specials: Mapping[str, int], roles: Mapping[str, int | None]):
         if base_size > MOST_IDS:
             raise TokenizerError(
-                f"the largest id of this {self.kind} is {base_size - 1:,}, and an embedding would have as many rows; ids "
-                f"below {MOST_IDS:,} are possible: its file is damaged"
+                f"the largest id of this {self.kind} is {base_size - 1:,}, and an embedding would have as many rows; "
+                f"ids below {MOST_IDS:,} are possible: its file is damaged"
             )
         self._base_size = base_size
         self._vocab_size = base_size

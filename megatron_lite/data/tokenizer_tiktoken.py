@@ -12,7 +12,7 @@ from typing import Any
 import tiktoken
 
 from megatron_lite.data.tokenizer_byte import spell_bytes, unspell_bytes
-from megatron_lite.data.tokenizer_interface import Tokenizer
+from megatron_lite.data.tokenizer_interface import MOST_IDS, Tokenizer
 from megatron_lite.errors import TokenizerError
 
 _ENGLISH = r"'(?i:[sdmt]|ll|ve|re)"
@@ -48,6 +48,9 @@ _NAME_OF_SIZE = {50256: "r50k", 100256: "cl100k", 199998: "o200k"}
 _TEKKEN_NAMES = {0: "<unk>", 1: "<s>", 2: "</s>", 11: "<pad>"}
 
 
+_PROBE = "Word 12!\n"
+
+
 class TiktokenTokenizer(Tokenizer):
     """Byte-level BPE that merges the pair of lowest rank first.
 
@@ -60,6 +63,10 @@ class TiktokenTokenizer(Tokenizer):
     def __init__(
         self, ranks: Mapping[bytes, int], pattern: str, specials: Mapping[str, int], source: str, offset: int = 0
     ):
+        if wrong := [rank for rank in ranks.values() if type(rank) is not int or not 0 <= rank < MOST_IDS]:
+            raise TokenizerError(f"{source} gives a token the rank {wrong[0]!r:.60}; ranks are 0 to {MOST_IDS - 1:,}")
+        if b"" in ranks:
+            raise TokenizerError(f"{source} has a token without a byte; give an intact file")
         missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing:
             raise TokenizerError(
@@ -73,10 +80,13 @@ class TiktokenTokenizer(Tokenizer):
             )
         try:
             self._library = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={})
-        except ValueError as error:
+            self._library.encode(_PROBE)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library panics where a pattern finds a piece of no character
             raise TokenizerError(
-                f"--tiktoken-pattern {pattern!r} is neither one of {', '.join(PATTERNS)} nor a regular expression: "
-                f"{error}"
+                f"--tiktoken-pattern {pattern!r} is neither one of {', '.join(PATTERNS)} nor a regular expression "
+                f"that cuts text into pieces: {error}"
             ) from None
         self._ranks, self._token_of, self._pattern, self._offset = ranks, token_of, pattern, offset
         super().__init__(max([*token_of, *specials.values()]) + 1, specials, {})
@@ -121,7 +131,11 @@ class TiktokenTokenizer(Tokenizer):
             ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in vocab}
             names = _TEKKEN_NAMES | {entry["rank"]: entry["token_str"] for entry in content.get("special_tokens") or ()}
             pattern = settings["pattern"]
-        except (ValueError, KeyError, TypeError) as error:
+            if not (type(offset) is int and 0 <= offset < MOST_IDS and isinstance(pattern, str)):
+                raise ValueError("config")
+            if not all(type(rank) is int and isinstance(name, str) for rank, name in names.items()):
+                raise ValueError("special_tokens")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TokenizerError(f"{path} is JSON, but not a tekken.json: {error!r} is wrong or missing") from None
         specials = {names.get(rank, f"<SPECIAL_{rank}>"): rank for rank in range(offset)}
         return cls(ranks, pattern, specials, str(path), offset)

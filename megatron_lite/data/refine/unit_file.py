@@ -1,0 +1,67 @@
+"""What became of one unit of the input in one pass: a file of sections that is there whole or not at all.
+
+A unit is a block of the input. Its file begins with a little-endian u64, the length of a JSON head, which gives the
+bytes of each section and the counts of the report; the sections follow in that order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_lite.errors import DataError
+from megatron_lite.publish import published
+
+_LENGTH = struct.Struct("<Q")
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitFile:
+    """The head of a unit's file, and where each section lies."""
+
+    path: Path
+    head: Mapping[str, Any]
+    _places: Mapping[str, tuple[int, int]]
+
+    def section(self, name: str) -> bytes:
+        """The bytes of a section; none where the unit has no such section."""
+        start, size = self._places.get(name, (0, 0))
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+
+def unit_path(folder: Path, unit: int) -> Path:
+    """Where the file of a unit is."""
+    return folder / f"{unit:09d}.unit"
+
+
+def write_unit(path: Path, head: Mapping[str, Any], sections: Mapping[str, bytes]) -> None:
+    """Publish a unit's file: when it has its name it is complete."""
+    sizes = {name: len(data) for name, data in sections.items()}
+    packed = json.dumps({"sections": sizes, "head": head}).encode()
+    with published(path) as temporary, open(temporary, "wb") as file:
+        file.write(_LENGTH.pack(len(packed)))
+        file.write(packed)
+        file.writelines(sections.values())
+
+
+def open_unit(path: Path) -> UnitFile:
+    """Read the head of a unit's file. Raises DataError if it is damaged."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+            content = json.loads(file.read(length))
+            places, start = {}, _LENGTH.size + length
+            for name, size in content["sections"].items():
+                places[name] = (start, size)
+                start += size
+            if file.seek(0, 2) != start:
+                raise ValueError(f"it has not the {start:,} bytes its head speaks of")
+            return UnitFile(path, content["head"], places)
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise DataError(f"{path} cannot be used: {error}; remove it and run again, it is made anew") from None
