@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -275,7 +276,7 @@ def merge(config: RunConfig, data_size: int, user: Mapping[str, Any]) -> dict[st
                     merged[key] = inner
                 else:
                     merged.setdefault(key, {})[name.partition(".")[2]] = inner
-            elif merged.get(key, {}).get("enabled", True):
+            elif not isinstance(section := merged.get(key), dict) or section.get("enabled", True):
                 problems.append(f"{name} cannot be set by a DeepSpeed configuration here; leave it out of the file.")
     problems += _zero_problems(merged["zero_optimization"], config.optimizer.optimizer)
     if problems:
@@ -343,7 +344,7 @@ def _zero_problems(zero: Mapping[str, Any], optimizer: str) -> list[str]:
 def problems(config: RunConfig, world_size: int) -> list[str]:
     """Everything in --deepspeed_config that can be said without DeepSpeed to be wrong, one sentence each."""
     path = config.parallel.deepspeed_config
-    if path is None or not Path(path).is_file() or check.out_of_range(config):
+    if path is None or not os.path.isfile(path) or check.out_of_range(config):
         return []
     try:
         merge(config, max(1, world_size // config.parallel.model_parallel_size), read(path))
@@ -358,7 +359,7 @@ def read(path: str | Path) -> dict[str, Any]:
         user = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The DeepSpeed configuration {path} cannot be read: {error}.") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"The DeepSpeed configuration {path} is not valid JSON: {error}.") from error
     if not isinstance(user, dict):
         raise ConfigError(f"The DeepSpeed configuration {path} must be a JSON object, not {type(user).__name__}.")
