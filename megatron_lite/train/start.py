@@ -41,8 +41,8 @@ from megatron_lite.train.dry_run import planned_peak
 from megatron_lite.train.ending import Ending, tell_traceback
 from megatron_lite.train.engine import load_libraries
 from megatron_lite.train.engine_interface import Engine
-from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.huggingface import begin_with
+from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.loop import Run, train
 from megatron_lite.train.progress import Progress
 
@@ -156,6 +156,9 @@ def _assemble(
     if found is not None:
         with build.alike():
             start = _load(config, mesh, engine, found, start, data.facts)
+    elif config.checkpoint.load_hf is not None:
+        with build.alike():
+            begin_with(config.checkpoint.load_hf, mesh, engine)
     if shortfall := start.schedule.shortfall(plan.total_iterations, plan.total_samples):
         log.warn(shortfall)
     device_name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
@@ -187,9 +190,6 @@ def _assemble(
         plan=plan,
         schedule=start.schedule,
         progress=start.progress,
-    elif config.checkpoint.load_hf is not None:
-        with build.alike():
-            begin_with(config.checkpoint.load_hf, mesh, engine)
         dropout_seed=start.dropout_seed,
         train_loader=build.open_loader(config, data.train_stream, mesh, data.vocab_size),
         valid_loader=data.valid_stream and build.open_loader(config, data.valid_stream, mesh, data.vocab_size),
@@ -333,6 +333,11 @@ def _load(
     weights_only = options.finetune and not found.is_own
     optimizer = not weights_only and not options.no_load_optim
     folder, manifest = found.folder, found.manifest
+    if not weights_only and "progress" not in manifest.state:
+        raise CheckpointError(
+            f"{folder} holds weights that were imported, and no state of a run to go on with; begin a run with them by "
+            "--load and --finetune"
+        )
     checkpoint_fit.check_settings(folder, manifest, config.model, finetune=weights_only)
     build.together(
         mesh, lambda: checkpoint_fit.tell_changes(folder, manifest, config.data, facts, finetune=weights_only)
@@ -366,11 +371,6 @@ def _choose_schedule(config: RunConfig, saved: Schedule, asked: Schedule, take_s
     if config.optimizer.override_opt_param_scheduler:
         log.note(f"learning-rate schedule overridden by the flags: {', '.join(differs)}")
         return asked
-    if not weights_only and "progress" not in manifest.state:
-        raise CheckpointError(
-            f"{folder} holds weights that were imported, and no state of a run to go on with; begin a run with them by "
-            "--load and --finetune"
-        )
     log.warn(
         f"the learning-rate schedule of the checkpoint is kept, which ends at {saved.floor:g} after {saved.decay:,g} "
         f"{saved.unit}; the flags would change {', '.join(differs)} (--override-opt_param-scheduler takes them)"
