@@ -35,8 +35,16 @@ class ParallelConfig:
     context ranks."""
     deepspeed_config: str | None = None
     """DeepSpeed JSON merged into the derived one; a value that contradicts a flag is an error."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over data and context ranks while backward makes others, bucket by bucket; without a pipeline."""
+    ddp_bucket_size: int = 16_777_216
+    """Gradients that are summed at once, in elements, where ZeRO is 0, or 1 with overlap_grad_reduce."""
     distributed_timeout_minutes: float = 10.0
     """Longest a collective may take."""
+    hang_limit_minutes: float | None = None
+    """Longest a step, or a batch of a validation, may take: the run then ends, with a page that says which rank is
+    behind and where the others wait; 0 is never. Default: 10 times the slowest of the last 50, at least 1 minute. The
+    first has distributed_timeout_minutes."""
 
     @property
     def model_parallel_size(self) -> int:

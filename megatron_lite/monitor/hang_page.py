@@ -37,6 +37,8 @@ class Word:
     """What a rank says of itself when its run hangs."""
 
     rank: int
+    reason: str
+    """Why the run hangs, of a rank that found it out by itself."""
     stretch: str
     place: int
     """How many stretches it has come to: on all ranks the same where none is behind."""
@@ -76,11 +78,9 @@ def page(
     silent: Mapping[int, str],
     seats: Sequence[Seat],
     shape: MeshShape,
-    *,
-    reason: str,
     folder: str,
 ) -> Page:
-    """The page of a run that hangs for `reason`.
+    """The page of a run that hangs.
 
     `words` are those of the ranks that gave one, `silent` what is known of each that did not. `folder` holds the words.
     """
@@ -96,7 +96,13 @@ def page(
     told = _alike({rank: _line(word, waits.of[rank]) for rank, word in words.items()})
     shown = min(accused or words)
     lines = [
-        *(f"THIS RUN HANGS: {reason}", "", "behind:", *_first(behind), ""),
+        *(
+            f"THIS RUN HANGS: {next((word.reason for word in words.values() if word.reason), 'a rank says so')}",
+            "",
+            "behind:",
+            *_first(behind),
+            "",
+        ),
         *("what the ranks say:", *_first([f"{ranks_text(ranks)}: {text}" for text, ranks in told.items()]), ""),
         *(f"rank {shown} is at:", *(f"  {line}" for line in words[shown].at or ["no line of this package"]), ""),
         f"the words and stacks of all ranks: {folder}",
@@ -208,6 +214,8 @@ def _line(word: Word, waits: Sequence[_Wait]) -> str:
         text += f": waits for {waits[0].text} in {waits[0].what}"
     elif unfinished := _unfinished(word):
         text += f": in {unfinished}, to which all have come"
+    if word.at:
+        text += f", at {word.at[-1]}"
     return f"{text} ({word.error})" if word.error else text
 
 

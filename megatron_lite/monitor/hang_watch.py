@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_lite import log
 from megatron_lite.errors import EXIT_HANG, HangError
@@ -49,8 +48,10 @@ class Limit:
         self._first = 60 * first_minutes
 
     def seconds(self, kind: str) -> float:
-        """The limit now; infinite for what takes long once in a while, such as a checkpoint that waits for a disk: there
-        the time that a collective may take has to do."""
+        """The limit now; infinite for what takes long once in a while, such as a checkpoint that waits for a disk.
+
+        There the time that a collective may take has to do.
+        """
         if kind not in (STEP, VALIDATION):
             return float("inf")
         times = HERE.times[kind]
@@ -99,16 +100,13 @@ class HangWatch:
     def close(self) -> None:
         """Watch no more. Where this rank is ending already, because its run hangs, this does not return."""
         self._over.set()
-        if not self._speaking.acquire(blocking=False):
-            threading.Event().wait()
+        with self._speaking:
+            pass
 
-    def report(self, error: HangError) -> None:
-        """Have the page made, since a collective gave up waiting; the watch is over then."""
-        self._over.set()
-        if not self._speaking.acquire(blocking=False):
-            threading.Event().wait()
-        self._speak(str(error), took_too_long=str(error))
-        self._speaking.release()
+    def report(self, error: HangError, seen: BaseException) -> None:
+        """Have the page made, since a collective gave up waiting, as was `seen`; the watch is over then."""
+        self.close()
+        self._speak(str(error), seen)
 
     def _run(self, tick: float) -> None:
         looked = time.monotonic()
@@ -122,30 +120,30 @@ class HangWatch:
                 self._place, self._still = stretch.place, 0.0
                 continue
             before, self._still = self._still, self._still + elapsed
-            limit, reason = self._limit.seconds(stretch.kind), None
+            limit = self._limit.seconds(stretch.kind)
             if self._still > limit:
-                reason = f"{stretch} did not end within {limit:.3g} s ({self._limit.reason(stretch.kind)})"
+                self._speak_and_end(f"{stretch} did not end within {limit:.3g} s ({self._limit.reason(stretch.kind)})")
             elif self._still // ALARM_SECONDS > before // ALARM_SECONDS and self._folder.is_dir():
-                # Other ranks may have begun earlier, or learned a shorter limit.
-                reason = f"{stretch} hangs, as another rank says"
-            if reason is not None and self._speaking.acquire(blocking=False):
-                self._speak(reason)
-                self._end()
+                # Another rank has found it out: it may have begun earlier, or learned a shorter limit.
+                self._speak_and_end("")
 
-    def _speak(self, reason: str, took_too_long: str = "") -> None:
+    def _speak_and_end(self, reason: str) -> None:
+        with self._speaking:
+            if not self._over.is_set():
+                self._speak(reason)
+                with contextlib.suppress(Exception):
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                os._exit(EXIT_HANG)
+
+    def _speak(self, reason: str, seen: BaseException | None = None) -> None:
         """Give this rank's word, and make the page of all words or wait for it."""
         try:
-            publish(self._word_file(self._rank), take_word(self._rank, self._main, took_too_long).to_json())
+            publish(self._word_file(self._rank), take_word(self._rank, self._main, reason, seen).to_json())
             if self._makes_page():
-                self._make_page(reason)
+                self._make_page()
         except Exception:
             log.every_rank(f"the report of a run that hangs failed:\n{traceback.format_exc()}")
-
-    def _end(self) -> NoReturn:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(EXIT_HANG)
 
     def _makes_page(self) -> bool:
         """Whether this rank is to make the page; False once another has done so.
@@ -164,7 +162,7 @@ class HangWatch:
             time.sleep(0.1)
         return True
 
-    def _make_page(self, reason: str) -> None:
+    def _make_page(self) -> None:
         began, missing = time.monotonic(), set(range(self._shape.world_size))
         while missing:
             missing -= {int(path.stem.rpartition("-")[2]) for path in self._folder.glob("rank-*.json")}
@@ -180,7 +178,6 @@ class HangWatch:
             {rank: self._state_here(rank) or "it is stopped, or its node is gone" for rank in sorted(missing)},
             self._seats,
             self._shape,
-            reason=reason,
             folder=str(self._folder),
         )
         self._told(made)
@@ -211,8 +208,11 @@ def process_state(process: int) -> str | None:
     }.get(state)
 
 
-def take_word(rank: int, main_thread: int, error: str = "") -> Word:
-    """What this process is doing, by its notes, its collectives and its threads' stacks."""
+def take_word(rank: int, main_thread: int, reason: str = "", seen: BaseException | None = None) -> Word:
+    """What this process is doing, by its notes, its collectives and its threads' stacks.
+
+    `reason` is why it says that the run hangs, and `seen` what its main thread was told, if it gave up.
+    """
     stretch = HERE.stretch
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames = {thread: traceback.extract_stack(frame) for thread, frame in sys._current_frames().items()}
@@ -227,22 +227,17 @@ def take_word(rank: int, main_thread: int, error: str = "") -> Word:
         collectives = []
     return Word(
         rank=rank,
+        reason=reason,
         stretch=str(stretch),
         place=stretch.place,
         seconds=round(time.monotonic() - stretch.began, 1),
         doing=" ".join(map(str, HERE.doing)),
-        error=error,
-        at=_own_lines(frames.get(main_thread, [])),
-        awaited=[
-            Awaited(f"{_KINDS[kind]} of stage {stage}, micro-batch {micro_batch}", whom)
-            for (kind, stage, micro_batch), whom in dict(HERE.awaited).items()
-        ][:1],
+        error="" if seen is None else str(seen).partition("\n")[0],
+        at=_own_lines(traceback.extract_tb(seen.__traceback__) if seen else frames.get(main_thread, [])),
+        awaited=[Awaited(" ".join(map(str, what)), whom) for what, whom in dict(HERE.awaited).items()][:1],
         collectives=collectives,
         stacks=stacks,
     )
-
-
-_KINDS = {"F": "the input", "B": "the gradient"}
 
 
 def _own_lines(frames: Sequence[traceback.FrameSummary], count: int = 5) -> list[str]:

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from megatron_lite.parallel.whereabouts import HERE
+
 # Renamed in torch 2.13, where the old names warn.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -29,7 +31,8 @@ def all_reduce(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     if group is None:
         return tensor
     tensor = tensor.contiguous()
-    dist.all_reduce(tensor, group=group)
+    with HERE.waiting():
+        dist.all_reduce(tensor, group=group)
     return tensor
 
 
@@ -39,7 +42,8 @@ def all_gather(tensor: torch.Tensor, group: Group, dim: int = 0) -> torch.Tensor
         return tensor
     size = group.size()
     parts = tensor.new_empty((size * tensor.shape[0], *tensor.shape[1:])) if tensor.dim() else tensor.new_empty(size)
-    _all_gather_single(parts, tensor.contiguous(), group=group)
+    with HERE.waiting():
+        _all_gather_single(parts, tensor.contiguous(), group=group)
     return parts if dim == 0 else torch.cat(parts.chunk(size), dim)
 
 
@@ -64,7 +68,8 @@ def reduce_scatter_in_place(tensor: torch.Tensor, group: Group) -> torch.Tensor:
 def _reduce_scatter_into(part: torch.Tensor, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
     """`part` may be this rank's part of `tensor` itself."""
     if tensor.device.type != "cpu":
-        _reduce_scatter_single(part, tensor, group=group)
+        with HERE.waiting():
+            _reduce_scatter_single(part, tensor, group=group)
         return
     # gloo's own sums everything everywhere, in more than twice the time.
     rank, size = group.rank(), group.size()
@@ -72,10 +77,11 @@ def _reduce_scatter_into(part: torch.Tensor, tensor: torch.Tensor, group: dist.P
     received = torch.empty_like(part)
     mine = parts[rank]
     for distance in range(1, size):
-        target = (rank + distance) % size
-        sending = dist.isend(parts[target], group=group, group_dst=target)
-        dist.recv(received, group=group, group_src=(rank - distance) % size)
-        sending.wait()
+        target, source = (rank + distance) % size, (rank - distance) % size
+        with HERE.waiting("its part of a reduce-scatter", dist.get_global_rank(group, source)):
+            sending = dist.isend(parts[target], group=group, group_dst=target)
+            dist.recv(received, group=group, group_src=source)
+            sending.wait()
         mine = torch.add(mine, received, out=part)
 
 
@@ -84,7 +90,8 @@ def all_to_all(parts: torch.Tensor, group: Group) -> torch.Tensor:
     if group is None:
         return parts
     received = torch.empty_like(parts, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(received, parts.contiguous(), group=group)
+    with HERE.waiting():
+        dist.all_to_all_single(received, parts.contiguous(), group=group)
     return received
 
 
@@ -119,8 +126,7 @@ class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor, group):
         ctx.mark_dirty(tensor)
-        dist.all_reduce(tensor, group=group)
-        return tensor
+        return all_reduce(tensor, group)
 
     @staticmethod
     def backward(ctx, gradient):

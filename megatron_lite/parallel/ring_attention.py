@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megatron_lite import log
+from megatron_lite.parallel.whereabouts import HERE
 
 
 class Block(Protocol):
@@ -218,6 +219,7 @@ class _Passing:
         rank, size = group.rank(), group.size()
         # Held until it is sent.
         self._sent, self._received = tensor, torch.empty_like(tensor)
+        self._source = dist.get_global_rank(group, (rank - 1) % size)
         self._works = dist.batch_isend_irecv(
             [
                 dist.P2POp(dist.isend, tensor, group=group, group_peer=(rank + 1) % size),
@@ -227,6 +229,7 @@ class _Passing:
 
     def wait(self) -> torch.Tensor:
         """The previous rank's tensor."""
-        for work in self._works:
-            work.wait()
+        with HERE.waiting("keys and values of the ring", self._source):
+            for work in self._works:
+                work.wait()
         return self._received

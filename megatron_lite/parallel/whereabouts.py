@@ -7,9 +7,11 @@ stretches (a step, a batch of a validation, a checkpoint), which all ranks go th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 STEP, VALIDATION, CHECKPOINT = "training step", "batch of validation", "checkpoint"
@@ -53,8 +55,10 @@ class Whereabouts:
         self.stretch = Stretch("start", 0, 0, time.monotonic())
         self.doing: tuple[Any, ...] = ()
         """Words and numbers, put together only when somebody asks."""
-        self.awaited: dict[tuple[str, int, int], int] = {}
-        """What a pipeline has ordered from its neighbours and not used: (F or B, stage, micro-batch) -> global rank."""
+        self.awaited: dict[tuple[Any, ...], int] = {}
+        """What was ordered from another rank and is not used yet, in words as of `doing` -> that rank."""
+        self.waited = 0.0
+        """Seconds spent in collectives, as the host sees it: on a GPU, which works by itself, next to nothing."""
         self.times: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
         """Seconds that the last stretches of each kind took."""
 
@@ -69,6 +73,16 @@ class Whereabouts:
     def note(self, *words: Any) -> None:
         """Say what comes next within a stretch."""
         self.doing = words
+
+    @contextlib.contextmanager
+    def waiting(self, what: str = "", rank: int | None = None) -> Iterator[None]:
+        """Within it this rank waits for others; for `what` of one `rank`, where that is known."""
+        began = time.perf_counter()
+        if rank is not None:
+            self.awaited[what,] = rank
+        yield
+        self.awaited.pop((what,), None)
+        self.waited += time.perf_counter() - began
 
 
 HERE = Whereabouts()

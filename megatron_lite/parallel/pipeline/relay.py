@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.parallel.whereabouts import HERE
 
 
 class Relay:
@@ -28,7 +29,9 @@ class Relay:
             kept, self._kept = self._kept, None
             return kept
         received = torch.empty(shape, dtype=dtype, device=self._mesh.device)
-        dist.recv(received, group=self._mesh.group("pipe"), group_src=self._placement[stage - 1])
+        group, source = self._mesh.group("pipe"), self._placement[stage - 1]
+        with HERE.waiting("the hidden states of the stage before", dist.get_global_rank(group, source)):
+            dist.recv(received, group=group, group_src=source)
         return received
 
     def send(self, stage: int, hidden: torch.Tensor) -> None:

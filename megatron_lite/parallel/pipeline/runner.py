@@ -206,13 +206,16 @@ class _Stage(PipelineStage):
 
     def _await(self, kind: str, micro_batch: int) -> None:
         if (rank := self.suppliers[kind]) is not None:
-            HERE.awaited[kind, self.stage_index, micro_batch] = rank
+            HERE.awaited[self._wanted(kind, micro_batch)] = rank
+
+    def _wanted(self, kind: str, micro_batch: int) -> tuple[str | int, ...]:
+        return "the input" if kind == "F" else "the gradient", "of stage", self.stage_index, "micro-batch", micro_batch
 
     @contextlib.contextmanager
     def _doing(self, kind: str, micro_batch: int) -> Iterator[None]:
         """Note a pass under way: within it nothing is waited for, and after it what had been ordered before."""
         where = "of stage", self.stage_index, "micro-batch", micro_batch
-        HERE.awaited.pop((kind, self.stage_index, micro_batch), None)
+        HERE.awaited.pop(self._wanted(kind, micro_batch), None)
         awaited, HERE.awaited = HERE.awaited, {}
         HERE.note(_ACTIONS[kind], *where)
         yield
