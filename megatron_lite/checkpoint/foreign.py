@@ -67,6 +67,17 @@ def rows(ours: str, our_row: int, theirs: str, their_row: int, *shape: int, tran
     return Link(ours, theirs, shape, (our_row, *rest), their_start, transposed)
 
 
+def widest(names: Iterable[str]) -> torch.dtype:
+    """The dtype that holds all numbers of some, given by their safetensors names. Raises CheckpointError."""
+    found: torch.dtype | None = None
+    for name in names:
+        if name not in DTYPES:
+            raise CheckpointError(f"a weight is {name}; only {', '.join(DTYPES)} can be read")
+        found = DTYPES[name] if found is None else torch.promote_types(found, DTYPES[name])
+    assert found is not None
+    return found
+
+
 class Source(Protocol):
     """Somebody's tensors, read by rectangles."""
 
@@ -164,16 +175,15 @@ class PieceToCome(Piece):
         return memoryview(values.view(-1).view(torch.uint8).numpy())
 
 
-def pieces_to_come(source: Source, links: Mapping[str, Sequence[Link]]) -> list[PieceToCome]:
-    """All weights of a foreign checkpoint for `save`, each in the dtype it is stored in."""
+def pieces_to_come(
+    source: Source, links: Mapping[str, Sequence[Link]], dtype: torch.dtype | None = None
+) -> list[PieceToCome]:
+    """All weights of a foreign checkpoint for `save`, in `dtype` or each in the one it is stored in."""
     found = []
     for name, parts in links.items():
-        dtypes = {DTYPES[source.dtype(part.theirs)] for part in parts}
-        dtype = dtypes.pop()
-        for other in dtypes:
-            dtype = torch.promote_types(dtype, other)
         shape = shape_of(parts)
-        empty = torch.empty(shape, dtype=dtype, device="meta")
+        stored = widest(source.dtype(part.theirs) for part in parts)
+        empty = torch.empty(shape, dtype=dtype or stored, device="meta")
         origin = (0,) * len(shape)
         found.append(PieceToCome(f"weight/{name}", shape, origin, empty, True, source=source, parts=tuple(parts)))
     return found

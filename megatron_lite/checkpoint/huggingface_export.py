@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_lite.checkpoint.foreign import Link, by_ours, shape_of, their_shapes
+from megatron_lite.checkpoint.foreign import Link, by_ours, shape_of, their_shapes, widest
 from megatron_lite.checkpoint.huggingface import INDEX, WEIGHTS
 from megatron_lite.checkpoint.load import fill
 from megatron_lite.checkpoint.manifest import ITEM_BYTES, Manifest
@@ -39,7 +39,10 @@ def export_weights(
     for link in links:
         parts[link.theirs].append(link)
     tensors = {
-        name: (DTYPE_NAMES[dtype] if dtype else _stored_dtype(manifest, parts[name]), shape)
+        name: (
+            DTYPE_NAMES[dtype or widest(manifest.tensors[f"weight/{part.ours}"].dtype for part in parts[name])],
+            shape,
+        )
         for name, shape in their_shapes(links).items()
     }
     files = list(_divide(tensors, max_file_bytes))
@@ -66,14 +69,6 @@ def _match(folder: Path, manifest: Manifest, links: list[Link]) -> None:
     there = {name: tensor.shape for name, tensor in manifest.tensors.items() if name.startswith("weight/")}
     if wrong := sorted(wanted.items() ^ there.items()):
         raise CheckpointError(f"{folder} does not hold the model of its configuration: {wrong[0][0]} differs")
-
-
-def _stored_dtype(manifest: Manifest, parts: list[Link]) -> str:
-    stored = [DTYPES[manifest.tensors[f"weight/{part.ours}"].dtype] for part in parts]
-    dtype = stored[0]
-    for other in stored[1:]:
-        dtype = torch.promote_types(dtype, other)
-    return DTYPE_NAMES[dtype]
 
 
 def _divide(tensors: Mapping[str, tuple[str, tuple[int, ...]]], most: int) -> Iterator[list[str]]:

@@ -1,0 +1,88 @@
+"""A checkpoint and a Hugging Face folder asked the same: how far their logits are apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from megatron_lite.errors import CheckpointError
+from megatron_lite.parallel.mesh_shape import MeshShape
+from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.train.engine_interface import DTYPES
+from megatron_lite.train.open import open_on
+
+_BATCH, _LENGTH, _SEED = 2, 128, 0
+TOLERANCE = 1e-4
+"""Largest difference over the largest logit: rounding in fp32 leaves 1e-6 to 1e-5, another model 1e-2 and more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Logits of some random tokens, by either model in fp32."""
+
+    difference: float
+    """The largest."""
+    largest: float
+    """The largest logit."""
+    tokens: int
+
+    @property
+    def holds(self) -> bool:
+        # Not the other way round: a NaN is no agreement.
+        return self.difference <= TOLERANCE * self.largest
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference of logits {self.difference:.2e}, of logits up to {self.largest:.3g} "
+            f"({self.tokens} tokens, in fp32)"
+        )
+
+
+def is_installed() -> bool:
+    """Whether there is a transformers to ask."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+def compare_logits(root: Path, folder: Path, dtype: str | None = None) -> Agreement:
+    """Ask the checkpoint under `root` and the model in `folder`, one after the other, their weights rounded to `dtype`.
+
+    Memory holds one whole model in fp32 at a time. Raises CheckpointError where transformers cannot load the folder, or
+    loads it with weights missing.
+    """
+    theirs, tokens = _transformers_logits(folder, dtype)
+    opened = open_on(ProcessMesh(MeshShape(), 0), root, dtype=dtype or "fp32")
+    ours = opened.model.float().full_logits(opened.model.logits(tokens))
+    if ours.shape != theirs.shape:
+        raise CheckpointError(f"logits have shape {list(ours.shape)} here and {list(theirs.shape)} in transformers")
+    return Agreement((ours - theirs).abs().max().item(), theirs.abs().max().item(), tokens.numel())
+
+
+@torch.no_grad()
+def _transformers_logits(folder: Path, dtype: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and the tokens they are of."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model, told = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype or "fp32"],
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"transformers cannot load {folder}: {error}") from None
+    astray = {kind: sorted(map(str, told[kind]))[:4] for kind in ("missing_keys", "unexpected_keys") if told.get(kind)}
+    if astray:
+        raise CheckpointError(f"transformers loads {folder} with {astray}")
+    config = model.config
+    length = min(_LENGTH, getattr(config, "sliding_window", None) or _LENGTH, config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(_SEED)
+    tokens = torch.randint(0, config.vocab_size, (_BATCH, length), generator=generator)
+    return model.float().eval()(tokens).logits, tokens

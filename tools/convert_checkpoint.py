@@ -1,0 +1,202 @@
+#!/usr/bin/env python
+"""Turn a Hugging Face folder into a checkpoint, or a checkpoint into a Hugging Face folder.
+
+python tools/convert_checkpoint.py --load-hf models/llama --save runs/llama
+python tools/convert_checkpoint.py --load runs/mine --save-hf exported/mine
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from megatron_lite import log
+from megatron_lite.config.command_line import read
+from megatron_lite.errors import ConfigError
+from megatron_lite.parallel.door import exit_code_of
+from megatron_lite.parallel.launch import Launch
+
+_HF_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_GB = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+    """What is read and what is written."""
+
+    load_hf: str | None = None
+    """Hugging Face folder to read: config.json, safetensors files, tokenizer."""
+    save: str | None = None
+    """With --load-hf: folder of checkpoints to write, new or empty."""
+    load: str | None = None
+    """Folder of a run's checkpoints (its --save folder), or of one checkpoint, to read."""
+    ckpt_step: int | None = None
+    """With --load: step to read; default: the newest complete one."""
+    save_hf: str | None = None
+    """With --load: Hugging Face folder to write, new or empty."""
+    family: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3"] | None = None
+    """With --save-hf: model family to write it as; default: the first whose form the model has."""
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    """Number format of what is written; default: as stored, so that no bit changes."""
+    max_file_gb: float = 5.0
+    """With --save-hf: size of a safetensors file, in 10^9 bytes; a larger tensor has a file of its own."""
+    verify: bool = True
+    """Compare the logits of both by transformers before the result has its name; needs memory for the model in fp32."""
+
+    def problems(self) -> list[str]:
+        """What cannot be, one sentence each."""
+        pairs = {"load_hf": "save", "load": "save_hf"}
+        given = [source for source in pairs if getattr(self, source) is not None]
+        if len(given) != 1:
+            return ["Give --load-hf DIR and --save DIR to import, or --load DIR and --save-hf DIR to export."]
+        source, (other,) = given[0], [name for name in pairs if name != given[0]]
+        found = []
+        if getattr(self, pairs[source]) is None:
+            found.append(f"--{source.replace('_', '-')} needs --{pairs[source].replace('_', '-')} DIR to write to.")
+        if getattr(self, pairs[other]) is not None:
+            found.append(
+                f"--{pairs[other].replace('_', '-')} goes with --{other.replace('_', '-')}, not with "
+                f"--{source.replace('_', '-')}."
+            )
+        for name in ("ckpt_step", "family"):
+            if source == "load_hf" and getattr(self, name) is not None:
+                found.append(f"--{name.replace('_', '-')} goes with --load; leave it out.")
+        if not 0 < self.max_file_gb < float("inf"):
+            found.append(f"max_file_gb={self.max_file_gb:g} is no size; give a number above 0.")
+        return found
+
+
+def _import(options: ConvertOptions) -> None:
+    from megatron_lite.checkpoint.huggingface import HuggingFaceFolder
+    from megatron_lite.config import huggingface, sources
+    from megatron_lite.config.run import RunConfig
+    from megatron_lite.train.engine_interface import DTYPES
+    from megatron_lite.train.imported import arriving, write_imported
+
+    source, target = Path(options.load_hf), Path(options.save)
+    with HuggingFaceFolder(source) as folder, arriving(target) as temporary:
+        for note in folder.described.notes:
+            log.warn(note)
+        config = sources.override(RunConfig(), huggingface.overrides(source))
+        dtype = None if options.dtype is None else DTYPES[options.dtype]
+        write_imported(folder, folder.links, config, temporary, target, dtype)
+        _verify(options, temporary, source)
+    print(
+        f"{target} holds the {folder.described.family} of {source}: begin a run with it by --load {target} --finetune"
+    )
+
+
+def _export(options: ConvertOptions) -> None:
+    from megatron_lite.checkpoint import huggingface_names
+    from megatron_lite.checkpoint.find import find
+    from megatron_lite.checkpoint.huggingface_export import export_weights
+    from megatron_lite.checkpoint.manifest import read_manifest
+    from megatron_lite.config import huggingface, sources
+    from megatron_lite.errors import CheckpointError
+    from megatron_lite.parallel.mesh_shape import MeshShape
+    from megatron_lite.parallel.process_mesh import ProcessMesh
+    from megatron_lite.train.engine_interface import DTYPES
+    from megatron_lite.train.imported import arriving
+
+    target = Path(options.save_hf)
+    folder = find(options.load, ProcessMesh(MeshShape(), 0), options.ckpt_step, only="weight/")
+    if folder is None:
+        raise CheckpointError(f"{options.load} holds no complete checkpoint; give the --save folder of a run")
+    manifest = read_manifest(folder)
+    config = sources.from_plain(manifest.config, str(folder))
+    model, rows = config.model, manifest.tensors["weight/embedding.word.weight"].shape[0]
+    family = options.family or huggingface.family_of(model)
+    learned = manifest.tensors.get("weight/embedding.position.weight")
+    positions = learned.shape[0] if learned else model.max_position_embeddings or config.data.seq_length
+    links = huggingface_names.links(model, family, vocab_size=rows, positions=positions)
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    with arriving(target) as temporary:
+        bos, eos = _export_tokenizer(folder, manifest, config.data, temporary)
+        written = export_weights(
+            folder, manifest, links, temporary, dtype=dtype, max_file_bytes=int(options.max_file_gb * _GB)
+        )
+        stored = manifest.tensors["weight/embedding.word.weight"].dtype
+        content = huggingface.config_json(
+            model,
+            family,
+            vocab_size=rows,
+            positions=positions,
+            dtype=_HF_DTYPES[{"fp32": "F32", "bf16": "BF16", "fp16": "F16", None: stored}[options.dtype]],
+            bos=bos,
+            eos=eos,
+        )
+        (temporary / huggingface.CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+        _verify(options, folder, temporary)
+    files = len(set(written.values()))
+    print(f"{target} holds step {manifest.step} of {options.load} as {family}: {len(written)} tensors in {files} files")
+
+
+def _export_tokenizer(folder: Path, manifest, data, into: Path) -> tuple[int | None, int | None]:
+    """Write the tokenizer's files, or say why not; its ids of the beginning and the end of a text."""
+    from megatron_lite.data import tokenizer_files
+    from megatron_lite.data.tokenizer_export import export_tokenizer
+    from megatron_lite.errors import TokenizerError
+
+    if data.tokenizer_type is None:
+        log.warn("the checkpoint names no tokenizer, so none is written")
+        return None, None
+    plain = dataclasses.replace(data, special_tokens=())
+    fingerprint = manifest.state.get("facts", {}).get("tokenizer")
+    try:
+        tokenizer = tokenizer_files.tokenizer_of_training(folder, data, fingerprint)
+    except TokenizerError as error:
+        log.warn(f"no tokenizer is written: {error}")
+        return None, None
+    read_from = tokenizer_files.copied(plain, folder.parent / tokenizer_files.FOLDER) or data
+    reason = export_tokenizer(tokenizer, dataclasses.replace(read_from, special_tokens=data.special_tokens), into)
+    if reason is not None:
+        log.warn(f"no tokenizer is written: {reason}")
+    return tokenizer.bos, tokenizer.eos
+
+
+def _verify(options: ConvertOptions, checkpoint: Path, folder: Path) -> None:
+    """Raise CheckpointError unless a checkpoint and a Hugging Face folder give the same logits."""
+    from megatron_lite.errors import CheckpointError
+    from megatron_lite.train.against_transformers import compare_logits, is_installed
+
+    if not options.verify:
+        log.warn("logits were not compared (--no-verify)")
+        return
+    if not is_installed():
+        log.warn("transformers is not installed, so logits were NOT compared: pip install transformers")
+        return
+    agreement = compare_logits(checkpoint, folder, options.dtype)
+    if not agreement.holds:
+        raise CheckpointError(f"the models differ: {agreement}; nothing was written")
+    print(f"transformers agrees: {agreement}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns its exit code."""
+
+    def convert(me: Launch) -> None:
+        if me.world_size > 1:
+            raise ConfigError("convert_checkpoint.py works in one process; start it by python.")
+        options = read(
+            ConvertOptions,
+            sys.argv[1:] if argv is None else argv,
+            prog="convert_checkpoint.py",
+            description="Turn a Hugging Face folder into a checkpoint, or a checkpoint into a Hugging Face folder.",
+            default=ConvertOptions(),
+        )
+        if problems := options.problems():
+            raise ConfigError(problems)
+        try:
+            (_export if options.load_hf is None else _import)(options)
+        except OSError as error:
+            raise ConfigError(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}.") from None
+
+    return exit_code_of(convert)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
