@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
-from megatron_lite.config import command_line, megatron_argv, sources
+from megatron_lite.config import command_line, huggingface, megatron_argv, sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 
+Options = TypeVar("Options")
+
 DESCRIPTION = (
-    "Pretrain a GPT. Values come from the defaults below, then --model, then --config, then flags; "
+    "Pretrain a GPT. Values come from the defaults below, then --load-hf, --model, --config, then flags; "
     "dashes and underscores are alike, and Megatron's other flags are listed in docs/megatron_flags.md."
 )
 
@@ -48,20 +50,12 @@ class LaunchOptions:
         return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _CommandLine(RunConfig):
-    launch: LaunchOptions = dataclasses.field(default_factory=LaunchOptions)
-
-
-LAUNCH_FLAGS = frozenset(field.name for field in dataclasses.fields(LaunchOptions))
-
-
 def _source(argv: Sequence[str], flag: str) -> str | None:
     """The last value of `flag` in argv: what the other flags' defaults depend on is read first."""
     value = None
     for i, word in enumerate(argv):
         name, equals, text = word.partition("=")
-        if name == flag:
+        if name.replace("_", "-") == flag:
             if not equals:
                 text = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else ""
             if not text:
@@ -70,24 +64,38 @@ def _source(argv: Sequence[str], flag: str) -> str | None:
     return value
 
 
-def load(argv: Sequence[str], prog: str = "pretrain_gpt.py", shown: bool = True) -> tuple[RunConfig, LaunchOptions]:
-    """The configuration and launch options that a command line asks for.
+def load(
+    argv: Sequence[str],
+    options: type[Options] = LaunchOptions,
+    *,
+    prog: str = "pretrain_gpt.py",
+    description: str = DESCRIPTION,
+    shown: bool = True,
+) -> tuple[RunConfig, Options]:
+    """The configuration and the options of a door that a command line asks for.
 
-    Raises ConfigError for flags that are unknown, refused or of a wrong type and for bad files, and
-    SystemExit 0 for --help, which is printed if `shown`.
+    `options` is a dataclass with defaults, whose fields are flags too. Raises ConfigError for flags that are unknown,
+    refused or of a wrong type and for bad files, and SystemExit 0 for --help, which is printed if `shown`.
     """
+    file = sources.read(path) if (path := _source(argv, "--config")) else {}
     base = RunConfig()
+    if huggingface_folder := _source(argv, "--load-hf") or file.get("checkpoint", {}).get("load_hf"):
+        base = sources.override(base, huggingface.overrides(huggingface_folder))
     if preset := _source(argv, "--model"):
         base = sources.override(base, sources.read_preset(preset))
-    if path := _source(argv, "--config"):
-        base = sources.override(base, sources.read(path))
+    base = sources.override(base, file)
+    sections = {section: getattr(base, section) for section in sources.field_types()}
+    own = ("options", options, dataclasses.field(default_factory=options))
+    whole = dataclasses.make_dataclass("CommandLine", [own], bases=(RunConfig,), frozen=True)
     command = command_line.read(
-        _CommandLine,
-        megatron_argv.rewrite(argv, sources.values_of(base), LAUNCH_FLAGS),
+        whole,
+        megatron_argv.rewrite(argv, sources.values_of(base), frozenset(f.name for f in dataclasses.fields(options))),
         prog=prog,
-        description=DESCRIPTION,
-        default=_CommandLine(**{section: getattr(base, section) for section in sources.field_types()}),
+        description=description,
+        default=whole(**sections),
         shown=shown,
     )
-    config = RunConfig(**{section: getattr(command, section) for section in sources.field_types()})
-    return config, command.launch
+    config = RunConfig(**{section: getattr(command, section) for section in sections})
+    if config.checkpoint.load_hf and (found := huggingface.contradictions(config.model, config.checkpoint.load_hf)):
+        raise ConfigError(found)
+    return config, command.options
