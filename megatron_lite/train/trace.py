@@ -18,6 +18,7 @@ from megatron_lite.checkpoint import store
 from megatron_lite.checkpoint.piece import Piece, pieces_of
 from megatron_lite.checkpoint.save import save
 from megatron_lite.config import sources
+from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.loader import MicroBatch
@@ -33,6 +34,9 @@ from megatron_lite.train.reading import count_targets, read
 from megatron_lite.train.step import train_step
 
 
+_ADAM_EPS = 1e-5
+
+
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """What this rank saw of a short training run."""
@@ -44,15 +48,35 @@ class Trace:
     step that was not skipped, before clipping, and `weight/PARAMETER` after the last step."""
 
 
+def comparable(config: RunConfig, steps: int) -> tuple[RunConfig, list[str]]:
+    """`config` for a trace of so many steps, and what it does not take from the given one, one sentence each."""
+    told = []
+    length = {"train_iters": steps, "train_samples": None, "train_tokens": None, "train_epochs": None}
+    changes: sources.Overrides = {"training": {**length, "rampup_batch_size": None, "eval_interval": 0}}
+    if config.model.attention_dropout:
+        changes["model"] = {"attention_dropout": 0.0}
+        told.append(f"attention_dropout is 0, not {config.model.attention_dropout:g}: each rank draws its own masks")
+    if config.optimizer.adam_eps < _ADAM_EPS and config.optimizer.optimizer.startswith("adam"):
+        changes["optimizer"] = {"adam_eps": _ADAM_EPS}
+        told.append(
+            f"adam_eps is {_ADAM_EPS:g}, not {config.optimizer.adam_eps:g}, with which the rounding of zero gradients "
+            "becomes steps"
+        )
+    if not (config.data.mock_data or config.data.data_path or config.data.train_data_path):
+        changes["data"] = {"mock_data": True}
+        told.append("no data are named, so tokens are generated (--mock-data)")
+    return sources.override(dataclasses.replace(config, checkpoint=CheckpointConfig()), changes), told
+
+
 def serial_of(config: RunConfig, data_size: int) -> RunConfig:
-    """The same training in one process: without ZeRO or recompute, in the same micro-batches, whose dropout masks
+    """The same training in one process: without recompute and with as little of ZeRO as there can be, in the same micro-batches, whose dropout masks
     are their own."""
     batch = {
         "global_batch_size": config.training.batch_size(data_size),
         "gradient_accumulation_steps": None,
         "recompute_granularity": "none",
     }
-    parallel = ParallelConfig(zero_stage=0)
+    parallel = ParallelConfig(zero_stage=0 if config.precision.dtype == "fp32" else 1)
     return sources.override(dataclasses.replace(config, parallel=parallel), {"training": batch})
 
 
