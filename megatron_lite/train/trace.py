@@ -33,7 +33,6 @@ from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.reading import count_targets, read
 from megatron_lite.train.step import train_step
 
-
 _ADAM_EPS = 1e-5
 
 
@@ -69,8 +68,8 @@ def comparable(config: RunConfig, steps: int) -> tuple[RunConfig, list[str]]:
 
 
 def serial_of(config: RunConfig, data_size: int) -> RunConfig:
-    """The same training in one process: without recompute and with as little of ZeRO as there can be, in the same micro-batches, whose dropout masks
-    are their own."""
+    """The same training in one process: without recompute, with as little of ZeRO as there can be, and in the same
+    micro-batches, whose dropout masks are their own."""
     batch = {
         "global_batch_size": config.training.batch_size(data_size),
         "gradient_accumulation_steps": None,
