@@ -256,6 +256,8 @@ def start(launch: Launch, timeout_minutes: float, store=None):
     else:
         device, backend = torch.device("cpu"), "gloo"
     _choose_interface(launch)
+    if launch.world_size > 1:
+        _tell_libraries(launch)
     dist.init_process_group(
         backend,
         store=open_store(launch, timeout_minutes) if store is None else store,
@@ -264,6 +266,17 @@ def start(launch: Launch, timeout_minutes: float, store=None):
         timeout=timedelta(minutes=timeout_minutes),
     )
     return device
+
+
+def _tell_libraries(launch: Launch) -> None:
+    """Leave for DeepSpeed the names that `torchrun` uses, whatever launcher it was."""
+    for name, value in (
+        ("RANK", launch.rank),
+        ("WORLD_SIZE", launch.world_size),
+        ("LOCAL_RANK", launch.local_rank),
+        ("LOCAL_WORLD_SIZE", launch.local_world_size),
+    ):
+        os.environ[name] = str(value)
 
 
 def _choose_interface(launch: Launch) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from megatron_lite.errors import EXIT_LOST_RANK, LostRankError
 
@@ -21,7 +21,16 @@ ANSWER_SECONDS = 5.0
 """How long a rank may take to answer before it counts as lost."""
 GIVE_UP_SECONDS = 15.0
 """How long a rank that was called may stay where it is, which may be a collective that never ends."""
+HEARING_SECONDS = 2.0
 _HERE, _GONE, _LEFT = "here", "gone", "left"
+
+
+class Lost(NamedTuple):
+    """What is known of a rank that is lost."""
+
+    what: str
+    spoke: bool
+    """It said itself why it ended."""
 
 
 class RollCall:
@@ -60,8 +69,8 @@ class RollCall:
         if failure:
             self._call()
 
-    def who_is_lost(self) -> tuple[dict[int, str], bool]:
-        """Lost ranks and what is known of each, and whether this rank is the one to tell it.
+    def who_is_lost(self) -> tuple[dict[int, Lost], bool]:
+        """The lost ranks, and whether this rank is the one to tell it.
 
         Asks all ranks, which takes moments, or `ANSWER_SECONDS` where one does not answer.
         """
@@ -74,16 +83,19 @@ class RollCall:
             self._ask(lambda store: store.set("lost", json.dumps(self._missing(store))))
         found = self._ask(self._await_answer)
         if self._store is None and self._keeper is not None:
-            return {self._keeper: self._at(self._keeper, "its process or its node is gone")}, self._rank == 1
-        return {int(rank): what for rank, what in (found or {}).items()}, tells
+            what = self._at(self._keeper, "its process or its node is gone")
+            return {self._keeper: Lost(what, spoke=False)}, self._rank == 1
+        return {int(rank): Lost(*known) for rank, known in (found or {}).items()}, tells
 
     def is_first_to(self, deed: str) -> bool:
         """Whether no other rank has asked this of that deed: one says what all of them could."""
         return self._store is None or self._claim(deed, str(self._rank))
 
     def close(self) -> None:
-        """Answer no more."""
+        """Answer no more. The store's keeper waits moments for those that have not heard yet who is lost."""
         self._taken_over.set()
+        if self._rank == self._keeper:
+            self._ask(self._await_hearers)
         self._ask(lambda store: store.set(f"bell {self._rank}", "closed"))
 
     def _call(self) -> None:
@@ -126,8 +138,7 @@ class RollCall:
         if self._claim(f"rank {rank}", _GONE):
             self._call()
 
-    def _missing(self, store) -> dict[int, str]:
-        """Each lost rank and what is known of it."""
+    def _missing(self, store) -> dict[int, Lost]:
         answers: dict[int, str] = {}
         deadline = time.monotonic() + ANSWER_SECONDS
         while len(answers) < self._world_size and time.monotonic() < deadline:
@@ -139,20 +150,28 @@ class RollCall:
         for rank in range(self._world_size):
             state, _, words = answers.get(rank, "").partition(" ")
             if state == _GONE:
-                lost[rank] = self._at(rank, "its process ended")
+                lost[rank] = Lost(self._at(rank, "its process ended"), spoke=False)
             elif state == _LEFT and words:
-                lost[rank] = self._at(rank, words)
+                lost[rank] = Lost(self._at(rank, words), spoke=True)
             elif not state:
-                lost[rank] = self._at(rank, f"it did not answer within {ANSWER_SECONDS:g} s")
+                lost[rank] = Lost(self._at(rank, f"it did not answer within {ANSWER_SECONDS:g} s"), spoke=False)
         return lost
 
-    def _await_answer(self, store) -> dict[str, str] | None:
+    def _await_answer(self, store) -> dict[str, tuple[str, bool]] | None:
         deadline = time.monotonic() + 2 * ANSWER_SECONDS
         while not store.check(["lost"]):
             if time.monotonic() > deadline:
                 return None
             time.sleep(0.1)
+        store.add("heard", 1)
         return json.loads(store.get("lost"))
+
+    def _await_hearers(self, store) -> None:
+        deadline = time.monotonic() + HEARING_SECONDS
+        while store.check(["lost"]) and time.monotonic() < deadline:
+            if store.add("heard", 0) + len(json.loads(store.get("lost"))) >= self._world_size:
+                return
+            time.sleep(0.05)
 
     def _at(self, rank: int, what: str) -> str:
         return f"on {self._places[rank]['host']}: {what}" if self._places else what
@@ -173,11 +192,11 @@ class RollCall:
             return None
 
 
-def lost_rank(lost: dict[int, str], seen: str) -> LostRankError:
+def lost_rank(lost: dict[int, Lost], seen: str) -> LostRankError:
     """The error of a rank that lost those ranks; `seen` says how it noticed."""
     if not lost:
         return LostRankError(f"another rank is gone: {seen}; every rank still answers, so a connection broke")
-    shown = [f"rank {rank} {what}" for rank, what in list(lost.items())[:8]]
+    shown = [f"rank {rank} {known.what}" for rank, known in list(lost.items())[:8]]
     more = f", and {len(lost) - 8} more" if len(lost) > 8 else ""
     return LostRankError(f"lost {'; '.join(shown)}{more} ({seen})")
 

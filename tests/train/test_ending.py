@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -77,6 +78,9 @@ def _outcomes(jobs: list[tuple[RunConfig, str]]) -> list[tuple[str, str, bool]]:
         except Exception as error:
             found.append((type(error).__name__, str(error), getattr(error, "on_all_ranks", False)))
         BatchLoader.step, loop.train_step = step, train_step
+        if sabotage == "runs out of memory":
+            gc.collect()
+            dist.destroy_process_group()  # as the end of its process would
     return found
 
 
