@@ -15,6 +15,10 @@ COUNTS = {
     "llama-1b": 1_235_814_400,
     "llama-7b": 6_738_415_616,
     "llama-8b": 8_030_261_248,
+    "llama3.1-8b": 8_030_261_248,
+    "mistral-7b": 7_248_023_552,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920,
     "llama-70b": 70_553_706_496,
 }
 
@@ -29,13 +33,15 @@ def transformers_count(config: RunConfig) -> int:
     transformers = pytest.importorskip("transformers")
     model = config.model
     if model.position_embedding_type == "rope":
-        shape = transformers.LlamaConfig(
+        kinds = {"Qwen2Config": model.add_qkv_bias, "Qwen3Config": model.qk_layernorm, "LlamaConfig": True}
+        shape = getattr(transformers, next(kind for kind, holds in kinds.items() if holds))(
             vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,
             intermediate_size=model.ffn_size,
             num_hidden_layers=model.num_layers,
             num_attention_heads=model.num_attention_heads,
             num_key_value_heads=model.kv_heads,
+            head_dim=model.head_dim,
             tie_word_embeddings=not model.untie_embeddings_and_output_weights,
         )
     else:
