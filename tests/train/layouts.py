@@ -57,6 +57,9 @@ class Case:
     exchange: str = "p2p"
     backend: str = "auto"
     qwen3: bool = False
+    batch: int = BATCH
+    model: tuple[tuple[str, Any], ...] = ()
+    """Fields of the model section that differ beside."""
 
     def __str__(self) -> str:
         changed = (f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
@@ -79,6 +82,7 @@ def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
             "hidden_dropout": case.dropout,
             "attention_dropout": case.dropout if case.attention_dropout is None else case.attention_dropout,
             **(QWEN3 if case.qwen3 else LLAMA if case.llama else GPT2),
+            **dict(case.model),
         },
         "parallel": {
             "tensor_model_parallel_size": case.tensor,
@@ -98,8 +102,8 @@ def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
         "data": {"mock_data": True, "seq_length": LENGTH},
         "training": {
             "train_iters": case.steps,
-            "micro_batch_size": BATCH // case.data // case.micro_batches,
-            "global_batch_size": BATCH,
+            "micro_batch_size": case.batch // case.data // case.micro_batches,
+            "global_batch_size": case.batch,
             "recompute_granularity": case.recompute,
         },
     }

@@ -9,9 +9,11 @@ import torch
 from ranks import run_on_ranks
 from train.layouts import Case, run_cases
 
-from megatron_lite.train.compare import TOLERANCES, ZERO, assemble, differences
+from megatron_lite.train.compare import TOLERANCES, WEIGHT, ZERO, assemble, differences
 
 TIGHT = TOLERANCES["fp32"]
+CODED = 1e-2
+"""How far 8-bit optimizer state may take losses and gradient norms apart."""
 
 
 class Reference(NamedTuple):
@@ -27,8 +29,9 @@ def serial_of(case: Case) -> Case:
     if case.dropout:
         kept = {"micro_batches": case.micro_batches * case.data, "dropout": case.dropout}
         kept["attention_dropout"] = case.attention_dropout
-    shape = {"layers": case.layers, "llama": case.llama, "qwen3": case.qwen3}
-    return Case(**shape, steps=case.steps, optimizer=case.optimizer, **kept)
+    for name in ("layers", "llama", "qwen3", "model", "steps", "batch", "optimizer"):
+        kept[name] = getattr(case, name)
+    return Case(**kept)
 
 
 def run_serially(cases: Iterable[Case]) -> dict[Case, Reference]:
@@ -48,14 +51,16 @@ def assert_equals_serial(ranks: int, cases: list[Case], serial: dict[Case, Refer
         reference = serial[serial_of(case)]
         traces = [found[i] for found in by_rank]
         assert all(found.curve == traces[0].curve for found in traces), f"{case}: ranks disagree"
+        # Blocks of 8-bit state end elsewhere in other layouts: what follows the first step is theirs alone.
+        is_coded = case.optimizer == "adamw8bit"
         for step, (ours, theirs) in enumerate(zip(traces[0].curve, reference.curve, strict=True)):
             for what, a, b in zip(("loss", "gradient norm"), ours, theirs, strict=True):
-                if abs(a - b) > TIGHT * abs(b):
+                if abs(a - b) > (CODED if is_coded and step > 0 else TIGHT) * abs(b):
                     faults.append(f"{case}: step {step + 1} {what} {a} against {b}")
         whole = assemble(piece for found in traces for piece in found.pieces)
         faults += [
             f"{case}: {difference.name} differs by {difference.relative:.1e}"
             for difference in differences(whole, reference.tensors, ZERO["fp32"])
-            if difference.relative > TIGHT
+            if difference.relative > TIGHT and not (is_coded and difference.kind == WEIGHT)
         ]
     assert not faults, "\n".join(faults)
