@@ -34,6 +34,9 @@ METRICS: dict[str, Metric] = {
     "global_batch_size": Metric("sequences", "sequences of this step over all ranks"),
     "consumed_samples": Metric("sequences", "sequences trained on since the run began"),
     "consumed_tokens": Metric("tokens", "target tokens trained on since the run began"),
+    "samples_crc32": Metric(
+        "", "checksum of the numbers and tokens of the samples of this step, the same on every layout"
+    ),
     "iteration_time": Metric("s", "wall time of the step"),
     "tokens_per_second": Metric("tokens/s", "tokens of the step over all ranks per second"),
     "model_tflops": Metric("TFLOP/s", "model FLOPs per second of one rank; recompute and padding not counted"),

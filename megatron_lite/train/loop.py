@@ -28,7 +28,7 @@ from megatron_lite.train.batch_plan import BatchPlan
 from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.progress import Progress
-from megatron_lite.train.reading import count_targets, read
+from megatron_lite.train.reading import checksum, count_targets, read
 from megatron_lite.train.step import StepResult, raise_non_finite, train_step, validate
 
 EARLY_STOPPING = "early stopping"
@@ -123,9 +123,10 @@ def _one_step(run: Run, started: float) -> str | None:
     batch_size = plan.global_batch_size(progress.consumed_samples)
 
     def count(batches: list[MicroBatch]) -> list[float]:
-        return [count_targets(batches, mesh), run.stop.reason is not None, run.keeper.has_ended]
+        fed = (count_targets(batches, mesh), checksum(batches, mesh))
+        return [*fed, run.stop.reason is not None, run.keeper.has_ended]
 
-    micro_batches, (target_tokens, asked, saves_ended) = read(
+    micro_batches, (target_tokens, samples_sum, asked, saves_ended) = read(
         run.train_loader, mesh, progress.consumed_samples, batch_size, count
     )
     if saves_ended == mesh.world_size:
@@ -150,18 +151,24 @@ def _one_step(run: Run, started: float) -> str | None:
     progress.consumed_tokens += int(target_tokens)
     progress.skipped_steps += result.outcome.skipped
     run.memory.note_step()
+    run.metrics.record("samples_crc32", int(samples_sum) % 2**32)
     _log_step(run, result, rate, batch_size, time.perf_counter() - began)
     return None
 
 
 def _look_of(run: Run, step: int) -> Callable[[Engine], None] | None:
-    """What is asked of this step's gradients: histograms, the number of zeros, or nothing."""
+    """What is asked of weights and gradients before this step is taken, if anything."""
     options = run.config.logging
     wants_histograms = _is_due(step, options.log_histograms_interval)
-    if not wants_histograms and not options.log_num_zeros_in_grad:
+    compares = _compares_replicas(run, step)
+    if not (wants_histograms or options.log_num_zeros_in_grad or compares):
         return None
 
     def look(engine: Engine) -> None:
+        if compares:
+            engine.compare_replicas(step)
+        if not (wants_histograms or options.log_num_zeros_in_grad):
+            return
         gradients = list(engine.named_gradients())
         if wants_histograms:
             run.sinks.histograms(step, histograms(engine.named_weights(), gradients))
@@ -169,6 +176,19 @@ def _look_of(run: Run, step: int) -> Callable[[Engine], None] | None:
             run.metrics.record("num_zeros_in_grad", _count_zeros(run, gradients))
 
     return look
+
+
+def _compares_replicas(run: Run, step: int) -> bool:
+    """Whether ranks are to compare their weights in this step, before it changes them.
+
+    It must be before: ZeRO then sends every weight from its owner to all others.
+    """
+    config = run.config
+    interval = config.training.check_weights_interval
+    is_saved = run.keeper.root is not None and any(
+        (_is_due(step, config.checkpoint.save_interval), _is_due(step, config.training.exit_interval))
+    )
+    return interval is not None and (_is_due(step, interval) or is_saved or step == run.plan.total_iterations)
 
 
 def _count_zeros(run: Run, gradients: list[tuple[str, torch.Tensor]]) -> int:

@@ -27,7 +27,8 @@ def _grows():
     now, highest = process_memory()
     assert highest >= now >= held.nbytes
     used = meter.metrics()
-    assert set(used) <= set(METRICS) and used["memory_allocated"] == now
+    # Torch's own threads allocate and free a little at any moment.
+    assert set(used) <= set(METRICS) and abs(used["memory_allocated"] - now) < MIB
     del held
     assert 63 < meter.peak().in_use / MIB < 66
     assert meter.metrics()["memory_allocated"] < now - 62 * MIB
