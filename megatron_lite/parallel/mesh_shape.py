@@ -7,6 +7,7 @@ axis that talks most stays inside a node.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 
 from megatron_lite.errors import ConfigError
@@ -62,17 +63,11 @@ class MeshShape:
         """Where `rank` sits on each axis."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside a world of {self.world_size}")
-        where = {}
-        for axis in reversed(AXES):
-            rank, where[axis] = divmod(rank, self.size(axis))
-        return {axis: where[axis] for axis in AXES}
+        return {axis: rank // stride % getattr(self, axis) for axis, stride in self._strides.items()}
 
     def rank(self, **coordinates: int) -> int:
         """The rank at `coordinates`; axes not named are at 0."""
-        rank = 0
-        for axis in AXES:
-            rank = rank * self.size(axis) + coordinates.get(axis, 0)
-        return rank
+        return sum(place * self._strides[axis] for axis, place in coordinates.items())
 
     def groups(self, *axes: str) -> Iterator[list[int]]:
         """All groups of ranks that differ along `axes` alone, each in mesh order, by first rank."""
@@ -84,15 +79,20 @@ class MeshShape:
     def group_of(self, rank: int, *axes: str) -> list[int]:
         """The ranks that differ from `rank` along `axes` alone, in mesh order."""
         where = self.coordinates(rank)
-        base = self.rank(**{axis: where[axis] for axis in AXES if axis not in axes})
+        base = rank - self.rank(**{axis: where[axis] for axis in axes})
         return [base + offset for offset in self._offsets([axis for axis in AXES if axis in axes])]
 
     def _offsets(self, axes: list[str]) -> list[int]:
         offsets = [0]
         for axis in axes:
-            stride = self.rank(**{axis: 1}) if self.size(axis) > 1 else 0
-            offsets = [offset + stride * i for offset in offsets for i in range(self.size(axis))]
+            steps = [self._strides[axis] * i for i in range(self.size(axis))]
+            offsets = [offset + step for offset in offsets for step in steps]
         return offsets
+
+    @functools.cached_property
+    def _strides(self) -> dict[str, int]:
+        """How far apart neighbours along each axis are."""
+        return {axis: self.size(*AXES[i + 1 :]) for i, axis in enumerate(AXES)}
 
     def __str__(self) -> str:
         short = {"tensor": "tp", "pipe": "pp", "context": "cp", "data": "dp", "expert": "ep"}

@@ -16,21 +16,32 @@ from megatron_lite.parallel.mesh_shape import AXES, MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 2, 1, 1, 2), (1, 3, 2, 1, 2), (2, 1, 2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 2, 1, 1, 2), (1, 3, 2, 1, 2), (2, 1, 2, 2, 2), (3, 2, 2, 2, 4)])
 def test_groups_are_slices_of_the_rank_grid(sizes):
     shape = MeshShape(*sizes)
     grid = np.arange(shape.world_size).reshape(sizes)
-    for count in (1, 2):
+    for count in range(1, len(AXES) + 1):
         for axes in itertools.combinations(AXES, count):
             dims = [AXES.index(axis) for axis in axes]
             moved = np.moveaxis(grid, dims, range(-count, 0)).reshape(-1, shape.size(*axes))
-            assert sorted(shape.groups(*axes)) == sorted(moved.tolist())
+            assert list(shape.groups(*axes)) == sorted(moved.tolist())
             for rank in range(shape.world_size):
                 assert shape.group_of(rank, *axes) == next(row for row in moved.tolist() if rank in row)
-    for rank in range(shape.world_size):
-        where = tuple(shape.coordinates(rank).values())
-        assert grid[where] == rank
+    for rank, place in enumerate(itertools.product(*map(range, sizes))):
+        assert tuple(shape.coordinates(rank).values()) == place
         assert shape.rank(**shape.coordinates(rank)) == rank
+
+
+def test_16384_ranks():
+    shape = MeshShape(pipe=16, data=32, context=4, tensor=8)
+    everybody = list(range(16384))
+    for axes in ((axis,) for axis in AXES):
+        groups = list(shape.groups(*axes))
+        assert sorted(itertools.chain.from_iterable(groups)) == everybody
+        for group in groups[:: max(1, len(groups) // 50)]:
+            assert all(shape.group_of(rank, *axes) == group for rank in group)
+    with pytest.raises(ValueError, match="rank 16384 is outside a world of 16384"):
+        shape.coordinates(16384)
 
 
 def test_world_that_does_not_divide_is_refused_with_the_numbers():
