@@ -6,6 +6,7 @@
     1      error                                     by anything else, out of memory among it
     2      user_error                                by a mistake in flags or files
     3      non_finite                                by a NaN or infinite loss or gradient
+    3      replicas_differ                           since ranks differ in what all hold alike
     4      hang                                      since a collective did not end in time
     5      lost_rank                                 since another rank is gone
 
@@ -85,6 +86,14 @@ class NonFiniteError(MegatronLiteError):
 
     exit_code = EXIT_NON_FINITE
     cause = "non_finite"
+    on_all_ranks = True
+
+
+class ReplicasDiffer(MegatronLiteError):
+    """Ranks that hold something else where all hold the same: memory or arithmetic failed silently."""
+
+    exit_code = EXIT_NON_FINITE
+    cause = "replicas_differ"
     on_all_ranks = True
 
 

@@ -108,12 +108,12 @@ _AT_LEAST = {
         "context_parallel_size "
         "loss_scale_window hysteresis min_loss_scale lr_decay_iters lr_decay_samples seq_length sample_stride "
         "micro_batch_size global_batch_size gradient_accumulation_steps train_iters train_samples train_tokens "
-        "recompute_num_layers eval_iters early_stopping_patience exit_interval save_interval keep_last "
-        "keep_every log_interval log_histograms_interval"
+        "recompute_num_layers eval_iters early_stopping_patience check_weights_interval exit_interval save_interval "
+        "keep_last keep_every log_interval log_histograms_interval"
     ),
     0: (
         "init_method_std z_loss min_lr lr_warmup_iters lr_warmup_samples lr_warmup_init weight_decay clip_grad "
-        "num_workers seed eval_interval ckpt_step loss_chunk_size"
+        "num_workers seed eval_interval ckpt_step hang_limit_minutes loss_chunk_size"
     ),
 }
 _ABOVE_ZERO = (

@@ -40,6 +40,9 @@ class TrainingConfig:
     """Steps between validations; 0 is never."""
     eval_iters: int = 100
     """Batches of one validation."""
+    check_weights_interval: int | None = None
+    """Steps between comparisons of what ranks hold alike (weights; without ZeRO optimizer state too), which find memory
+    or arithmetic that failed silently; a step that is saved is checked too."""
     early_stopping_patience: int | None = None
     """Stop after this many validations without a better loss."""
     exit_interval: int | None = None

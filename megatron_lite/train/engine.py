@@ -26,6 +26,7 @@ from megatron_lite.train.deepspeed_mesh import MeshForDeepSpeed
 from megatron_lite.train.engine_interface import Engine, StepOutcome
 from megatron_lite.train.flat_gradients import FlatGradients
 from megatron_lite.train.fragment import MasterFragment
+from megatron_lite.train.replicas import Held
 
 
 class ZeroEngine(Engine):
@@ -192,6 +193,17 @@ class ZeroEngine(Engine):
             yield from self._stage_3_fragments()
             return
         # DeepSpeed's own link from a parameter to its part of the flat fp32 master. Not a public
+    def held(self) -> Iterator[Held]:
+        if self.stage < 3:
+            yield from super().held()
+            return
+        # Shared out over replicas, a weight is held alike by tensor ranks alone; but small ones are kept whole too.
+        for name, parameter, layout in self._names:
+            if parameter.ds_persist and parameter.numel() == parameter.ds_numel:
+                yield Held(f"weight {name}", parameter, str(layout.boxes))
+            else:
+                yield Held(f"weight {name}", parameter.ds_tensor, f"{layout.boxes} {self.mesh.rank(*REPLICAS)}")
+
         # interface: tests/train/test_deepspeed_contract.py holds it.
         masters = self._masters()
         for name, parameter, layout in self._names:

@@ -24,9 +24,11 @@ from megatron_lite.checkpoint.piece import Piece
 from megatron_lite.optim.gradient_norm import sum_of_squares
 from megatron_lite.optim.state import allocate_state, set_step_count, slot_part, step_count
 from megatron_lite.parallel.collectives import all_reduce
+from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.train.backward import Backward, ScheduledBackward, SharedWeight
 from megatron_lite.train.fragment import MasterFragment
+from megatron_lite.train.replicas import Held, compare
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -119,6 +121,23 @@ class Engine:
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This tensor rank's whole fp32 weights; collective as `named_gradients` is."""
         raise TypeError("use ZeroEngine or ReplicaEngine")
+
+    def held(self) -> Iterator[Held]:
+        """What this rank holds that others may hold too, as it is in memory: the weights, and whatever is not shared
+        out over replicas."""
+        for name, parameter in self.module.named_parameters():
+            yield Held(f"weight {name}", parameter, str(parameter.mesh_layout.boxes))
+        steps = torch.tensor(step_count(self._optimizer), device=self.mesh.device)
+        yield Held("the optimizer's count of steps", steps, "")
+
+    def compare_replicas(self, step: int) -> None:
+        """Have ranks compare what they hold alike in a step; raises ReplicasDiffer on all of them."""
+        tied, ends = [], None
+        # Sums of three or more gradients are rounded in an order that is the stage's own.
+        if self._shared is not None and self.mesh.size(*REPLICAS) <= 2:
+            parameter, ends = self._shared.parameter, self._shared.group
+            tied = [Held("the tied embedding", getattr(parameter, "ds_tensor", parameter), "")]
+        compare(self.held(), tied, ends, self.mesh, step)
 
     def _fragments(self) -> Iterator[MasterFragment]:
         raise TypeError("use ZeroEngine or ReplicaEngine")

@@ -17,6 +17,8 @@ from megatron_lite.train.backward import Backward, ScheduledBackward, SharedWeig
 from megatron_lite.train.engine_interface import Engine, StepOutcome
 from megatron_lite.train.fragment import MasterFragment
 
+from megatron_lite.train.gradient_buckets import GradientBuckets, in_backward_order
+from megatron_lite.train.replicas import Held
 
 class ReplicaEngine(Engine):
     """ZeRO 0 in fp32: every replica holds all state; gradients are summed in one pass at the step."""
@@ -84,3 +86,9 @@ class ReplicaEngine(Engine):
 
     def _owns_replica(self) -> bool:
         return self.mesh.rank(*REPLICAS) == 0
+    def held(self) -> Iterator[Held]:
+        yield from super().held()
+        for name, parameter in self.module.named_parameters():
+            for slot, values in self._optimizer.state[parameter].items():
+                yield Held(f"{slot} of {name}", values, str(parameter.mesh_layout.boxes))
+
