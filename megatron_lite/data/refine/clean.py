@@ -15,17 +15,19 @@ from megatron_lite.data.refine.stage import DocumentStage, Step, required
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\ufeff\ufffe\uffff]")
 _LINE_END = re.compile("\r\n?|[\x85\u2028\u2029]")
-_INNER_SPACE = re.compile(r"[^\S\n]+")
-_EDGES_OF_LINES = re.compile(r" ?\n ?")
+# What is a single blank already is not matched: most of a text is left alone.
+_INNER_SPACE = re.compile(r"[^\S\n]{2,}|[^\S\n ]")
+_EDGES_OF_LINES = re.compile(r" \n ?|\n ")
 _TRAILING_SPACE = re.compile(r"[^\S\n]+$", re.M)
-_EMPTY_LINES = re.compile(r"\n{3,}")
 _URL = re.compile(r"(?:https?|ftp)://[^\s<>\"'`\u201c\u201d()\[\]{}]+|\bwww\.[^\s<>\"'`\u201c\u201d()\[\]{}]+", re.I)
 _URL_TAIL = ".,;:!?*_~"
 # Bounded repetitions keep the time linear in the text.
 _EMAIL = re.compile(
     r"(?<![\w.%+-])[A-Za-z0-9_%+-]{1,64}(?:\.[A-Za-z0-9_%+-]{1,64}){0,8}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}\b"
 )
-_IPV4 = re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?!\.?\d)")
+_IPV4 = re.compile(r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?!\.?\d)")
+_MAY_BE_MOJIBAKE = re.compile(r"[^\x00-\x7f\xa0©®•–—‘’“”…™]")
+"""Mojibake has such characters: what begins a character in UTF-8 is a letter, not a quote, in other encodings."""
 _IPV6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
 
 
@@ -92,7 +94,7 @@ class RepairText(DocumentStage):
         def step(document: Document) -> None:
             text = document.text
             if not text.isascii():
-                if fix is not None:
+                if fix is not None and _MAY_BE_MOJIBAKE.search(text):
                     text = fix(text)
                 if self.normalization != "none":
                     text = unicodedata.normalize(self.normalization, text)
@@ -202,6 +204,8 @@ class MaskPersonal(DocumentStage):
 
     def open(self, folder: Path) -> Step:
         def address(match: re.Match) -> str:
+            if match.start() and match.string[match.start() - 1] in "0123456789.":
+                return match[0]  # the end of a longer number, as of a version
             try:
                 found = ipaddress.ip_address(match[0])
             except ValueError:

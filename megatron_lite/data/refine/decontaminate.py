@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_lite.data.refine.document import Document, Drop
 from megatron_lite.data.refine.stage import DocumentStage, Step
-from megatron_lite.data.refine.words import NORMAL_HASHES, grams, split_words
+from megatron_lite.data.refine.words import grams, normal_hashes
 from megatron_lite.data.text_blocks import read_blocks
 from megatron_lite.data.text_documents import BadDocument, Record, parse_records
 from megatron_lite.data.text_input import find_sources
@@ -51,7 +51,7 @@ class Decontaminate(DocumentStage):
         """Write the hashes of the runs of the evaluation files, one array for each length."""
         found: dict[int, list[np.ndarray]] = {}
         for text in self._items():
-            words = NORMAL_HASHES.of(split_words(text))
+            words = normal_hashes(text)
             length = min(len(words), self.ngram)
             if length >= self.shortest:
                 found.setdefault(length, []).append(grams(words, length))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_lite.data.refine.words import NORMAL_HASHES, split_words
+from megatron_lite.data.refine.words import normal_hashes, split_words
 
 
 class Drop(NamedTuple):
@@ -56,7 +56,7 @@ class Document:
 
     @property
     def normal_hashes(self) -> np.ndarray:
-        """One uint64 a word (signs left out), equal for words that differ in case, accents or digits alone."""
+        """One uint64 a run of letters or digits, equal for those that differ in case, accents or digits alone."""
         if self._hashes is None:
-            self._hashes = NORMAL_HASHES.of(self.words)
+            self._hashes = normal_hashes(self._text)
         return self._hashes

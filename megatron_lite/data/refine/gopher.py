@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_lite.data.refine.document import Document, Drop
 from megatron_lite.data.refine.stage import DocumentStage, Step
-from megatron_lite.data.refine.words import WORD_HASHES, Grams, is_sign
+from megatron_lite.data.refine.words import Grams, is_sign, word_hashes
 
 _PARAGRAPHS = re.compile(r"\n{2,}")
 _LINES = re.compile(r"\n+")
@@ -142,7 +142,7 @@ class GopherRepetition(DocumentStage):
         size = len(document.text)
         lengths = np.fromiter(map(len, words), np.int64, len(words))
         ends = np.concatenate([[0], np.cumsum(lengths)])
-        runs = Grams(WORD_HASHES.of(words))
+        runs = Grams(word_hashes(words))
         for n in (2, 3, 4):
             most = getattr(self, f"top_{n}")
             characters = _top_characters(runs.take(n), ends, n, most * size)
@@ -150,14 +150,9 @@ class GopherRepetition(DocumentStage):
                 return Drop(f"frequent run of {n} words", f"{characters / size:.3f} > {most:g}")
         for n in range(5, 11):
             most = getattr(self, f"repeated_{n}")
-            hashes = runs.take(n)
-            ordered = np.sort(hashes)
-            again = int((ordered[1:] == ordered[:-1]).sum())
-            if not again:
+            characters = _repeated_characters(runs.take(n), ends, n)
+            if characters is None:
                 return None  # no run of n is repeated, so no longer one is
-            if again * n * int(lengths.max()) <= most * size:
-                continue
-            characters = _repeated_characters(hashes.tolist(), ends.tolist(), n)
             if characters > most * size:
                 return Drop(f"repeated runs of {n} words", f"{characters / size:.3f} > {most:g}")
         return None
@@ -191,15 +186,25 @@ def _top_characters(hashes: np.ndarray, ends: np.ndarray, n: int, bound: float) 
     return int(counts.max()) * (int(ends[first + n] - ends[first]) + n - 1)
 
 
-def _repeated_characters(hashes: list[int], ends: list[int], n: int) -> int:
-    """Characters of runs that occurred before; what follows a repeated run begins behind it."""
+def _repeated_characters(hashes: np.ndarray, ends: np.ndarray, n: int) -> int | None:
+    """Characters of runs that occurred before, the next being looked for behind such a run. None if all runs differ."""
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    same = ordered[1:] == ordered[:-1]
+    if not same.any():
+        return None
+    several = np.zeros(len(hashes), bool)
+    several[order[1:][same]] = several[order[:-1][same]] = True
+    places = np.flatnonzero(several)
+    lengths = ends[places + n] - ends[places]
     seen: set[int] = set()
-    characters = at = 0
-    while at < len(hashes):
-        if hashes[at] in seen:
-            characters += ends[at + n] - ends[at]
-            at += n
+    characters = following = 0
+    for place, run, length in zip(places.tolist(), hashes[places].tolist(), lengths.tolist(), strict=True):
+        if place < following:
+            continue
+        if run in seen:
+            characters += length
+            following = place + n
         else:
-            seen.add(hashes[at])
-            at += 1
+            seen.add(run)
     return characters

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lite.data.refine.words import NORMAL_HASHES, grams, mixed, split_words
+from megatron_lite.data.refine.words import grams, mixed, normal_hashes
 from megatron_lite.data.text_blocks import Limit, limited, read_blocks
 from megatron_lite.data.text_documents import BadDocument, parse_block
 from megatron_lite.data.text_input import Source
@@ -27,7 +27,7 @@ _SMOOTHING = 0.5
 
 def _features(text: str) -> np.ndarray:
     """Buckets of the words and of the pairs of words of a text."""
-    words = NORMAL_HASHES.of(split_words(text))
+    words = normal_hashes(text)
     return (np.concatenate([mixed(words), grams(words, 2)]) % np.uint64(BUCKETS)).astype(np.int64)
 
 

@@ -25,7 +25,7 @@ class Language(DocumentStage):
     """Codes of languages; none keeps all that are told with enough certainty."""
     threshold: float = 0.65
     """Least probability; FineWeb's."""
-    characters: int = 2000
+    characters: int = 4000
     """How much of a text is looked at: four pieces spread over it. 0: all."""
     min_characters: int = 0
     """Texts of fewer characters are dropped as too short to tell."""
