@@ -17,7 +17,6 @@ from megatron_lite.train.backward import Backward, ScheduledBackward, SharedWeig
 from megatron_lite.train.engine_interface import Engine, StepOutcome
 from megatron_lite.train.fragment import MasterFragment
 
-from megatron_lite.train.gradient_buckets import GradientBuckets, in_backward_order
 from megatron_lite.train.replicas import Held
 
 class ReplicaEngine(Engine):
