@@ -54,23 +54,24 @@ class ProcessMesh:
         mesh = ProcessMesh(shape, dist.get_rank() if started else 0, device, timeout)
         for axes in (("tensor",), ("data",), ("pipe",), ("context",), ("expert",), REPLICAS, ("pipe", "tensor")):
             if all(shape.size(axis) > 1 for axis in axes):
-                mesh._groups[axes] = mesh.make_group(shape.groups(*axes))
+                mesh._groups[axes] = mesh.make_group(shape.groups(*axes), "+".join(axes))
         mesh._control = mesh.make_exchange()
         return mesh
 
     def make_exchange(self) -> Exchange:
         """A way of its own for numbers and JSON between all ranks, for another thread; a collective call."""
         # Over gloo, so that it needs no GPU and no GPU stream.
-        group = dist.new_group(backend="gloo", timeout=self._timeout) if self.world_size > 1 else None
+        group = dist.new_group(backend="gloo", timeout=self._timeout, group_desc="all") if self.world_size > 1 else None
         return Exchange(self.global_rank, self.world_size, group)
 
-    def make_group(self, groups: Iterable[Sequence[int]]) -> dist.ProcessGroup:
+    def make_group(self, groups: Iterable[Sequence[int]], over: str) -> dist.ProcessGroup:
         """A new process group for each of these lists of ranks, of which this rank's is returned.
 
-        A collective call over all ranks; the lists hold each rank once. torch does not hand the timeout
-        of the first group on, so no group is made elsewhere.
+        A collective call over all ranks; the lists hold each rank once. `over` says what their ranks differ along:
+        axes joined by "+", or another word. torch does not hand the timeout of the first group on, so no group is
+        made elsewhere.
         """
-        made = [(ranks, dist.new_group(ranks, timeout=self._timeout)) for ranks in groups]
+        made = [(ranks, dist.new_group(ranks, timeout=self._timeout, group_desc=over)) for ranks in groups]
         return next(group for ranks, group in made if self.global_rank in ranks)
 
     @property
@@ -109,7 +110,7 @@ class ProcessMesh:
                 for ranks in self.shape.groups(axis)
                 for first in range(0, len(ranks), length)
             )
-            self._groups[key] = self.make_group(neighbours) if length > 1 else None
+            self._groups[key] = self.make_group(neighbours, f"{length} along {axis}") if length > 1 else None
         return self._groups[key]
 
     def ends(self, axis: str, first: int, last: int) -> dist.ProcessGroup | None:
@@ -125,7 +126,7 @@ class ProcessMesh:
             for ranks in self.shape.groups(axis):
                 pair = [ranks[first], ranks[last]]
                 groups += [pair, *([rank] for rank in ranks if rank not in pair)]
-            self._groups[key] = self.make_group(groups)
+            self._groups[key] = self.make_group(groups, f"the ends of {axis}")
         return self._groups[key] if self.rank(axis) in (first, last) else None
 
     def gather_json(self, value: Any) -> list[Any]:

@@ -19,7 +19,7 @@ class MeshForDeepSpeed:
 
     def _group(self, *axes: str) -> dist.ProcessGroup:
         """A group even where it is this rank alone, which DeepSpeed needs."""
-        return self._mesh.group(*axes) or self._mesh.make_group(self._mesh.shape.groups(*axes))
+        return self._mesh.group(*axes) or self._mesh.make_group(self._mesh.shape.groups(*axes), "+".join(axes))
 
     def get_model_parallel_rank(self) -> int:
         return self._mesh.rank("pipe") * self._mesh.size("tensor") + self._mesh.rank("tensor")

@@ -13,6 +13,7 @@ from megatron_lite import log
 from megatron_lite.errors import EXIT_DONE, EXIT_ERROR, HangError, LostRankError, MegatronLiteError
 from megatron_lite.monitor import exit_file, rank_log
 from megatron_lite.parallel.roll_call import RollCall, lost_rank
+from megatron_lite.monitor.hang_watch import HangWatch
 from megatron_lite.plan.report import memory_comparison
 from megatron_lite.train.loop import EARLY_STOPPING, Run
 
@@ -33,6 +34,7 @@ class Ending:
     def __init__(self, rank: int, run_dir: Path | None, command: str, roll: RollCall | None = None):
         self.run: Run | None = None
         self._rank, self._run_dir, self._command = rank, run_dir, command
+        self.watch: HangWatch | None = None
         self._roll = roll or RollCall(None, rank, 1)
         self._roll.give_up = self._give_up
 
@@ -62,7 +64,9 @@ class Ending:
         Each rank that fails by itself writes what it knows, and has the others told; of those that merely lost
         it one writes, unless it is written already.
         """
-        error = explained(error, self._rank)
+        seen, error = error, explained(error, self._rank)
+        if self.watch is not None:
+            self.watch.report(error, seen) if isinstance(error, HangError) else self.watch.close()
         if isinstance(error, LostRankError):
             error = self._who_is_lost(error)
         elif not getattr(error, "on_all_ranks", False):
@@ -91,6 +95,10 @@ class Ending:
         if isinstance(error, MegatronLiteError):
             cause, code, message, alike = error.cause, error.exit_code, str(error), error.on_all_ranks
         else:
+    def tell_hang(self, error: HangError) -> None:
+        """Leave `exit.json` for a run that hangs and is about to end."""
+        self._write(error)
+
             cause, code, message, alike = "error", EXIT_ERROR, f"{type(error).__name__}: {error}", False
         if (alike and self._rank != 0) or (follows and exit_file.is_there(self._run_dir)):
             return

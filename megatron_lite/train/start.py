@@ -45,6 +45,7 @@ from megatron_lite.train.huggingface import begin_with
 from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.loop import Run, train
 from megatron_lite.train.progress import Progress
+from megatron_lite.train.watching import watch_for_hangs
 
 #: What a run leaves behind that failed before it began.
 _OF_NO_RUN = (".lock", exit_file.NAME, rank_log.FOLDER)
@@ -105,6 +106,9 @@ def train_on(
         try:
             build.together(mesh, lambda: load_libraries(config))
             build.prepare_kernels(config, mesh)
+            ending.watch = watch_for_hangs(config.parallel, mesh, run_folder(config), ending.tell_hang)
+            if ending.watch is not None:
+                held.callback(ending.watch.close)
             run = ending.run = _assemble(config, mesh, stop, MemoryMeter(mesh.device), claim)
             for resource in (run.sinks, run.train_loader, run.valid_loader):
                 if resource is not None:

@@ -17,6 +17,7 @@ from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import micro_batch_seed
+from megatron_lite.parallel.whereabouts import HERE, VALIDATION
 from megatron_lite.train.engine_interface import Engine, StepOutcome
 from megatron_lite.train.reading import read
 
@@ -60,7 +61,8 @@ def train_step(
 
     if pipeline is None:
         with engine.gradients(len(micro_batches)) as backward:
-            for micro_batch in micro_batches:
+            for number, micro_batch in enumerate(micro_batches, 1):
+                HERE.note("micro-batch", number, "of", len(micro_batches))
                 backward(share(forward(engine, mesh, micro_batch, step=step, seed=seed)))
     else:
         with engine.scheduled_gradients() as scheduled:
@@ -70,6 +72,7 @@ def train_step(
                 share=lambda loss_sum: scheduled.scaled(share(loss_sum)),
                 take_gradients=scheduled.take_gradients,
             )
+    HERE.note("the sum of the loss")
     value = _sum_over_ranks(loss, mesh)
     if not math.isfinite(value):
         raise_non_finite(engine, mesh, step, value, share=loss.item())
@@ -77,6 +80,7 @@ def train_step(
         look(engine)
     if before_change is not None:
         before_change()
+    HERE.note("the optimizer's step")
     outcome = engine.step(learning_rate)
     # ---------------------------------------------------------------------------------------
     if not math.isfinite(outcome.grad_norm) and not (outcome.skipped and engine.scales_loss):
@@ -109,6 +113,7 @@ def validate(
     engine.module.eval()
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for batch in range(batches):
+        HERE.begin(VALIDATION, batch + 1)
         micro_batches, (stops,) = read(loader, mesh, batch * batch_size, batch_size, lambda _: [asked()])
         if stops:
             engine.module.train()
