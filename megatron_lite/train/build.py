@@ -27,7 +27,7 @@ from megatron_lite.parallel import launch
 from megatron_lite.parallel.mesh_shape import REPLICAS, MeshShape
 from megatron_lite.parallel.pipeline.rules import pipeline_plan
 from megatron_lite.parallel.pipeline.runner import Pipeline
-from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.parallel.process_mesh import Exchange, ProcessMesh
 from megatron_lite.parallel.recompute import Recompute
 from megatron_lite.plan.parameters import parameter_shapes
 from megatron_lite.plan.stages import plan_stages
@@ -41,14 +41,23 @@ T = TypeVar("T")
 
 
 def start_ranks(
-    me: launch.Launch, *, tensor: int, pipe: int = 1, context: int = 1, timeout_minutes: float, store=None
+    me: launch.Launch,
+    *,
+    tensor: int,
+    pipe: int = 1,
+    context: int = 1,
+    timeout_minutes: float,
+    store=None,
+    before: Callable[[Exchange], None] = lambda _: None,
 ) -> ProcessMesh:
     """The live mesh of all ranks that were launched; the data size is what the other sizes leave.
 
-    `store` is that of `launch.open_store`, if it is open already.
+    `store` is that of `launch.open_store`, if it is open already. `before` may speak to all ranks when there is no mesh
+    yet.
     """
     shape = MeshShape.of_world(me.world_size, tensor=tensor, pipe=pipe, context=context)
     device = launch.start(me, timeout_minutes, store)
+    before(Exchange(me.rank, me.world_size, dist.group.WORLD))
     return ProcessMesh.create(shape, device, timedelta(minutes=timeout_minutes))
 
 

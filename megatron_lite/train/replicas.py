@@ -47,8 +47,8 @@ def compare(
         distinct = {str(each): each for told in mesh.gather_json(found[:_SHOWN]) for each in told}
         raise ReplicasDiffer(
             f"step {step}: ranks differ in what all of them must hold alike: {_told(distinct.values())}. Memory or "
-            "arithmetic failed without a word; this step was not taken, and nothing of it is saved. Look at the machine, "
-            "leave it out, and go on from a checkpoint that was checked"
+            "arithmetic failed without a word; this step was not taken, and nothing of it is saved. Leave "
+            "that machine out, and go on from a checkpoint that was checked"
         )
 
 

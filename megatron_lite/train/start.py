@@ -35,7 +35,7 @@ from megatron_lite.parallel.roll_call import RollCall, this_place
 from megatron_lite.plan.devices import dense_peak_flops
 from megatron_lite.plan.flops import flops_per_token
 from megatron_lite.publish import publish
-from megatron_lite.train import build, checkpoint_fit
+from megatron_lite.train import agreement, build, checkpoint_fit
 from megatron_lite.train.batch_plan import BatchPlan
 from megatron_lite.train.dry_run import planned_peak
 from megatron_lite.train.ending import Ending, tell_traceback
@@ -77,6 +77,7 @@ def run_training(config: RunConfig, me: Launch, command: str) -> None:
                 context=config.parallel.context_parallel_size,
                 timeout_minutes=timeout,
                 store=store,
+                before=lambda ranks: agreement.agree_on_launch(ranks, config),
             )
             roll.watch_neighbours(mesh.gather_json(this_place()))
         train_on(mesh, config, stop, command, roll)
@@ -106,6 +107,7 @@ def train_on(
         try:
             build.together(mesh, lambda: load_libraries(config))
             build.prepare_kernels(config, mesh)
+            agreement.agree(mesh, agreement.of_kernels(mesh.device))
             ending.watch = watch_for_hangs(config.parallel, mesh, run_folder(config), ending.tell_hang)
             if ending.watch is not None:
                 held.callback(ending.watch.close)
@@ -150,6 +152,7 @@ def _assemble(
     with build.alike():
         found = _what_to_load(config, mesh)
     data = build.together(mesh, lambda: _open_data(config, mesh))
+    agreement.agree(mesh, agreement.of_data(data.facts))
     plan = data.plan
     config = plan.resolve(config, data.vocab_size)
     predicted_peak = build.together(mesh, lambda: planned_peak(config, mesh.size("data"), mesh.device.type))
