@@ -105,7 +105,7 @@ _AT_LEAST = {
         "max_position_embeddings rope_scaling_original_length vocab_size make_vocab_size_divisible_by "
         "tensor_model_parallel_size "
         "pipeline_model_parallel_size num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage "
-        "context_parallel_size "
+        "context_parallel_size ddp_bucket_size "
         "loss_scale_window hysteresis min_loss_scale lr_decay_iters lr_decay_samples seq_length sample_stride "
         "micro_batch_size global_batch_size gradient_accumulation_steps train_iters train_samples train_tokens "
         "recompute_num_layers eval_iters early_stopping_patience check_weights_interval exit_interval save_interval "

@@ -30,8 +30,8 @@ from megatron_lite.plan.parameters import ParameterShape
 from megatron_lite.plan.stages import chunks_in_flight, heads_in_flight, shapes_of_rank, stages_of_rank
 
 GRANULARITIES = ("none", "selective", "full")
-REPLICA_BUCKET_BYTES = 64 * 2**20
-"""Flat buffer through which gradients are summed without ZeRO."""
+BUCKETS_UNDER_WAY = 2
+"""Buckets of gradients that are summed at a time beside backward."""
 GATHERED_PARAMETERS = 10**9
 """Elements stage 3 keeps gathered at most (DeepSpeed's `stage3_max_live_parameters`)."""
 PREFETCHED_PARAMETERS = 50_000_000
@@ -127,6 +127,8 @@ def moments(
         elements=elements,
         filled=filled,
         bucket=filled if device_type == "cpu" else reduce_bucket_size,
+        summed_at_once=config.parallel.ddp_bucket_size,
+        overlaps=config.parallel.overlap_grad_reduce and config.parallel.pipeline_model_parallel_size == 1,
         state=plan_state(config, elements, coded, replicas),
     )
     options = {"vocab_size": vocab_size, "device_type": device_type, "granularity": granularity}
@@ -191,6 +193,10 @@ class _Rank:
     """Elements in a bucket when it is reduced."""
     bucket: int
     """Elements of a bucket that take memory."""
+    summed_at_once: int
+    """Elements of a bucket of stages 0 and 1."""
+    overlaps: bool
+    """Those buckets are summed beside backward."""
     state: State
 
     def in_forward(self, alive: int) -> Iterator[_Held]:
@@ -203,7 +209,7 @@ class _Rank:
     def in_backward(self, point: _Point) -> _Held:
         share = point.made / self.elements
         reduces = point.made >= self.filled
-        gradients, temporary = self.state.gradients, point.temporary
+        gradients, temporary = self.state.gradients, point.temporary + self._summing
         if self.is_pipelined:
             return point.name, gradients, point.alive, temporary + self._gathered
         if self.stage >= 2:
@@ -216,6 +222,17 @@ class _Rank:
         elif self.stage == 3:
             temporary += self._bucket + int(self._gathered * (1 - share))
         return point.name, gradients, point.alive, temporary
+
+    @property
+    def _summing(self) -> int:
+        """Bytes of the buckets that are summed beside backward."""
+        if not self.overlaps or self.replicas == 1 or self.stage > 1:
+            return 0
+        under_way = (BUCKETS_UNDER_WAY + 1) * FP32 * self.summed_at_once
+        if self.stage == 0:
+            return min(under_way, self.state.gradients)
+        # A GPU sums where gradients are; on a CPU the rank that updates them has room for what each other one sends.
+        return (self.replicas - 1) * min(under_way, self.state.gradients // self.replicas) if self.is_cpu else 0
 
     @property
     def _bucket(self) -> int:
@@ -242,7 +259,7 @@ class _Rank:
         gradients, part = self.state.gradients, FP32 * -(-self.elements // self.replicas)
         shares = self.replicas > 1
         if self.stage == 0:
-            yield "summing gradients", gradients, 0, min(REPLICA_BUCKET_BYTES, gradients) if shares else 0
+            yield "summing gradients", gradients, 0, min(FP32 * self.summed_at_once, gradients) if shares else 0
             return
         if self.stage == 1:
             # nccl reduces in place; between CPUs a part of another rank's comes in beside.

@@ -182,14 +182,34 @@ def build_engine(config: RunConfig, model: GPT, mesh: ProcessMesh) -> Engine:
     names = config.optimizer.slots
     stage = config.effective_zero_stage
     shared = _shared_weight(config, model, mesh)
+    overlaps = config.parallel.overlap_grad_reduce and mesh.size("pipe") == 1
+    if config.parallel.overlap_grad_reduce and not overlaps:
+        log.once("--overlap-grad-reduce has no effect in a pipeline, whose gradients are summed when its schedule ends")
     if stage == 0:
-        return ReplicaEngine(model, mesh, optimizer, names, config.optimizer.clip_grad, shared)
+        return ReplicaEngine(
+            model,
+            mesh,
+            optimizer,
+            names,
+            config.optimizer.clip_grad,
+            shared,
+            overlaps=overlaps,
+            bucket_elements=config.parallel.ddp_bucket_size,
+        )
     if stage != config.parallel.zero_stage:
         log.warn(
             f"ZeRO {config.parallel.zero_stage} in {config.precision.dtype} runs as ZeRO {stage}: "
             f"16-bit weights need fp32 masters, which ZeRO keeps"
         )
-    return ZeroEngine(model, mesh, optimizer, names, deepspeed_config.build(config, mesh.size("data")), shared)
+    return ZeroEngine(
+        model,
+        mesh,
+        optimizer,
+        names,
+        deepspeed_config.build(config, mesh.size("data")),
+        shared,
+        overlap_elements=config.parallel.ddp_bucket_size if overlaps else None,
+    )
 
 
 def _shared_weight(config: RunConfig, model: GPT, mesh: ProcessMesh) -> SharedWeight | None:

@@ -109,6 +109,8 @@ def derive(config: RunConfig) -> dict[str, Any]:
         "bf16": {"enabled": precision.dtype == "bf16"},
         "fp16": {"enabled": precision.dtype == "fp16"},
     }
+    if config.parallel.overlap_grad_reduce and config.effective_zero_stage > 1:
+        derived["zero_optimization"]["overlap_comm"] = True
     if precision.dtype != "fp32":
         derived["communication_data_type"] = "fp32"
         if config.effective_zero_stage > 1:

@@ -44,6 +44,8 @@ class ZeroEngine(Engine):
         slots: tuple[str, ...],
         deepspeed_config: dict[str, Any],
         shared: SharedWeight | None = None,
+        *,
+        overlap_elements: int | None = None,
     ):
         deepspeed = _import_deepspeed()
         names = [(name, parameter, parameter.mesh_layout) for name, parameter in module.named_parameters()]
@@ -75,7 +77,13 @@ class ZeroEngine(Engine):
         self._clip_grad = deepspeed_config["gradient_clipping"]
         self._flat_gradients = None
         if own is not None:
-            self._flat_gradients = FlatGradients(self._zero.bit16_groups_flat, self._zero.bit16_groups, mesh)
+            self._flat_gradients = FlatGradients(
+                self._zero.bit16_groups_flat,
+                self._zero.bit16_groups,
+                mesh,
+                forward_order=[parameter for _, parameter, _ in names],
+                bucket_elements=overlap_elements,
+            )
             if not bf16 and not self.scales_loss:
                 self._make_weights_their_own_masters()
         groups = self._optimizer.param_groups
@@ -96,22 +104,25 @@ class ZeroEngine(Engine):
     @contextlib.contextmanager
     def gradients(self, count: int) -> Iterator[Backward]:
         self.holds_gradients = True
-        if self._flat_gradients is not None:
-            with self._deepspeed.no_sync():
-                yield self._deepspeed.backward
-            self._zero.averaged_gradients.update(enumerate(self._flat_gradients.reduce()))
-            return
-        # DeepSpeed averages over these ranks; our losses are shares of one global mean, to be summed.
-        replicas = self.mesh.size(*REPLICAS)
         done = 0
+        # DeepSpeed averages over these ranks; our losses are shares of one global mean, to be summed.
+        factor = 1 if self._flat_gradients is not None else self.mesh.size(*REPLICAS)
 
         def backward(loss: torch.Tensor) -> None:
             nonlocal done
             done += 1
-            self._deepspeed.set_gradient_accumulation_boundary(done == count)
-            self._deepspeed.backward(loss * replicas)
+            if self._flat_gradients is None:
+                self._deepspeed.set_gradient_accumulation_boundary(done == count)
+            elif done == count:
+                self._flat_gradients.expect()
+            self._deepspeed.backward(loss * factor)
 
-        yield backward
+        if self._flat_gradients is None:
+            yield backward
+            return
+        with self._deepspeed.no_sync():
+            yield backward
+        self._zero.averaged_gradients.update(enumerate(self._flat_gradients.reduce()))
 
     @contextlib.contextmanager
     def scheduled_gradients(self) -> Iterator[ScheduledBackward]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -9,6 +10,9 @@ import torch
 from megatron_lite.parallel.collectives import my_part, reduce_scatter_in_place
 from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.parallel.reduction import SumAtOwner
+from megatron_lite.plan.memory import BUCKETS_UNDER_WAY
+from megatron_lite.train.gradient_buckets import GradientBuckets, in_backward_order
 
 
 class GradientPart(list[torch.Tensor]):
@@ -26,6 +30,10 @@ class FlatGradients:
     What backward makes is added at its place and let go at once, so a rank holds 4 bytes a parameter
     whatever the number of micro-batches, and the step copies nothing. Megatron-LM's distributed
     optimizer keeps gradients so. The number of replicas divides each of `flat_weights`.
+
+    With `bucket_elements` the gradients that come after `expect` are reduced beside backward, in buckets of about so
+    many elements: each is summed on the rank that updates it, in an order that makes the same bits. `forward_order`
+    has the parameters of all groups.
     """
 
     def __init__(
@@ -33,6 +41,9 @@ class FlatGradients:
         flat_weights: Sequence[torch.Tensor],
         groups: Sequence[Sequence[torch.nn.Parameter]],
         mesh: ProcessMesh,
+        *,
+        forward_order: Sequence[torch.nn.Parameter] = (),
+        bucket_elements: int | None = None,
     ):
         self._group = mesh.group(*REPLICAS)
         self._buffers: list[torch.Tensor] = []
@@ -40,6 +51,9 @@ class FlatGradients:
         self._owned: list[torch.Tensor] = []
         self._places: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._filled: set[torch.nn.Parameter] = set()
+        self._buckets: GradientBuckets | None = None
+        self._stretches: list[torch.Tensor] = []
+        self._under_way: deque[list[SumAtOwner]] = deque()
         for flat, parameters in zip(flat_weights, groups, strict=True):
             buffer = torch.zeros(flat.numel(), dtype=torch.float32, device=flat.device)
             part = my_part(buffer, self._group, 0)
@@ -61,6 +75,50 @@ class FlatGradients:
             self._owned += [buffer[begin:end] for begin, end in owned]
             self._buffers.append(buffer)
             self._parts.append(GradientPart(part, sections))
+        if bucket_elements is not None and self._group is not None:
+            self._buckets = self._cut(groups, forward_order, bucket_elements)
+
+    def _cut(
+        self,
+        groups: Sequence[Sequence[torch.nn.Parameter]],
+        forward_order: Sequence[torch.nn.Parameter],
+        elements: int,
+    ) -> GradientBuckets:
+        """Buckets, each a stretch of a buffer, in the order in which backward completes them."""
+        place = {parameter: number for number, parameter in enumerate(forward_order)}
+        found: list[tuple[int, list[torch.nn.Parameter], torch.Tensor]] = []
+        for buffer, group in zip(self._buffers, groups, strict=True):
+            stop = buffer.numel()
+            by_offset = sorted(group, key=lambda parameter: self._places[parameter].storage_offset())
+            for bucket in in_backward_order(by_offset, elements):
+                start = self._places[bucket[-1]].storage_offset()
+                found.append((min(place[parameter] for parameter in bucket), bucket, buffer[start:stop]))
+                stop = start
+        found.sort(key=lambda bucket: -bucket[0])
+        self._stretches = [stretch for _, _, stretch in found]
+        return GradientBuckets([bucket for _, bucket, _ in found], self._start)
+
+    def expect(self) -> None:
+        """The gradients that come from now on are the last before `reduce`."""
+        if self._buckets is not None:
+            self._buckets.expect()
+
+    def _start(self, number: int) -> None:
+        """Send a bucket to the ranks that update it."""
+        stretch = self._stretches[number]
+        first, last = stretch.storage_offset(), stretch.storage_offset() + stretch.numel()
+        length = stretch.untyped_storage().nbytes() // stretch.element_size() // self._group.size()
+        sums = []
+        for owner in range(first // length, -(-last // length)):
+            begin, end = max(first, owner * length), min(last, (owner + 1) * length)
+            sums.append(SumAtOwner(stretch[begin - first : end - first], owner, self._group))
+        self._under_way.append(sums)
+        self._wait_for_all_but(BUCKETS_UNDER_WAY)
+
+    def _wait_for_all_but(self, count: int) -> None:
+        while len(self._under_way) > count:
+            for total in self._under_way.popleft():
+                total.wait()
 
     def take(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Add gradients that were written to `.grad` without the parameter's hook being called."""
@@ -82,6 +140,8 @@ class FlatGradients:
         else:
             self._places[parameter].copy_(gradient)
             self._filled.add(parameter)
+        if self._buckets is not None:
+            self._buckets.arrived(parameter)
 
     def reduce(self) -> list[GradientPart]:
         """The sum over replicas of what came since the last call, this rank's part of each group."""
@@ -89,6 +149,10 @@ class FlatGradients:
             if parameter not in self._filled:
                 place.zero_()
         self._filled.clear()
+        if self._buckets is not None:
+            self._buckets.finish()
+            self._wait_for_all_but(0)
+            return self._parts
         for buffer in self._buffers:
             reduce_scatter_in_place(buffer, self._group)
         return self._parts

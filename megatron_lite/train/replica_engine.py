@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,27 +13,61 @@ import torch.distributed as dist
 from megatron_lite.optim.gradient_norm import clip_factor
 from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.process_mesh import ProcessMesh
-from megatron_lite.plan.memory import REPLICA_BUCKET_BYTES
+from megatron_lite.plan.memory import BUCKETS_UNDER_WAY
 from megatron_lite.train.backward import Backward, ScheduledBackward, SharedWeight
 from megatron_lite.train.engine_interface import Engine, StepOutcome
 from megatron_lite.train.fragment import MasterFragment
-
+from megatron_lite.train.gradient_buckets import GradientBuckets, in_backward_order
 from megatron_lite.train.replicas import Held
 
-class ReplicaEngine(Engine):
-    """ZeRO 0 in fp32: every replica holds all state; gradients are summed in one pass at the step."""
 
-    def __init__(self, module, mesh: ProcessMesh, optimizer, slots, clip_grad, shared: SharedWeight | None = None):
+class ReplicaEngine(Engine):
+    """ZeRO 0 in fp32: every replica holds all state; gradients are summed once a step.
+
+    With `overlaps` a bucket of gradients is summed while the last micro-batch's backward makes the next.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        mesh: ProcessMesh,
+        optimizer: torch.optim.Optimizer,
+        slots: Iterable[str],
+        clip_grad: float,
+        shared: SharedWeight | None = None,
+        *,
+        overlaps: bool = False,
+        bucket_elements: int,
+    ):
         super().__init__(module, mesh, optimizer, slots, shared)
         self._clip_grad = clip_grad
         self._allocate_state((p, group) for group in optimizer.param_groups for p in group["params"])
+        self._group = mesh.group(*REPLICAS)
+        self._overlaps = overlaps and self._group is not None
+        self._parameters = in_backward_order(module.parameters(), bucket_elements)
+        self._buckets = GradientBuckets(self._parameters, self._sum_over_replicas)
+        self._under_way: deque[_Sum] = deque()
+        if self._overlaps:
+            for parameter in module.parameters():
+                parameter.register_post_accumulate_grad_hook(self._buckets.arrived)
 
     @contextlib.contextmanager
     def gradients(self, count: int) -> Iterator[Backward]:
         self._optimizer.zero_grad(set_to_none=True)
         self.holds_gradients = True
-        yield lambda loss: loss.backward()
-        self._sum_over_replicas()
+        done = 0
+
+        def backward(loss: torch.Tensor) -> None:
+            nonlocal done
+            done += 1
+            if self._overlaps and done == count:
+                self._buckets.expect()
+            loss.backward()
+
+        yield backward
+        if self._group is not None:
+            self._buckets.finish()
+            self._wait_for_all_but(0)
 
     @contextlib.contextmanager
     def scheduled_gradients(self) -> Iterator[ScheduledBackward]:
@@ -41,22 +76,15 @@ class ReplicaEngine(Engine):
             if self._shared is not None:
                 self._shared.join(self._shared.parameter.grad)
 
-    def _sum_over_replicas(self, bucket_bytes: int = REPLICA_BUCKET_BYTES) -> None:
-        group = self.mesh.group(*REPLICAS)
-        if group is None:
-            return
-        bucket: list[torch.Tensor] = []
-        filled = 0
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        for position, gradient in enumerate(gradients):
-            bucket.append(gradient)
-            filled += gradient.numel() * gradient.element_size()
-            if filled >= bucket_bytes or position == len(gradients) - 1:
-                flat = torch.cat([g.reshape(-1) for g in bucket])
-                dist.all_reduce(flat, group=group)
-                for g, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                    g.copy_(total.view_as(g))
-                bucket, filled = [], 0
+    def _sum_over_replicas(self, bucket: int) -> None:
+        gradients = [p.grad for p in self._parameters[bucket] if p.grad is not None]
+        if gradients:
+            self._under_way.append(_Sum(gradients, self._group))
+        self._wait_for_all_but(BUCKETS_UNDER_WAY if self._overlaps else 0)
+
+    def _wait_for_all_but(self, count: int) -> None:
+        while len(self._under_way) > count:
+            self._under_way.popleft().wait()
 
     def step(self, learning_rate: float) -> StepOutcome:
         held = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
@@ -83,11 +111,28 @@ class ReplicaEngine(Engine):
         for name, parameter in self.module.named_parameters():
             yield MasterFragment(parameter, name, parameter.mesh_layout, 0, parameter.numel(), parameter, 0)
 
-    def _owns_replica(self) -> bool:
-        return self.mesh.rank(*REPLICAS) == 0
     def held(self) -> Iterator[Held]:
         yield from super().held()
         for name, parameter in self.module.named_parameters():
             for slot, values in self._optimizer.state[parameter].items():
                 yield Held(f"{slot} of {name}", values, str(parameter.mesh_layout.boxes))
 
+    def _owns_replica(self) -> bool:
+        return self.mesh.rank(*REPLICAS) == 0
+
+
+class _Sum:
+    """The sum of gradients over a group, on its way."""
+
+    def __init__(self, gradients: Sequence[torch.Tensor], group: dist.ProcessGroup):
+        self._gradients = gradients
+        self._flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        self._work = dist.all_reduce(self._flat, group=group, async_op=True)
+
+    def wait(self) -> None:
+        """Until the gradients are that sum."""
+        self._work.wait()
+        for gradient, total in zip(
+            self._gradients, self._flat.split([g.numel() for g in self._gradients]), strict=True
+        ):
+            gradient.copy_(total.view_as(gradient))
