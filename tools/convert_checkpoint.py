@@ -12,13 +12,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_lite import log
 from megatron_lite.config.command_line import read
+from megatron_lite.config.data import DataConfig
 from megatron_lite.errors import ConfigError
 from megatron_lite.parallel.door import exit_code_of
 from megatron_lite.parallel.launch import Launch
+
+if TYPE_CHECKING:
+    from megatron_lite.checkpoint.manifest import Manifest
+    from megatron_lite.data.tokenizer_interface import Tokenizer
 
 _HF_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _GB = 10**9
@@ -115,7 +120,7 @@ def _export(options: ConvertOptions) -> None:
     links = huggingface_names.links(model, family, vocab_size=rows, positions=positions)
     dtype = None if options.dtype is None else DTYPES[options.dtype]
     with arriving(target) as temporary:
-        bos, eos = _export_tokenizer(folder, manifest, config.data, temporary)
+        tokenizer = _export_tokenizer(folder, manifest, config.data, temporary)
         written = export_weights(
             folder, manifest, links, temporary, dtype=dtype, max_file_bytes=int(options.max_file_gb * _GB)
         )
@@ -126,42 +131,45 @@ def _export(options: ConvertOptions) -> None:
             vocab_size=rows,
             positions=positions,
             dtype=_HF_DTYPES[{"fp32": "F32", "bf16": "BF16", "fp16": "F16", None: stored}[options.dtype]],
-            bos=bos,
-            eos=eos,
+            bos=tokenizer and tokenizer.bos,
+            eos=tokenizer and tokenizer.eos,
         )
         (temporary / huggingface.CONFIG).write_text(json.dumps(content, indent=2) + "\n")
-        _verify(options, folder, temporary)
+        _verify(options, folder, temporary, tokenizer)
     files = len(set(written.values()))
     print(f"{target} holds step {manifest.step} of {options.load} as {family}: {len(written)} tensors in {files} files")
 
 
-def _export_tokenizer(folder: Path, manifest, data, into: Path) -> tuple[int | None, int | None]:
-    """Write the tokenizer's files, or say why not; its ids of the beginning and the end of a text."""
+def _export_tokenizer(folder: Path, manifest: Manifest, data: DataConfig, into: Path) -> Tokenizer | None:
+    """The tokenizer, if it can be had; its files are written, or it is said why not."""
     from megatron_lite.data import tokenizer_files
     from megatron_lite.data.tokenizer_export import export_tokenizer
     from megatron_lite.errors import TokenizerError
 
     if data.tokenizer_type is None:
         log.warn("the checkpoint names no tokenizer, so none is written")
-        return None, None
+        return None
     plain = dataclasses.replace(data, special_tokens=())
     fingerprint = manifest.state.get("facts", {}).get("tokenizer")
     try:
         tokenizer = tokenizer_files.tokenizer_of_training(folder, data, fingerprint)
     except TokenizerError as error:
         log.warn(f"no tokenizer is written: {error}")
-        return None, None
+        return None
     read_from = tokenizer_files.copied(plain, folder.parent / tokenizer_files.FOLDER) or data
     reason = export_tokenizer(tokenizer, dataclasses.replace(read_from, special_tokens=data.special_tokens), into)
     if reason is not None:
         log.warn(f"no tokenizer is written: {reason}")
-    return tokenizer.bos, tokenizer.eos
+    return tokenizer
 
 
-def _verify(options: ConvertOptions, checkpoint: Path, folder: Path) -> None:
-    """Raise CheckpointError unless a checkpoint and a Hugging Face folder give the same logits."""
+def _verify(options: ConvertOptions, checkpoint: Path, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+    """Raise CheckpointError unless a checkpoint and a Hugging Face folder give the same logits.
+
+    Where the tokenizers in both differ it is only said: one project's files cannot always be the other's.
+    """
     from megatron_lite.errors import CheckpointError
-    from megatron_lite.train.against_transformers import compare_logits, is_installed
+    from megatron_lite.train.against_transformers import compare_logits, is_installed, tokenizer_fault
 
     if not options.verify:
         log.warn("logits were not compared (--no-verify)")
@@ -173,6 +181,8 @@ def _verify(options: ConvertOptions, checkpoint: Path, folder: Path) -> None:
     if not agreement.holds:
         raise CheckpointError(f"the models differ: {agreement}; nothing was written")
     print(f"transformers agrees: {agreement}")
+    if tokenizer is not None and (fault := tokenizer_fault(tokenizer, folder)):
+        log.warn(fault)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
