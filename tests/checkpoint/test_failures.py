@@ -18,6 +18,7 @@ import torch
 from ranks import run_on_ranks
 
 from megatron_lite.checkpoint import store
+from megatron_lite.checkpoint.background import Background
 from megatron_lite.checkpoint.find import find, verify
 from megatron_lite.checkpoint.load import load
 from megatron_lite.checkpoint.piece import Piece
@@ -42,6 +43,9 @@ def pieces(value, rank, size):
 def save_value(root, step, ranks, value=None, **how):
     mine = pieces(step if value is None else value, ranks.global_rank, ranks.world_size)
     return save(root, step, mine, {"value": step if value is None else value}, ranks, **RUN, **how)
+
+
+save_here = save_value
 
 
 def value_in(folder, ranks):
@@ -211,8 +215,17 @@ FAULTS = {
 }
 
 
-def _fail_each_way(root):
+def _fail_each_way(root, beside):
     mesh = ProcessMesh.create(MeshShape(data=2))
+    exchange = mesh.make_exchange()
+
+    def save_value(*arguments, **how):
+        if not beside:
+            return save_here(*arguments, **how)
+        task = Background("save", lambda: save_here(*arguments[:-1], exchange, **how))
+        assert task.wait(100)
+        return task.result()
+
     save_value(root, 1, mesh)
     outcomes = {}
     for fault, (rank, inject, _) in FAULTS.items():
@@ -239,8 +252,9 @@ def _fail_each_way(root):
     return outcomes
 
 
-def test_a_failure_on_one_rank_is_the_same_exception_on_all(tmp_path):
-    first, second = run_on_ranks(_fail_each_way, 2, tmp_path)
+@pytest.mark.parametrize("beside", [False, True], ids=["training waits", "beside training"])
+def test_a_failure_on_one_rank_is_the_same_exception_on_all(beside, tmp_path):
+    first, second = run_on_ranks(_fail_each_way, 2, tmp_path, beside)
     assert first == second
     for fault, (rank, _, text) in FAULTS.items():
         assert f"rank {rank}: " in first[fault] and text in first[fault], first[fault]
