@@ -49,10 +49,12 @@ class RollCall:
         self._places: list[dict[str, Any]] = []
         self._taken_over = threading.Event()
         self._store = None
+        self._answering: threading.Thread | None = None
         if world_size > 1:
             # A store serves one thread at a time, so the one that waits has a connection to itself.
             self._store, bell = store.clone(), store.clone()
-            threading.Thread(target=self._answer, args=(bell,), daemon=True, name="roll-call").start()
+            self._answering = threading.Thread(target=self._answer, args=(bell,), daemon=True, name="roll-call")
+            self._answering.start()
 
     def watch_neighbours(self, places: list[dict[str, Any]]) -> None:
         """Watch the processes of this machine's other ranks; `places` is `this_place()` of every rank, in order."""
@@ -97,6 +99,9 @@ class RollCall:
         if self._rank == self._keeper:
             self._ask(self._await_hearers)
         self._ask(lambda store: store.set(f"bell {self._rank}", "closed"))
+        if self._answering is not None:
+            # Python ends a thread that comes back to it late, and under the store's C++ code that is an abort.
+            self._answering.join(ANSWER_SECONDS)
 
     def _call(self) -> None:
         if self._claim("caller", str(self._rank)):
