@@ -39,6 +39,9 @@ def test_there_and_back(name, tmp_path, capsys):
     assert convert("--load", tmp_path / "run", "--save-hf", tmp_path / "there", "--max-file-gb", "0.00001") == 0
     assert "transformers agrees" in capsys.readouterr().out
     assert_bitwise(stored(tmp_path / "there"), stored(source))
+    assert convert("--load", tmp_path / "run", "--save-hf", tmp_path / "rounded", "--dtype", "fp16") == 0
+    assert "transformers agrees" in capsys.readouterr().out
+    assert_bitwise(stored(tmp_path / "rounded"), {key: value.half() for key, value in stored(source).items()})
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
