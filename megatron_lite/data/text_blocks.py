@@ -63,32 +63,35 @@ def read_blocks(
 
 
 def _cut_text(raw: CountedStream, source: Source, block_bytes: int, longest: int) -> Iterator[Block]:
+    """Where it is cut follows from the text alone, not from the amounts it comes in."""
     pending: list[bytes] = []
-    size, wanted, line, told = 0, block_bytes, 1, 0
-    skipped = 0
+    usual = min(block_bytes, longest)
+    size, wanted, line, told, skipped = 0, usual, 1, 0, 0
     for chunk in chunks(raw, source):
-        if skipped:
-            bound = chunk.find(b"\n") + 1 if source.documents in _BY_LINES else 0
-            skipped += bound or len(chunk)
-            if bound:
-                yield Block(source, line, b"", raw.position - told, too_long=skipped)
-                line, told, skipped, wanted = line + 1, raw.position, 0, block_bytes
-            chunk = chunk[bound:] if bound else b""
         pending.append(chunk)
         size += len(chunk)
-        if size < min(wanted, longest):
-            continue
-        data = b"".join(pending)
-        end = _last_bound(data, source.documents)
-        pending, size = [data[end:]], len(data) - end
-        # Without a bound the next look is at twice the size: a very long document costs linear time.
-        wanted = block_bytes if end else 2 * size
-        if end:
-            yield Block(source, line, data[:end], raw.position - told)
-            line, told = line + data.count(b"\n", 0, end), raw.position
-        if size >= longest:
-            line += pending[0].count(b"\n")
-            pending, skipped, size = [], size, 0
+        while skipped or size >= wanted:
+            data = b"".join(pending)
+            if skipped:
+                end = data.find(b"\n") + 1 if source.documents in _BY_LINES else 0
+                skipped += end or size
+                if end:
+                    yield Block(source, line, b"", raw.position - told, too_long=skipped)
+                    line, told, skipped, wanted = line + 1, raw.position, 0, usual
+                else:
+                    end = size
+            elif end := _last_bound(data[:wanted], source.documents):
+                yield Block(source, line, data[:end], raw.position - told)
+                line, told, wanted = line + data.count(b"\n", 0, end), raw.position, usual
+            elif wanted < longest:
+                # Twice the size each time: a very long document costs linear time.
+                wanted = min(2 * wanted, longest)
+            else:
+                end = skipped = wanted
+                line += data.count(b"\n", 0, end)
+            pending, size = [data[end:]], size - end
+            if not size:
+                break
     yield Block(source, line, b"".join(pending), raw.position - told, too_long=skipped)
 
 

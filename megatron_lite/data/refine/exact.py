@@ -29,6 +29,7 @@ class ExactDuplicates(CorpusStage):
     """
 
     name: ClassVar[str] = "exact_duplicates"
+    keys: ClassVar[int] = 2
     of: Literal["document", "paragraph", "line"] = "document"
     ignore_case_and_space: bool = True
     min_characters: int = 0

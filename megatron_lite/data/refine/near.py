@@ -37,6 +37,10 @@ class NearDuplicates(CorpusStage):
     rows: int = 8
     seed: int = 1
 
+    @property
+    def keys(self) -> int:
+        return self.bands
+
     def problems(self) -> Iterator[str]:
         for name in ("ngram", "bands", "rows"):
             if getattr(self, name) < 1:

@@ -243,7 +243,8 @@ class _UnitWork:
         sections = {"documents": packed(self._lines, form)}
         shapes = {}
         for number, rows in self._keys.items():
-            stacked = np.concatenate(rows) if rows else np.empty((0, 0), np.uint64)
+            none = np.empty((0, self._settings.stages[number].keys), np.uint64)
+            stacked = np.concatenate([none, *rows])
             shapes[number] = stacked.shape
             sections[f"keys-{number}"] = stacked.tobytes()
             sections[f"rows-{number}"] = np.array([len(some) for some in rows], np.uint32).tobytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
@@ -141,7 +142,7 @@ def _stage(name: str, options: Mapping[str, Any], source: str, problems: list[st
             if typing.get_origin(hints[option]) is dict:
                 if not isinstance(value, dict):
                     raise Mismatch("a mapping")
-                values[option] = value
+                values[option] = _natural(value)
             else:
                 values[option] = typed_value(value, hints[option])
         except Mismatch as mismatch:
@@ -151,6 +152,19 @@ def _stage(name: str, options: Mapping[str, Any], source: str, problems: list[st
     stage = kind(**values)
     problems += [f"{source}: {name}: {problem}" for problem in stage.problems()]
     return stage
+
+
+def _natural(value: Any) -> Any:
+    """Values whose types nobody states: what reads as a number is one."""
+    if isinstance(value, dict):
+        return {name: _natural(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return list(map(_natural, value))
+    for kind in (int, float):
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                return kind(value)
+    return value
 
 
 def plain_recipe(stages: Sequence[Stage]) -> list[dict[str, Any]]:

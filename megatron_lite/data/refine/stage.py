@@ -46,6 +46,8 @@ class CorpusStage(Stage):
 
     edits: bool
     """Whether it shortens documents, so that what follows has to wait for it."""
+    keys: int
+    """How many keys a row has."""
 
     @abc.abstractmethod
     def sign(self, document: Document) -> np.ndarray:
