@@ -70,7 +70,7 @@ def chunks_in_flight(config: RunConfig, micro_batches: int, pipe_rank: int) -> i
             "1F1B": later + 1,
             "Interleaved1F1B": (held - 1) * in_a_round + 2 * later + 1,
             "InterleavedZeroBubble": held * in_a_round,
-            "ZBVZeroBubble": 2 * pipe,
+            "ZBVZeroBubble": min(2 * pipe, micro_batches + 1 + pipe_rank),
             "DualPipeV": 2 * pipe + 1,
         }.get(plan.schedule.name, most),
     )

@@ -172,6 +172,8 @@ def _stated(config: RunConfig, data_size: int) -> dict[str, tuple[tuple[Any, ...
         "gradient_allreduce_op": (("mean",), "the training step, which divides by the global token count"),
         "data_types.grad_accum_dtype": (("fp32",), "the training step, which accumulates in fp32"),
     }
+    if config.parallel.overlap_grad_reduce:
+        stated["zero_optimization.overlap_comm"] = ((True,), "--overlap-grad-reduce")
     if precision.dtype == "fp16":
         scale = "dynamic" if precision.loss_scale is None else f"{precision.loss_scale:g}"
         derived = derive(config)["fp16"]
@@ -380,5 +382,7 @@ def build(config: RunConfig, data_size: int) -> dict[str, Any]:
             "gradients of micro-batches up in fp32"
         )
     if for_own_gradients(merged) is not None and (unused := sorted(given & REDUCTION_KEYS)):
-        log.warn(f"ZeRO 1 sums gradients in one pass of its own: {', '.join(unused)} in {path} has no effect")
+        log.warn(
+            f"ZeRO 1 sums gradients by itself (see --overlap-grad-reduce): {', '.join(unused)} in {path} has no effect"
+        )
     return merged

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -52,8 +51,7 @@ class FlatGradients:
         self._places: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._filled: set[torch.nn.Parameter] = set()
         self._buckets: GradientBuckets | None = None
-        self._stretches: list[torch.Tensor] = []
-        self._under_way: deque[list[SumAtOwner]] = deque()
+        self._stretches: list[tuple[torch.Tensor, int, int]] = []
         for flat, parameters in zip(flat_weights, groups, strict=True):
             buffer = torch.zeros(flat.numel(), dtype=torch.float32, device=flat.device)
             part = my_part(buffer, self._group, 0)
@@ -86,39 +84,30 @@ class FlatGradients:
     ) -> GradientBuckets:
         """Buckets, each a stretch of a buffer, in the order in which backward completes them."""
         place = {parameter: number for number, parameter in enumerate(forward_order)}
-        found: list[tuple[int, list[torch.nn.Parameter], torch.Tensor]] = []
+        found: list[tuple[int, list[torch.nn.Parameter], tuple[torch.Tensor, int, int]]] = []
         for buffer, group in zip(self._buffers, groups, strict=True):
             stop = buffer.numel()
             by_offset = sorted(group, key=lambda parameter: self._places[parameter].storage_offset())
             for bucket in in_backward_order(by_offset, elements):
                 start = self._places[bucket[-1]].storage_offset()
-                found.append((min(place[parameter] for parameter in bucket), bucket, buffer[start:stop]))
+                found.append((min(place[parameter] for parameter in bucket), bucket, (buffer, start, stop)))
                 stop = start
         found.sort(key=lambda bucket: -bucket[0])
         self._stretches = [stretch for _, _, stretch in found]
-        return GradientBuckets([bucket for _, bucket, _ in found], self._start)
+        return GradientBuckets([bucket for _, bucket, _ in found], self._start, under_way=BUCKETS_UNDER_WAY)
 
     def expect(self) -> None:
         """The gradients that come from now on are the last before `reduce`."""
         if self._buckets is not None:
             self._buckets.expect()
 
-    def _start(self, number: int) -> None:
+    def _start(self, number: int) -> list[SumAtOwner]:
         """Send a bucket to the ranks that update it."""
-        stretch = self._stretches[number]
-        first, last = stretch.storage_offset(), stretch.storage_offset() + stretch.numel()
-        length = stretch.untyped_storage().nbytes() // stretch.element_size() // self._group.size()
-        sums = []
-        for owner in range(first // length, -(-last // length)):
-            begin, end = max(first, owner * length), min(last, (owner + 1) * length)
-            sums.append(SumAtOwner(stretch[begin - first : end - first], owner, self._group))
-        self._under_way.append(sums)
-        self._wait_for_all_but(BUCKETS_UNDER_WAY)
-
-    def _wait_for_all_but(self, count: int) -> None:
-        while len(self._under_way) > count:
-            for total in self._under_way.popleft():
-                total.wait()
+        buffer, start, stop = self._stretches[number]
+        length = buffer.numel() // self._group.size()
+        owners = range(start // length, -(-stop // length))
+        parts = (buffer[max(start, owner * length) : min(stop, (owner + 1) * length)] for owner in owners)
+        return [SumAtOwner(part, owner, self._group) for part, owner in zip(parts, owners, strict=True)]
 
     def take(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Add gradients that were written to `.grad` without the parameter's hook being called."""
@@ -151,7 +140,6 @@ class FlatGradients:
         self._filled.clear()
         if self._buckets is not None:
             self._buckets.finish()
-            self._wait_for_all_but(0)
             return self._parts
         for buffer in self._buffers:
             reduce_scatter_in_place(buffer, self._group)

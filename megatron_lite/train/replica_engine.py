@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -45,8 +44,8 @@ class ReplicaEngine(Engine):
         self._group = mesh.group(*REPLICAS)
         self._overlaps = overlaps and self._group is not None
         self._parameters = in_backward_order(module.parameters(), bucket_elements)
-        self._buckets = GradientBuckets(self._parameters, self._sum_over_replicas)
-        self._under_way: deque[_Sum] = deque()
+        under_way = BUCKETS_UNDER_WAY if self._overlaps else 0
+        self._buckets = GradientBuckets(self._parameters, self._sum_over_replicas, under_way=under_way)
         if self._overlaps:
             for parameter in module.parameters():
                 parameter.register_post_accumulate_grad_hook(self._buckets.arrived)
@@ -67,7 +66,6 @@ class ReplicaEngine(Engine):
         yield backward
         if self._group is not None:
             self._buckets.finish()
-            self._wait_for_all_but(0)
 
     @contextlib.contextmanager
     def scheduled_gradients(self) -> Iterator[ScheduledBackward]:
@@ -76,15 +74,9 @@ class ReplicaEngine(Engine):
             if self._shared is not None:
                 self._shared.join(self._shared.parameter.grad)
 
-    def _sum_over_replicas(self, bucket: int) -> None:
+    def _sum_over_replicas(self, bucket: int) -> list[_FlatSum]:
         gradients = [p.grad for p in self._parameters[bucket] if p.grad is not None]
-        if gradients:
-            self._under_way.append(_Sum(gradients, self._group))
-        self._wait_for_all_but(BUCKETS_UNDER_WAY if self._overlaps else 0)
-
-    def _wait_for_all_but(self, count: int) -> None:
-        while len(self._under_way) > count:
-            self._under_way.popleft().wait()
+        return [_FlatSum(gradients, self._group)] if gradients else []
 
     def step(self, learning_rate: float) -> StepOutcome:
         held = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
@@ -121,7 +113,7 @@ class ReplicaEngine(Engine):
         return self.mesh.rank(*REPLICAS) == 0
 
 
-class _Sum:
+class _FlatSum:
     """The sum of gradients over a group, on its way."""
 
     def __init__(self, gradients: Sequence[torch.Tensor], group: dist.ProcessGroup):

@@ -120,7 +120,9 @@ SCHEDULES = [
 
 @pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)
 def test_what_is_in_flight_is_what_torchs_schedule_holds(schedule, virtual):
-    for pipe, micro_batches in itertools.product((2, 4), (8, 16)):
+    for pipe, micro_batches in itertools.product((2, 4), (4, 8, 16)):
+        if schedule == "DualPipeV" and micro_batches < 2 * pipe:
+            continue
         config = config_of(pipe, schedule, virtual)
         planned = [chunks_in_flight(config, micro_batches, rank) for rank in range(pipe)]
         assert planned == [most_in_flight(order) for order in _orders(schedule, pipe, virtual, micro_batches)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from typing import Any
 
 import pytest
@@ -33,7 +34,13 @@ def test_buckets_come_from_the_end_and_are_full():
 def test_buckets_start_in_order_and_as_soon_as_they_can():
     a, b, c, d = _parameters(1, 1, 1, 1)
     started: list[int] = []
-    buckets = GradientBuckets([[d, c], [b], [a]], started.append)
+    waited: list[int] = []
+
+    def start(number):
+        started.append(number)
+        return [types.SimpleNamespace(wait=lambda: waited.append(number))]
+
+    buckets = GradientBuckets([[d, c], [b], [a]], start, under_way=1)
     for parameter in (a, b, c, d):
         buckets.arrived(parameter)
     assert not started, "gradients of an earlier micro-batch"
@@ -42,9 +49,9 @@ def test_buckets_start_in_order_and_as_soon_as_they_can():
     buckets.arrived(d)
     assert not started, "the first bucket is not full"
     buckets.arrived(c)
-    assert started == [0, 1]
+    assert started == [0, 1] and waited == [0]
     buckets.finish()
-    assert started == [0, 1, 2]
+    assert started == waited == [0, 1, 2]
     started.clear()
     buckets.finish()
     assert started == [0, 1, 2]
@@ -103,7 +110,7 @@ def _count_early(engine: Any) -> list[int]:
     holder = getattr(engine, "_flat_gradients", None) or engine
     if (buckets := getattr(holder, "_buckets", None)) is not None:
         start, finish, ended = buckets._start, buckets.finish, []
-        buckets._start = lambda number: (None if ended else early.append(number), start(number))
+        buckets._start = lambda number: (None if ended else early.append(number), start(number))[1]
         buckets.finish = lambda: (ended.append(True), finish(), ended.clear())
     return early
 
