@@ -7,7 +7,6 @@ python tools/check_parallel.py --config examples/quickstart.yaml --layout tp=2,p
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.parallel.door import exit_code_of
 from megatron_lite.parallel.launch import Launch
+from megatron_lite.parallel.launcher import start_command, takes_gpus
 from megatron_lite.parallel.layout_line import parse_layout
 from megatron_lite.train.rules import problems
 
@@ -67,8 +67,6 @@ class CheckOptions:
 
 def check(config: RunConfig, options: CheckOptions) -> None:
     """Train serially and in the layout, in processes of their own, and judge. Raises MegatronLiteError."""
-    import torch
-
     from megatron_lite.train.trace import comparable, serial_of
 
     layout = parse_layout(options.layout)
@@ -78,12 +76,7 @@ def check(config: RunConfig, options: CheckOptions) -> None:
         raise ConfigError(found)
     for line in told:
         log.note(line)
-    device, gpus = options.device, torch.cuda.device_count()
-    if device == "cuda" and gpus < ranks:
-        raise ConfigError(f"--layout {options.layout} is {ranks} processes on {gpus} GPUs; give --device cpu")
-    if device is None and 0 < gpus < ranks:
-        log.warn(f"{ranks} processes run on the CPU, since there are {gpus} GPUs")
-    on_gpus = device == "cuda" or (device is None and gpus >= ranks)
+    on_gpus = takes_gpus(options.device, ranks)
     with tempfile.TemporaryDirectory(prefix="check-parallel-") as name:
         serial, ours = Path(name, "serial"), Path(name, "layout")
         run(serial_of(config, layout.shape.data), 1, options.steps, serial, on_gpus=on_gpus)
@@ -96,10 +89,7 @@ def run(config: RunConfig, ranks: int, steps: int, folder: Path, *, on_gpus: boo
     folder.mkdir()
     settings = folder / "config.yaml"
     settings.write_text(sources.dump(config), encoding="utf-8")
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    command = ["env", f"OMP_NUM_THREADS={threads}", *([] if on_gpus else ["CUDA_VISIBLE_DEVICES="]), sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = start_command(ranks, on_gpus=on_gpus)
     command += [__file__, "--config", str(settings), "--steps", str(steps), "--into", str(folder)]
     log.note(f"training {steps} steps {'serially' if ranks == 1 else f'on {ranks} processes'}")
     if code := subprocess.run(command).returncode:

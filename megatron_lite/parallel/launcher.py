@@ -1,11 +1,15 @@
-"""The launcher of a rank, as the processes above it: whether it still lives, and the command that started it."""
+"""The launcher of a rank, as the processes above it; and how a tool starts ranks on this machine by itself."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_lite import log
+from megatron_lite.errors import ConfigError
 
 #: Programs that start ranks, by their file names or as Python's modules; `sshd` where another node's launcher reached
 #: this one. A name ends at a colon: "sshd: me@notty", "slurmstepd: [12.0]".
@@ -47,6 +51,42 @@ def command_line(argv: Sequence[str]) -> str:
         is_module = words[1].startswith("-")
         words = ["python", *words[1:]] if is_module else [Path(words[1]).name, *words[2:]]
     return shlex.join(words)
+
+
+def start_command(ranks: int, *, on_gpus: bool) -> list[str]:
+    """The words before a script's own that start so many processes of it on this machine, which share its cores."""
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    words = ["env", f"OMP_NUM_THREADS={threads}", *([] if on_gpus else ["CUDA_VISIBLE_DEVICES="]), sys.executable]
+    if ranks > 1:
+        words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return words
+
+
+def takes_gpus(device: str | None, ranks: int) -> bool:
+    """Whether ranks started here run on GPUs: as `device` says, by default where there is one for each.
+
+    Raises ConfigError where "cuda" is asked for and there are fewer.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if device == "cuda" and gpus < ranks:
+        raise ConfigError(f"{ranks} processes are to run on {gpus} GPUs; give --device cpu")
+    if device is None and 0 < gpus < ranks:
+        log.warn(f"{ranks} processes run on the CPU, since there are {gpus} GPUs")
+    return device == "cuda" or (device is None and gpus >= ranks)
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that `pid` started, and those that they did, while they live."""
+    parents = {
+        int(entry.name): parent_of(int(entry.name)) for entry in Path("/proc").iterdir() if entry.name.isdecimal()
+    }
+    found, below = [], [pid]
+    while below:
+        below = [child for child, parent in parents.items() if parent in below]
+        found += below
+    return found
 
 
 def parent_of(pid: int) -> int | None:
