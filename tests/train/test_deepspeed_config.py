@@ -23,6 +23,13 @@ def merged(user: dict, data_size: int = 2, **fields) -> dict:
     return deepspeed_config.merge(config_of(**fields), data_size, user)
 
 
+@pytest.mark.parametrize(("zero", "overlaps"), [(1, None), (2, True), (3, True)])
+def test_overlap_is_deepspeeds_where_it_reduces(zero, overlaps):
+    derived = deepspeed_config.derive(config_of(overlap_grad_reduce=True, zero_stage=zero))
+    assert derived["zero_optimization"].get("overlap_comm") is overlaps
+    assert "overlap_comm" not in deepspeed_config.derive(config_of(zero_stage=zero))["zero_optimization"]
+
+
 def refused(user: dict, data_size: int = 2, **fields) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         merged(user, data_size, **fields)
@@ -114,8 +121,9 @@ def test_a_file_that_agrees_is_accepted_and_accumulation_stays_ours():
 def test_accumulation_steps_of_a_file_are_held_to_those_of_the_flags():
     flags = {"gradient_accumulation_steps": 4, "micro_batch_size": 2}
     merged({"gradient_accumulation_steps": 4, "train_batch_size": 16}, **flags)
-    assert "--global-batch-size 16 = --micro-batch-size 2 x 2 data ranks x 4" in (
-        refused({"gradient_accumulation_steps": 8}, **flags)[0]
+    assert (
+        "--global-batch-size 16 = --micro-batch-size 2 x 2 data ranks x 4"
+        in (refused({"gradient_accumulation_steps": 8}, **flags)[0])
     )
 
 
@@ -145,6 +153,12 @@ def test_auto_is_ours_or_deepspeeds_default(tmp_path):
         ({"fp16": {"loss_scale_window": 5}}, {"fp16": True}, "window is 5", "--loss-scale-window 1000"),
         ({"fp16": {"loss_scale": 64}}, {"fp16": True}, "loss_scale is 64", "--loss-scale dynamic"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, {}, 'grad_accum_dtype is "bf16"', "fp32"),
+        (
+            {"zero_optimization": {"overlap_comm": False}},
+            {"overlap_grad_reduce": True},
+            "overlap_comm is false",
+            "--overlap-grad-reduce",
+        ),
         ({"managed_gradient_accumulation": False}, {}, "managed_gradient_accumulation is false", "training step"),
     ],
 )

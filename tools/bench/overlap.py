@@ -188,7 +188,7 @@ def _exchanged(operations, desc=None):
 CASES: dict[str, tuple[int, float, float, Callable[..., list[float]], tuple[Any, ...]]] = {
     "gradients, ZeRO 0": (2, 100, 0.12, gradients, (0,)),
     "gradients, ZeRO 1": (2, 100, 0.12, gradients, (1,)),
-    "ring attention": (4, 100, 0.2, ring, ()),
+    "ring attention": (4, 200, 0.2, ring, ()),
     "pipeline, Interleaved1F1B": (4, 200, 0.06, pipeline, ()),
 }
 """Ranks, Mbit/s of the link, seconds of a unit, what runs, and what it is given."""
