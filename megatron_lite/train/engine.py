@@ -193,17 +193,6 @@ class ZeroEngine(Engine):
         for name, parameter, _ in self._names:
             yield name, safe_get_full_fp32_param(parameter)
 
-    def _masters(self) -> list[torch.Tensor]:
-        """The flat fp32 masters, of which each optimizer slot is a copy in shape."""
-        return (
-            self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
-        )
-
-    def _fragments(self) -> Iterator[MasterFragment]:
-        if self.stage == 3:
-            yield from self._stage_3_fragments()
-            return
-        # DeepSpeed's own link from a parameter to its part of the flat fp32 master. Not a public
     def held(self) -> Iterator[Held]:
         if self.stage < 3:
             yield from super().held()
@@ -215,6 +204,17 @@ class ZeroEngine(Engine):
             else:
                 yield Held(f"weight {name}", parameter.ds_tensor, f"{layout.boxes} {self.mesh.rank(*REPLICAS)}")
 
+    def _masters(self) -> list[torch.Tensor]:
+        """The flat fp32 masters, of which each optimizer slot is a copy in shape."""
+        return (
+            self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
+        )
+
+    def _fragments(self) -> Iterator[MasterFragment]:
+        if self.stage == 3:
+            yield from self._stage_3_fragments()
+            return
+        # DeepSpeed's own link from a parameter to its part of the flat fp32 master. Not a public
         # interface: tests/train/test_deepspeed_contract.py holds it.
         masters = self._masters()
         for name, parameter, layout in self._names:
