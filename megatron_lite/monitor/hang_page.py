@@ -127,7 +127,7 @@ class _Waits:
         self._groups: dict[str, dict[int, int]] = defaultdict(dict)
         for rank, word in words.items():
             for collective in word.collectives:
-                self._groups[collective.group][rank] = collective.entered
+                self._groups[collective.group][rank] = collective.number
         self.of = {rank: self._waits_of(word) for rank, word in words.items()}
         #: What others want of a rank.
         self.missing: dict[int, set[str]] = defaultdict(set)
@@ -150,11 +150,11 @@ class _Waits:
     def _wait_in(self, collective: Collective, rank: int) -> _Wait:
         key = collective.group, collective.number
         if key not in self._found:
-            entered = self._groups[collective.group]
+            reached = self._groups[collective.group]
             whom = tuple(
                 member
                 for member in self._members(collective, rank)
-                if member in self._silent or entered.get(member, 0) < collective.number
+                if member in self._silent or reached.get(member, 0) < collective.number
             )
             self._found[key] = _Wait(_told(collective), whom, ranks_text(whom) if whom else "")
         return self._found[key]
@@ -183,6 +183,8 @@ def _in_an_earlier_stretch(words: Mapping[int, Word]) -> set[int]:
 
 def _reproach(word: Word, missing: Collection[str]) -> str:
     """Why a rank that speaks is behind."""
+    if unfinished := _unfinished(word):
+        return f"is still in {unfinished}, to which all have come: nothing gets through to it"
     lacks = f"has not come to {' or '.join(sorted(missing)[:3])}" if missing else "is a stretch behind the others"
     return f"{lacks}: it is in {_place(word)}{f', at {word.at[-1]}' if word.at else ''}"
 

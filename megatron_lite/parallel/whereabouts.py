@@ -34,7 +34,8 @@ class Stretch(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """The last collective that this rank entered in a process group, out of torch's flight recorder."""
+    """Where a rank is among the collectives of a process group, by torch's flight recorder: in the first that is not
+    over, or behind the last."""
 
     group: str
     """The group's name, the same on all its ranks."""
@@ -43,8 +44,6 @@ class Collective(NamedTuple):
     name: str
     number: int
     """How many of this group there were, itself included: on all its ranks the same."""
-    entered: int
-    """The same of the last one that was begun, where several are under way at once, as on a GPU."""
     is_over: bool
 
 
@@ -89,7 +88,7 @@ HERE = Whereabouts()
 
 
 def collectives() -> list[Collective]:
-    """The collective that this rank is in, or was in last, in each process group; none where torch keeps no record."""
+    """Where this rank is among the collectives of each of its groups; nothing where torch keeps no record."""
     import torch._C._distributed_c10d as c10d
 
     found: dict[str, Collective] = {}
@@ -100,12 +99,8 @@ def collectives() -> list[Collective]:
             if entry["is_p2p"]:
                 continue
             group, over = entry["process_group"]
-            number = entry["collective_seq_id"]
-            last = found.get(group)
-            if last is not None and not last.is_over:
-                found[group] = last._replace(entered=number)
-                continue
-            name = entry["profiling_name"].rpartition(":")[2]
-            is_over = entry["retired"] or entry["state"] == "completed"
-            found[group] = Collective(group, over, name, number, number, is_over)
+            if (last := found.get(group)) is None or last.is_over:
+                name = entry["profiling_name"].rpartition(":")[2]
+                is_over = entry["retired"] or entry["state"] == "completed"
+                found[group] = Collective(group, over, name, entry["collective_seq_id"], is_over)
     return list(found.values())
