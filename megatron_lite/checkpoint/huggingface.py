@@ -17,7 +17,7 @@ from megatron_lite.checkpoint import foreign, huggingface_names
 from megatron_lite.checkpoint.boxes import Rectangle
 from megatron_lite.checkpoint.piece import Piece
 from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
-from megatron_lite.checkpoint.tensor_file import TensorFile
+from megatron_lite.checkpoint.tensor_file import FileTensor, TensorFile
 from megatron_lite.config.huggingface import CONFIG, inside, read_config, read_json
 from megatron_lite.errors import CheckpointError
 
@@ -82,11 +82,9 @@ class HuggingFaceFolder(contextlib.AbstractContextManager):
         return {name: foreign.shape_of(parts) for name, parts in self.links.items()}
 
     @property
-    def tensors(self) -> dict[str, tuple[str, tuple[int, ...], str]]:
-        """Every stored tensor, idle ones too: name -> (dtype, shape, file)."""
-        return {
-            name: (self._tensor(name).dtype, self._tensor(name).shape, file) for name, file in self._file_of.items()
-        }
+    def tensors(self) -> dict[str, tuple[FileTensor, str]]:
+        """Every stored tensor, idle ones too, and its file."""
+        return {name: (self._tensor(name), file) for name, file in self._file_of.items()}
 
     def dtype(self, theirs: str) -> str:
         return self._tensor(theirs).dtype
@@ -94,7 +92,7 @@ class HuggingFaceFolder(contextlib.AbstractContextManager):
     def read(self, theirs: str, rectangle: Rectangle, into: torch.Tensor) -> None:
         self._file(self._file_of[theirs]).read(theirs, rectangle, into)
 
-    def _tensor(self, name: str):
+    def _tensor(self, name: str) -> FileTensor:
         return self._file(self._file_of[name]).tensors[name]
 
     def _file(self, name: str) -> TensorFile:
