@@ -86,6 +86,8 @@ class ZeroEngine(Engine):
             )
             if not bf16 and not self.scales_loss:
                 self._make_weights_their_own_masters()
+        elif mesh.size("pipe") > 1:
+            self._reduce_norms_of_groups_at_once()
         groups = self._optimizer.param_groups
         if self.stage == 3:
             groups = [groups[self._zero.sub_group_to_group_id[part]] for part in range(len(self._masters()))]
@@ -100,6 +102,24 @@ class ZeroEngine(Engine):
             if (link := parameter._hp_mapping) is not None:
                 place, master = link.hp_fragment_address, self._masters()[link.param_group_index]
                 link.hp_fragment = master.detach().narrow(0, place.start, place.numel)
+
+    def _reduce_norms_of_groups_at_once(self) -> None:
+        """Let DeepSpeed sum the gradient norm over stages and tensor ranks once, where it would do so for each
+        parameter group: stages differ in how many they have, and would wait for one another."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        zero, name = self._zero, "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        norms_of_groups, over_ranks = getattr(zero, name), zero._model_parallel_all_reduce
+
+        def norms():
+            zero._model_parallel_all_reduce = lambda tensor, op: None
+            here = norms_of_groups()
+            zero._model_parallel_all_reduce = over_ranks
+            square = combine_grad_norm_groups(here if self.stage == 3 else [here]).square()
+            over_ranks(tensor=square, op=dist.ReduceOp.SUM)
+            return [square.sqrt()] if self.stage == 3 else square.sqrt()
+
+        setattr(zero, name, norms)
 
     @contextlib.contextmanager
     def gradients(self, count: int) -> Iterator[Backward]:

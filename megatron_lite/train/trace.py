@@ -33,7 +33,7 @@ from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.reading import count_targets, read
 from megatron_lite.train.step import train_step
 
-_ADAM_EPS = 1e-5
+_ADAM_EPS = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_a_good_layout_agrees(capfd):
     assert re.findall(r"^(embedding|layers\.\d|final_norm|head) ", told.out, re.M) == [
         "embedding", *(f"layers.{n}" for n in range(4)), "final_norm", "head"
     ]  # fmt: skip
-    assert "attention_dropout is 0, not 0.1" in told.err and "adam_eps is 1e-05, not 1e-08" in told.err
+    assert "attention_dropout is 0, not 0.1" in told.err and "adam_eps is 0.0001, not 1e-08" in told.err
     assert "no data are named" in told.err
 
 

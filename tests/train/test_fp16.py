@@ -5,30 +5,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_on_ranks
-from train.layouts import Case, config_of
+from train.layouts import FP16, Case, config_of, pretend_fp16
+from train.serial import assert_equals_serial, run_serially
 
 from megatron_lite.checkpoint.load import read_tensor
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
 
-STEPS, FIRST_SCALE = 8, 2.0**20
+STEPS, FIRST_SCALE = 8, FP16["initial_loss_scale"]
 
 
 def _config(folder: Path, case: Case, **fields) -> RunConfig:
     config = config_of(
         case,
-        precision={
-            "fp16": case.dtype == "fp16",
-            "initial_loss_scale": FIRST_SCALE,
-            "hysteresis": 1,
-            "loss_scale_window": 3,
-        },
         training={"eval_interval": 0, "train_iters": STEPS},
         optimizer={"lr": 1e-3},
         checkpoint={"save": str(folder)},
@@ -40,19 +36,19 @@ def _config(folder: Path, case: Case, **fields) -> RunConfig:
 
 
 def _train(*configs: RunConfig) -> None:
-    from deepspeed.accelerator import get_accelerator
-
-    from megatron_lite.config import check
     from megatron_lite.parallel.launch import StopRequest
     from megatron_lite.parallel.mesh_shape import MeshShape
     from megatron_lite.parallel.process_mesh import ProcessMesh
     from megatron_lite.train.start import train_on
 
-    get_accelerator().is_fp16_supported = lambda: True
-    check.precision_problems = lambda *_, **__: []
+    pretend_fp16()
     for config in configs:
         size = torch.distributed.get_world_size()
-        mesh = ProcessMesh.create(MeshShape.of_world(size, tensor=config.parallel.tensor_model_parallel_size))
+        parallel = config.parallel
+        shape = MeshShape.of_world(
+            size, tensor=parallel.tensor_model_parallel_size, pipe=parallel.pipeline_model_parallel_size
+        )
+        mesh = ProcessMesh.create(shape)
         train_on(mesh, config, StopRequest(), "test")
 
 
@@ -67,6 +63,7 @@ def _records(folder: Path) -> list[dict]:
         Case(1, 2, 2, dtype="fp16"),
         Case(1, 2, 3, dtype="fp16"),
         Case(2, 1, 1, dtype="fp16"),
+        Case(pipe=2, zero=1, dtype="fp16", micro_batches=2),
     ],
     ids=str,
 )
@@ -91,3 +88,27 @@ def test_overflows_are_skipped_and_the_rest_is_fp32s_curve(case, tmp_path):
     last = f"step-{STEPS:08d}"
     for name in read_manifest(whole / last).tensors:
         assert torch.equal(read_tensor(whole / last, name), read_tensor(parts / last, name)), name
+
+
+PARTS = {
+    2: [
+        Case(pipe=2, layers=4, micro_batches=2, zero=1, dtype="fp16"),
+        Case(pipe=2, layers=4, schedule="ZBVZeroBubble", micro_batches=4, zero=2, dtype="fp16", llama=True),
+        Case(pipe=2, layers=4, virtual=2, micro_batches=2, zero=3, dtype="fp16", recompute="full"),
+        Case(context=2, zero=1, dtype="fp16", llama=True),
+        Case(context=2, zero=3, dtype="fp16", exchange="a2a"),
+    ],
+    4: [
+        Case(pipe=2, context=2, layers=4, schedule="DualPipeV", micro_batches=4, zero=1, dtype="fp16"),
+        Case(pipe=2, tensor=2, layers=4, micro_batches=2, zero=2, dtype="fp16", sequence_parallel=True),
+    ],
+}
+
+
+@pytest.mark.parametrize("ranks", sorted(PARTS))
+def test_stages_and_parts_of_sequences_skip_the_same_steps(ranks):
+    serial = run_serially(PARTS[ranks])
+    for reference in serial.values():
+        norms = [norm for _, norm in reference.curve]
+        assert norms[0] == math.inf and math.isfinite(norms[-1]), "some steps must overflow, and the last must not"
+    assert_equals_serial(ranks, PARTS[ranks], serial)
