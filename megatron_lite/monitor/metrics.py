@@ -47,6 +47,15 @@ METRICS: dict[str, Metric] = {
     "memory_reserved": Metric(
         "bytes", "memory held by torch's allocator on rank 0's device; on a CPU the highest memory_allocated"
     ),
+    "slowest_rank": Metric(
+        "",
+        "the rank that computed longest, over the last 10 steps or more, beside the ranks that do "
+        "the same work; absent in other steps and on one rank",
+    ),
+    "slowest_rank_time": Metric(
+        "s", "time of its forward and backward passes a step, without what it waited for others"
+    ),
+    "slowest_rank_ratio": Metric("", "that time over the median of those ranks"),
     "valid_loss": Metric("nats a token", "loss on the validation split, dropout off"),
     "valid_perplexity": Metric("", "exp(valid_loss)"),
 }

@@ -12,7 +12,10 @@ import json
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 STEP, VALIDATION, CHECKPOINT = "training step", "batch of validation", "checkpoint"
 RECENT = 50
@@ -58,6 +61,8 @@ class Whereabouts:
         """What was ordered from another rank and is not used yet, in words as of `doing` -> that rank."""
         self.waited = 0.0
         """Seconds spent in collectives, as the host sees it: on a GPU, which works by itself, next to nothing."""
+        self._computed = 0.0
+        self._on_device: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.times: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
         """Seconds that the last stretches of each kind took."""
 
@@ -82,6 +87,34 @@ class Whereabouts:
         yield
         self.awaited.pop((what,), None)
         self.waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def computing(self, device: torch.device) -> Iterator[None]:
+        """Within it this rank computes: what the host waits for others meanwhile is not counted.
+
+        On a GPU it is the time of its stream, which waits for tensor and context ranks as well.
+        """
+        if device.type == "cpu":
+            began, waited = time.perf_counter(), self.waited
+            yield
+            self._computed += time.perf_counter() - began - (self.waited - waited)
+            return
+        from torch.cuda import Event
+
+        ends = Event(enable_timing=True), Event(enable_timing=True)
+        ends[0].record()
+        yield
+        ends[1].record()
+        self._on_device.append(ends)
+
+    def take_computed(self) -> float:
+        """Seconds of computing since the last call."""
+        seconds, self._computed = self._computed, 0.0
+        for began, ended in self._on_device:
+            ended.synchronize()
+            seconds += began.elapsed_time(ended) / 1000
+        self._on_device.clear()
+        return seconds
 
 
 HERE = Whereabouts()

@@ -16,6 +16,7 @@ from megatron_lite.data.loader import BatchLoader, MicroBatch
 from megatron_lite.monitor.histograms import histograms
 from megatron_lite.monitor.memory import MemoryMeter
 from megatron_lite.monitor.metrics import Metrics, throughput
+from megatron_lite.monitor.pace import Pace
 from megatron_lite.monitor.sinks import Sinks
 from megatron_lite.optim.schedule import Schedule
 from megatron_lite.parallel.launch import StopRequest
@@ -53,6 +54,7 @@ class Run:
     sinks: Sinks
     metrics: Metrics
     memory: MemoryMeter
+    pace: Pace
     keeper: Keeper
     stop: StopRequest
     flops_per_token: float
@@ -222,6 +224,7 @@ def _log_step(run: Run, result: StepResult, rate: float, batch_size: int, second
             peak_flops=run.peak_flops,
         ),
         **run.memory.metrics(),
+        **run.pace.metrics(progress.step),
     }
     for name, value in values.items():
         run.metrics.record(name, value)

@@ -26,6 +26,7 @@ from megatron_lite.errors import EXIT_ERROR, CheckpointError, MegatronLiteError
 from megatron_lite.monitor import exit_file, rank_log
 from megatron_lite.monitor.memory import MemoryMeter
 from megatron_lite.monitor.metrics import Metrics
+from megatron_lite.monitor.pace import Pace
 from megatron_lite.monitor.sinks import open_sinks
 from megatron_lite.monitor.versions import versions
 from megatron_lite.optim.schedule import Schedule, schedule
@@ -204,6 +205,11 @@ def _assemble(
         sinks=sinks,
         metrics=Metrics(),
         memory=memory,
+        pace=Pace(
+            [mesh.shape.coordinates(rank)["pipe"] for rank in range(mesh.world_size)],
+            mesh.gather_json,
+            config.logging.log_interval,
+        ),
         keeper=Keeper(
             root=Path(config.checkpoint.save) if config.checkpoint.save else None,
             claim=claim,

@@ -63,7 +63,8 @@ def train_step(
         with engine.gradients(len(micro_batches)) as backward:
             for number, micro_batch in enumerate(micro_batches, 1):
                 HERE.note("micro-batch", number, "of", len(micro_batches))
-                backward(share(forward(engine, mesh, micro_batch, step=step, seed=seed)))
+                with HERE.computing(mesh.device):
+                    backward(share(forward(engine, mesh, micro_batch, step=step, seed=seed)))
     else:
         with engine.scheduled_gradients() as scheduled:
             pipeline.run(

@@ -218,7 +218,8 @@ class _Stage(PipelineStage):
         HERE.awaited.pop(self._wanted(kind, micro_batch), None)
         awaited, HERE.awaited = HERE.awaited, {}
         HERE.note(_ACTIONS[kind], *where)
-        yield
+        with HERE.computing(self.device):
+            yield
         HERE.awaited = awaited
         HERE.note("after", _ACTIONS[kind], *where)
 
