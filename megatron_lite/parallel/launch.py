@@ -7,6 +7,7 @@ The only place that reads environment variables of the launch. `deepspeed`, `tor
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from megatron_lite import log
 from megatron_lite.errors import EXIT_HANG, EXIT_LOST_RANK, ConfigError, LaunchError
 from megatron_lite.parallel.launcher import launcher_chain, parent_of
 
+_INTERNET = (socket.AF_INET, socket.AF_INET6)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GRACE_SECONDS = 25.0
 """What a save may take once the launcher is told to stop: `deepspeed` and `torchrun` kill ranks after 30 s."""
@@ -291,18 +293,20 @@ def _choose_interface(launch: Launch) -> None:
         interface = interface_towards(launch.master_addr)
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
-        if interface in (None, "lo"):
-            what = "not to be reached" if interface is None else "this machine itself by its loopback address"
-            elsewhere = launch.world_size - launch.local_world_size
-            log.every_rank(
-                f"warning: {launch.master_addr}, where the ranks are to meet, is {what}, though {elsewhere} of "
-                f"{launch.world_size} ranks are elsewhere; if they do not find one another, give an address of the "
-                f"network between the nodes, or name its interface in GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME)"
-            )
+            return
+        elsewhere = launch.world_size - launch.local_world_size
+        log.every_rank(
+            f"warning: no interface of this machine is seen to lead to {launch.master_addr}, where the ranks are to "
+            f"meet, though {elsewhere} of {launch.world_size} are elsewhere; if they do not find one another, give an "
+            f"address of the network between the nodes, or name its interface in GLOO_SOCKET_IFNAME"
+        )
 
 
 def interface_towards(host: str) -> str | None:
-    """The network interface by which this machine reaches `host`; None if it does not."""
+    """The network interface by which this machine reaches `host`; None if none is seen to.
+
+    Where `host` is this machine by a loopback address, as its own name often is, it is the only other interface.
+    """
     import psutil
 
     try:
@@ -312,8 +316,18 @@ def interface_towards(host: str) -> str | None:
             own = probe.getsockname()[0]
     except OSError:
         return None
-    interfaces = psutil.net_if_addrs().items()
-    return next((name for name, held in interfaces if own in [a.address.partition("%")[0] for a in held]), None)
+    towards = ipaddress.ip_address(own.partition("%")[0])
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    addresses = {
+        name: [ipaddress.ip_address(a.address.partition("%")[0]) for a in held if a.family in _INTERNET]
+        for name, held in psutil.net_if_addrs().items()
+        if name in up
+    }
+    if not towards.is_loopback:
+        found = [name for name, held in addresses.items() if towards in held]
+    else:
+        found = [name for name, held in addresses.items() if held and not any(a.is_loopback for a in held)]
+    return found[0] if len(found) == 1 else None
 
 
 def end_process(code: int) -> NoReturn:

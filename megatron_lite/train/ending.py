@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch.distributed as dist
 from megatron_lite import log
 from megatron_lite.errors import EXIT_DONE, EXIT_ERROR, HangError, LostRankError, MegatronLiteError
 from megatron_lite.monitor import exit_file, rank_log
-from megatron_lite.parallel.roll_call import RollCall, lost_rank
 from megatron_lite.monitor.hang_watch import HangWatch
+from megatron_lite.parallel.roll_call import RollCall, lost_rank
 from megatron_lite.plan.report import memory_comparison
 from megatron_lite.train.loop import EARLY_STOPPING, Run
 
@@ -22,7 +23,7 @@ _TIMED_OUT = ("Timed out waiting", "caused pair closure", "collective operation 
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "connectFullMesh failed")
 #: nccl errors that another rank has no part in.
 _OF_THIS_RANK = ("ncclUnhandledCudaError", "ncclInvalidUsage", "ncclInvalidArgument")
-_LAST_LINES = 12
+_LAST_LINES, _RANKS_SHOWN = 12, 2
 
 
 class Ending:
@@ -33,8 +34,8 @@ class Ending:
 
     def __init__(self, rank: int, run_dir: Path | None, command: str, roll: RollCall | None = None):
         self.run: Run | None = None
-        self._rank, self._run_dir, self._command = rank, run_dir, command
         self.watch: HangWatch | None = None
+        self._rank, self._run_dir, self._command = rank, run_dir, command
         self._roll = roll or RollCall(None, rank, 1)
         self._roll.give_up = self._give_up
 
@@ -80,25 +81,29 @@ class Ending:
         lost, tells = self._roll.who_is_lost()
         error = lost_rank(lost, str(seen)) if lost else seen
         error.is_told_elsewhere = not tells
-        for rank in [rank for rank, _ in zip(lost, range(2), strict=False) if tells and self._run_dir is not None]:
+        if tells and self._run_dir is not None:
+            self._show_last_lines([rank for rank, known in lost.items() if not known.spoke][:_RANKS_SHOWN])
+        return error
+
+    def _show_last_lines(self, ranks: list[int]) -> None:
+        for rank in ranks:
             if lines := rank_log.last_lines(self._run_dir, rank, _LAST_LINES):
                 said = "\n".join(f"  {line}" for line in lines)
                 log.every_rank(f"rank {rank}'s last lines, in {rank_log.path_of(self._run_dir, rank)}:\n{said}")
-        return error
 
     def _give_up(self, error: LostRankError) -> None:
         self._write(error)
         log.aside(f"error: {error}")
+
+    def tell_hang(self, error: HangError) -> None:
+        """Leave `exit.json` for a run that hangs and is about to end."""
+        self._write(error)
 
     def _write(self, error: Exception) -> None:
         follows = isinstance(error, (HangError, LostRankError))
         if isinstance(error, MegatronLiteError):
             cause, code, message, alike = error.cause, error.exit_code, str(error), error.on_all_ranks
         else:
-    def tell_hang(self, error: HangError) -> None:
-        """Leave `exit.json` for a run that hangs and is about to end."""
-        self._write(error)
-
             cause, code, message, alike = "error", EXIT_ERROR, f"{type(error).__name__}: {error}", False
         if (alike and self._rank != 0) or (follows and exit_file.is_there(self._run_dir)):
             return
@@ -132,7 +137,8 @@ def explained(error: Exception, rank: int) -> Exception:
     text = str(error)
     if not isinstance(error, RuntimeError) or not text:
         return error
-    line = text.splitlines()[0]
+    # Without the place in the library's source before it, and its guesses after.
+    line = re.sub(r"^\[\S*\] ", "", text.splitlines()[0]).partition(". This is typically")[0]
     if any(words in text for words in _TIMED_OUT):
         return HangError(
             f"rank {rank} waited in vain for another rank: a collective did not end within "

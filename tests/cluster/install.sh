@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs what the tests of this folder start, on Debian and its kin, as root.
+set -euo pipefail
+packages=(iproute2 munge openmpi-bin openssh-client openssh-server pdsh slurm-client slurmctld slurmd)
+missing=()
+for package in "${packages[@]}"; do
+    dpkg-query --show --showformat='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+done
+[ ${#missing[@]} != 0 ] || exit 0
+echo "installing ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+apt-get -qq update
+apt-get -qq install --yes --no-install-recommends "${missing[@]}" >/dev/null
