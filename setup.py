@@ -102,6 +102,7 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
+        "huggingface": ["transformers>=4.51,<6"],
         "refine": [
             "alt-profanity-check>=1.9",
             "datasets>=3",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import re
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lite.config import cli, sources
+from megatron_lite.config import cli, huggingface, sources
 from megatron_lite.config.megatron_flags import BY_NAME
 from megatron_lite.config.run import RunConfig
 
@@ -47,12 +48,17 @@ def flags_of(program: str) -> set[str]:
 
 @pytest.fixture
 def folder_of_the_reader(tmp_path, monkeypatch):
-    """A folder with the README's own config in it, and the run folder it leads to."""
+    """A folder with the README's own config in it, the run folder it leads to, and a model of Hugging Face's."""
     (tmp_path / "mine.yaml").write_text(blocks("yaml")[0])
     config, _ = cli.load(["--config", str(tmp_path / "mine.yaml")])
     run = tmp_path / config.checkpoint.save
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(sources.dump(config))
+    model = sources.override(RunConfig(), sources.read_preset("qwen3-0.6b")).model
+    sizes = {"vocab_size": model.vocab_size, "positions": model.max_position_embeddings}
+    described = huggingface.config_json(model, "qwen3", **sizes, dtype="bfloat16", bos=None, eos=None)
+    (tmp_path / "models" / "qwen").mkdir(parents=True)
+    (tmp_path / "models" / "qwen" / "config.json").write_text(json.dumps(described))
     monkeypatch.chdir(tmp_path)
 
 

@@ -113,12 +113,12 @@ def test_a_checkpoint_is_compared_with_the_folder_it_came_from(folder, tmp_path,
     said = capsys.readouterr().out
     assert "weight/final_norm.weight: dtype BF16 here, F32 there\n" in said
     tensors = dict(stored(folder))
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 64
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(folder / "config.json", tmp_path)
     assert inspect("--load", tmp_path / "run", "--diff", tmp_path) == 1
     said = capsys.readouterr().out
-    assert "weight/layers.1.mlp.gate_up.weight: largest difference 1, relative" in said
+    assert "weight/layers.1.mlp.gate_up.weight: largest difference 64, relative" in said
 
 
 @pytest.mark.parametrize(
