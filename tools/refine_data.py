@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import signal
 import sys
 import typing
@@ -117,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe_stages())
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.path.append(os.getcwd())  # where a recipe's own functions are looked for
     try:
         options = read(
             RefineOptions,

@@ -17,7 +17,6 @@ from megatron_lite.data.refine.stage import DROPPED, KEPT, CorpusStage
 
 _PARAGRAPH = re.compile(r"(\n\s*\n)")
 _LINE = re.compile(r"(\n)")
-_SPACE = re.compile(r"\s+")
 _RECORD_BYTES = 3 * 8
 
 
@@ -57,7 +56,7 @@ class ExactDuplicates(CorpusStage):
         if len(piece) < self.min_characters or (self.edits and not piece.strip()):
             return bytes(16)
         if self.ignore_case_and_space:
-            piece = _SPACE.sub(" ", piece).strip().lower()
+            piece = " ".join(piece.split()).lower()
         return hashlib.blake2b(piece.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
     def resolve(

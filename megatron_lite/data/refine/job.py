@@ -71,8 +71,9 @@ class RefineJob:
 
     def memory_needed(self) -> int:
         """Bytes that the workers asked for take at most, with the process that feeds them."""
-        each = _WORKER_MEMORY + _BYTES_OF_A_BYTE * max(self.unit_bytes, self.longest_document)
-        return LEAST_MEMORY + each * self.workers
+        each = _BYTES_OF_A_BYTE * max(self.unit_bytes, self.longest_document)
+        # One worker is this process itself.
+        return LEAST_MEMORY + each * self.workers + (_WORKER_MEMORY * self.workers if self.workers > 1 else 0)
 
     def problems(self) -> list[str]:
         """What cannot be, one sentence each."""

@@ -111,7 +111,7 @@ def _change(named: list[tuple[str, dict[str, Any]]], changes: Sequence[str]) -> 
     problems = []
     for change in changes:
         target, equals, value = change.partition("=")
-        stage, *place, option = target.split(".")
+        stage, *place, option = target.split(".") if "." in target else (target, "")
         chosen = [options for name, options in named if name == stage]
         if not equals or not option or len(place) > 1 or (place and not place[0].isdigit()):
             problems.append(f"--set {change} is not known; give STAGE.OPTION=VALUE, as in gopher_quality.min_words=30.")

@@ -14,6 +14,11 @@ def fails(text: str) -> float:
     return len(text)
 
 
+def gives_no_number(text: str) -> float:
+    """NaN."""
+    return float("nan")
+
+
 class Dies:
     """Kills its process at a text of one word, while `folder` has fewer than `times` marks of that."""
 
