@@ -99,6 +99,9 @@ _WSD = f"this decay style is {_LATER}"
 _COUNTED = "losses and gradients are always divided by the number of target tokens of the whole batch"
 _FP32_GRADIENTS = "gradients are always accumulated in fp32"
 _ACTIVATIONS = "activations are divided over tensor ranks by --sequence-parallel"
+_REPLICAS = "tensor ranks and tied embeddings are compared too, and any difference ends the run"
+_STRAGGLERS = "the slowest rank is in metrics.jsonl, and said when it stays slow"
+_HANGS = "a run that hangs is always noticed and ended; --hang-limit-minutes sets when"
 _DEFAULT = "it is the default"
 _INTERNAL = "it chooses Megatron's own code, and there is one implementation here"
 
@@ -404,6 +407,11 @@ _LOGGING = [
     ),
     *_notice("--tensorboard-queue-size --tensorboard-log-interval", _TENSORBOARD, 1),
     *_notice("--timing-log-level --timing-log-option --logging-level", "console lines have one form", 1),
+    _mapped("--check-weight-hash-across-dp-replicas-interval", "--check-weights-interval {}", 1, _REPLICAS),
+    *_notice("--log-straggler --disable-straggler-on-startup", _STRAGGLERS),
+    *_notice("--straggler-ctrlr-port --straggler-minmax-count", _STRAGGLERS, 1),
+    *_notice("--enable-ft-package --calc-ft-timeouts", _HANGS),
+    *_notice("--ft-num-warmup-iters", _HANGS, 1),
     *_refused("--wandb-entity", "set it where wandb reads it: the environment variable WANDB_ENTITY"),
     *_refused("--profile --profile-step-start --profile-step-end --profile-ranks --use-pytorch-profiler", _PROFILE),
     *_refused("--profile-backward --record-memory-history --memory-snapshot-path", _PROFILE),
