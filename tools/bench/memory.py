@@ -11,20 +11,17 @@ imported the libraries. CPU alone: on a GPU the end of any run says the same.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
-import json
-import os
-import platform
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from rank_cases.ranks import on_ranks, write
+
 VOCABULARY = 8000
 GPT2 = {"num_layers": 4, "hidden_size": 384, "num_attention_heads": 6, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 LLAMA = GPT2 | {
@@ -80,10 +77,8 @@ def cases() -> Iterator[Case]:
         yield Case(family, zero, size=size)
 
 
-def as_rank(case: Case, steps: int, rank: int, store: Path) -> dict[str, Any]:
+def as_rank(rank: int, case: Case, steps: int) -> dict[str, Any]:
     """Train on this rank, and tell its peak."""
-    from torch import distributed as dist
-
     from megatron_lite.config import sources
     from megatron_lite.config.run import RunConfig
     from megatron_lite.parallel.launch import StopRequest
@@ -92,10 +87,7 @@ def as_rank(case: Case, steps: int, rank: int, store: Path) -> dict[str, Any]:
     from megatron_lite.train.dry_run import planned_peak
     from megatron_lite.train.start import train_on
 
-    size = case.dp * case.tp
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
-    mesh = ProcessMesh.create(MeshShape.of_world(size, tensor=case.tp))
+    mesh = ProcessMesh.create(MeshShape.of_world(case.dp * case.tp, tensor=case.tp))
     run = train_on(mesh, sources.override(RunConfig(), case.sections(steps)), StopRequest(), "")
     planned, peak = planned_peak(run.config, mesh.size("data"), "cpu"), run.memory.peak()
     return {
@@ -109,33 +101,7 @@ def as_rank(case: Case, steps: int, rank: int, store: Path) -> dict[str, Any]:
 
 def measure(case: Case, steps: int) -> dict[str, Any]:
     """What the rank with the highest peak tells. Raises SystemExit with the log of a rank that fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = {}
-        for rank in range(case.dp * case.tp):
-            if (process := os.fork()) == 0:
-                _be_rank(case, steps, rank, Path(folder))
-            ranks[process] = rank
-        failed = [rank for process, rank in ranks.items() if os.waitpid(process, 0)[1]]
-        if failed:
-            raise SystemExit(f"{case.name}: rank {failed[0]} failed\n{Path(folder, f'log-{failed[0]}').read_text()}")
-        told = [json.loads(Path(folder, f"rank-{rank}.json").read_text()) for rank in ranks.values()]
-    return max(told, key=lambda found: found["measured"])
-
-
-def _be_rank(case: Case, steps: int, rank: int, folder: Path) -> None:
-    code = 1
-    with contextlib.suppress(BaseException):
-        log = os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        try:
-            found = as_rank(case, steps, rank, folder / "store")
-            (folder / f"rank-{rank}.json").write_text(json.dumps(found))
-            code = 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-    # No farewell: what this process was forked from is not its to close.
-    os._exit(code)
+    return max(on_ranks(case.dp * case.tp, as_rank, case, steps), key=lambda found: found["measured"])
 
 
 def main() -> None:
@@ -152,7 +118,6 @@ def main() -> None:
     import torch
 
     from megatron_lite.config.run import RunConfig
-    from megatron_lite.monitor.versions import versions
     from megatron_lite.train.engine import load_libraries
 
     torch.set_num_threads(1)
@@ -166,14 +131,7 @@ def main() -> None:
         line = f"{name:36}{predicted:11.1f}{measured:10.1f} {case['ratio']:10.3f}{process:9.1f}     {case['moment']}"
         print(line, flush=True)
     if options.output:
-        record = {
-            "benchmark": "memory",
-            "device": f"CPU {platform.machine().replace('_', '-')}, {os.cpu_count()} cores",
-            "cases": found,
-            "versions": versions(),
-        }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=2) + "\n")
+        write(options.output, {"benchmark": "memory", "cases": found})
 
 
 if __name__ == "__main__":
