@@ -21,8 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CAPABILITIES = (ROOT / "docs" / "CAPABILITIES.md").read_text(encoding="utf-8")
 
-LAUNCHERS = {"deepspeed": {"--num_gpus", "--master_port"}, "torchrun": {"--nproc-per-node", "--master-port"}}
+LAUNCHERS = {
+    "deepspeed": {"--num_gpus", "--master_port"},
+    "torchrun": {"--nproc-per-node", "--master-port"},
+    "sbatch": {"--nodes", "--ntasks-per-node", "--gpus-per-node"},
+}
 OTHERS = {"--index-url", "--no-build-isolation"}  # pip's
+VARIABLE = re.compile(r"([A-Z_]+)=")
 FLAG = re.compile(r"--[a-z][\w-]*")
 
 
@@ -68,12 +73,17 @@ def test_it_opens_with_the_two_commands():
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_a_command_is_understood(words, folder_of_the_reader):
-    program = next(word for word in words if word.endswith((".py", ".sh")))
+    program = next(word for word in words if word.endswith((".py", ".sh", ".sbatch")))
     assert (ROOT / program).is_file()
     before, arguments = words[: words.index(program)], words[words.index(program) + 1 :]
+    while VARIABLE.match(before[0]):
+        assert VARIABLE.match(before[0])[1] in re.findall(r"^# ([A-Z_]+) ", (ROOT / program).read_text(), re.M)
+        before.pop(0)
     assert before[0] in {"bash", "python", *LAUNCHERS}
-    assert {word for word in before if word.startswith("--")} <= LAUNCHERS.get(before[0], set())
-    if before[0] == "bash":
+    assert {word.partition("=")[0] for word in before if word.startswith("--")} <= LAUNCHERS.get(before[0], set())
+    if program.startswith("examples/cluster/"):
+        assert cli.load(arguments)[0] != RunConfig()
+    elif before[0] == "bash":
         assert not arguments
     elif program != "pretrain_gpt.py":
         assert {word for word in arguments if word.startswith("--")} <= flags_of(program)
