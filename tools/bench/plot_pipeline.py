@@ -67,6 +67,13 @@ def _length(case: dict[str, Any], most: int) -> float:
     return max(span[-1] for row in _spans(case, most) for span in row)
 
 
+def _bubble(case: dict[str, Any], most: int) -> float:
+    """The bubble of the step that is drawn."""
+    rows = _spans(case, most)
+    busy = sum(stop - start for row in rows for *_, start, stop in row)
+    return 1 - busy / (len(rows) * _length(case, most))
+
+
 def _draw_case(axis: Any, case: dict[str, Any], most: int, length: float) -> None:
     for rank, row in enumerate(_spans(case, most)):
         axis.add_patch(patches.Rectangle((0, rank + 0.06), length, 0.88, color=_BUBBLE, linewidth=0))
@@ -88,7 +95,7 @@ def _draw_case(axis: Any, case: dict[str, Any], most: int, length: float) -> Non
     stages = "1 stage" if case["stages_on_a_rank"] == 1 else f"{case['stages_on_a_rank']} stages"
     axis.set_title(case["schedule"], loc="left", fontsize=12, fontweight="bold")
     axis.set_title(
-        f"bubble {case['theory']:.1%} by theory, {case['measured']:.1%} measured    "
+        f"bubble {case['theory']:.1%} by theory, {_bubble(case, most):.1%} measured    "
         f"{stages} on a rank, at most {held} forward passes held",
         loc="right", fontsize=9.5, color="#444444",
     )  # fmt: skip
