@@ -14,7 +14,7 @@ from megatron_lite.checkpoint.load import read_tensor
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.checkpoint.piece import Piece
 
-TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
+TOLERANCES = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 2e-2}
 """How far apart layouts may be, by dtype: norm of the difference over the reference's norm."""
 ZERO = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-3}
 """A tensor whose norm is below this share of all its kind's is nothing but rounding (the gradient of a key's bias)."""

@@ -50,11 +50,10 @@ class ZeroEngine(Engine):
         deepspeed = _import_deepspeed()
         names = [(name, parameter, parameter.mesh_layout) for name, parameter in module.named_parameters()]
         own = for_own_gradients(deepspeed_config)
-        bf16 = deepspeed_config["bf16"]["enabled"]
-        if bf16:
+        bf16, fp16 = (deepspeed_config[dtype]["enabled"] for dtype in ("bf16", "fp16"))
+        if bf16 or fp16:
             for _, parameter, _ in names:
-                if parameter.dtype != torch.bfloat16:
-                    parameter.data = parameter.data.to(torch.bfloat16)
+                parameter.data = parameter.data.to(torch.bfloat16 if bf16 else torch.float16)
                 if own is None:
                     # Autograd then adds micro-batches up in fp32; a bf16 gradient of ones stops at 256.
                     parameter.grad_dtype = torch.float32
@@ -70,8 +69,12 @@ class ZeroEngine(Engine):
         if mesh.size("pipe") > 1:
             # ZeRO 3 would compare the order of layers of all ranks, to fetch ahead in it.
             self.forward = module.forward
-        self.scales_loss = deepspeed_config["fp16"]["enabled"]
+        self.scales_loss = fp16
         self._zero = wrapped
+        if fp16:
+            # It would be asked to grow before the step, which then divides by what did not multiply its gradients.
+            self._update_loss_scale = wrapped._update_scale
+            wrapped._update_scale = lambda overflow: None
         self.stage = int(self._deepspeed.zero_optimization_stage())
         self._names = names
         self._clip_grad = deepspeed_config["gradient_clipping"]
@@ -173,6 +176,8 @@ class ZeroEngine(Engine):
         self._set_learning_rate(learning_rate)
         self._deepspeed.set_gradient_accumulation_boundary(True)
         self._deepspeed.step()
+        if self.scales_loss:
+            self._update_loss_scale(self._zero.overflow)
         if self._zero.overflow:
             return StepOutcome(math.inf, skipped=True, loss_scale=scale)
         norm = self._deepspeed.get_global_grad_norm() if own_norm is None else own_norm

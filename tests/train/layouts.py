@@ -29,8 +29,6 @@ QWEN3: dict[str, Any] = LLAMA | {
     "rope_scaling_original_length": 8,
 }
 """And what Qwen2 and Llama 3.1 have beside."""
-FP16: dict[str, Any] = {"initial_loss_scale": 2.0**20, "hysteresis": 1, "loss_scale_window": 3}
-"""A loss scale with which the first steps overflow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +60,8 @@ class Case:
     batch: int = BATCH
     model: tuple[tuple[str, Any], ...] = ()
     """Fields of the model section that differ beside."""
+    loss_scale: float = 2.0**20
+    """Of fp16, to begin with; the first gradient overflows."""
 
     def __str__(self) -> str:
         changed = (f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
@@ -98,7 +98,13 @@ def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
             "cp_comm_type": case.exchange,
         },
         "kernels": {"loss_chunk_size": case.loss_chunk_size, "attention_backend": case.backend},
-        "precision": {"bf16": case.dtype == "bf16", "fp16": case.dtype == "fp16", **FP16},
+        "precision": {
+            "bf16": case.dtype == "bf16",
+            "fp16": case.dtype == "fp16",
+            "initial_loss_scale": case.loss_scale,
+            "hysteresis": 1,
+            "loss_scale_window": 3,
+        },
         # A tiny epsilon would turn the rounding noise of zero gradients into steps.
         "optimizer": {"lr": 1e-2, "adam_eps": 1e-4, "optimizer": case.optimizer},
         "data": {"mock_data": True, "seq_length": LENGTH},
@@ -115,8 +121,10 @@ def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
 
 
 def run_cases(cases: list[Case]) -> list[Trace]:
-    """Each case in turn on the ranks that call; all of them fit the number of ranks."""
-    return [run_case(case) for case in cases]
+    """Each case on the ranks that call; all of them fit the number of ranks."""
+    # DeepSpeed counts the modules of a process, and in ZeRO 3 compares the counts of ranks, though not in a pipeline.
+    found = {case: run_case(case) for case in sorted(cases, key=lambda case: case.pipe)}
+    return [found[case] for case in cases]
 
 
 def run_case(case: Case) -> Trace:

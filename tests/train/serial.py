@@ -25,12 +25,12 @@ class Reference(NamedTuple):
 
 def serial_of(case: Case) -> Case:
     """One process, one micro-batch, no ZeRO where there need not be; with dropout the same micro-batches, whose masks
-    are their own."""
+    are their own, and in fp16, where they overflow each by itself."""
     kept = {}
-    if case.dropout:
+    if case.dropout or case.dtype == "fp16":
         kept = {"micro_batches": case.micro_batches * case.data, "dropout": case.dropout}
         kept["attention_dropout"] = case.attention_dropout
-    for name in ("layers", "llama", "qwen3", "model", "steps", "batch", "optimizer", "dtype"):
+    for name in ("layers", "llama", "qwen3", "model", "steps", "batch", "optimizer", "dtype", "loss_scale"):
         kept[name] = getattr(case, name)
     return Case(zero=0 if case.dtype == "fp32" else 1, **kept)
 
