@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ _ACTIVATIONS = {
 }
 _THEIR_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "squared_relu": "relu2"}
 _MAX_INTEGER = 2**31
+_MAX_NUMBER = 1e18
 _MAX_LAYERS = 10_000
 _MAX_JSON_BYTES = 64 * 2**20
 
@@ -75,9 +75,12 @@ def overrides(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def tokenizer_fields(folder: Path) -> dict[str, str]:
-    """The fields of DataConfig that name a folder's tokenizer; none where it has none that is known."""
+    """The fields of DataConfig that name a folder's tokenizer; none where it has none that is known.
+
+    Raises CheckpointError for a link out of the folder.
+    """
     for kind, files in _TOKENIZERS.items():
-        if all((folder / name).is_file() for name in files.values()):
+        if all(inside(folder, name).is_file() for name in files.values()):
             return {"tokenizer_type": kind} | {field: str(folder / name) for field, name in files.items()}
     return {}
 
@@ -130,7 +133,7 @@ def inside(folder: Path, name: str) -> Path:
     """
     try:
         real, home = (folder / name).resolve(), folder.resolve()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder / name} cannot be followed: {error}") from None
     homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
     if not any(real.is_relative_to(place) for place in homes):
@@ -158,8 +161,8 @@ class _Reader:
         value = self._first((name,))
         if value is None:
             return default
-        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-            self.problems.append(f"{name} is {str(value)[:40]!r}, not a number of 0 or more")
+        if type(value) not in (int, float) or not 0 <= value <= _MAX_NUMBER:
+            self.problems.append(f"{name} is {str(value)[:40]!r}, not a number from 0 to {_MAX_NUMBER:g}")
             return default
         return float(value)
 
@@ -190,6 +193,10 @@ class _Reader:
             return choices[default]
         return choices[value]
 
+    def is_null(self, name: str) -> bool:
+        """Whether it is said that there is none, rather than nothing."""
+        return name in self._content and self._content[name] is None
+
     def has(self, name: str) -> bool:
         return self._first((name,)) is not None
 
@@ -202,11 +209,11 @@ def describe(content: Any, source: str) -> Described:
     family = content.get("model_type") if isinstance(content, dict) else None
     if not isinstance(family, str) or family not in FAMILIES:
         raise CheckpointError(
-            f"{source}: model_type is {str(family)[:40]!r}; {', '.join(FAMILIES)} can be read, and what else has the "
-            "form of one of them under its name"
+            f"{source}: model_type is {str(family)[:40]!r}, and only {', '.join(FAMILIES)} are in this version"
         )
     read = _Reader(content)
-    read.insist("quantization_config", None)
+    if read.has("quantization_config"):
+        read.problems.append("quantization_config says that the weights are quantized, which is not in this version")
     fields, notes, window = _gpt2(read) if family == "gpt2" else _llama_kind(read, family)
     fields["untie_embeddings_and_output_weights"] = not read.flag("tie_word_embeddings", family == "gpt2")
     fields["init_method_std"] = read.number("initializer_range", 0.02)
@@ -303,11 +310,11 @@ def _llama_kind(read: _Reader, family: str) -> _Fields:
 
 def _longest(read: _Reader, family: str) -> tuple[int, int | None]:
     """Positions, and the window if it is shorter: attention here sees everything before a token."""
-    longest = read.integer("max_position_embeddings", default=2048 if family == "llama" else 32768)
+    longest = read.integer("max_position_embeddings", default={"llama": 2048, "mistral": 2**17}.get(family, 2**15))
     windowed = family == "mistral" or (family.startswith("qwen") and read.flag("use_sliding_window", False))
-    if not windowed or not read.has("sliding_window"):
+    if not windowed or read.is_null("sliding_window"):
         return longest, None
-    window = read.integer("sliding_window")
+    window = read.integer("sliding_window", default=4096)
     return longest, window if window < longest else None
 
 

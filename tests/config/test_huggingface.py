@@ -77,14 +77,15 @@ def test_what_is_left_out_has_the_familys_default(family):
     ("content", "match"),
     [
         ([], "model_type is 'None'"),
-        ({"model_type": "mixtral"}, "model_type is 'mixtral'; gpt2, llama"),
+        ({"model_type": "mixtral"}, "model_type is 'mixtral', and only gpt2, llama"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act is 'gelu', and only 'silu'"),
         (LLAMA | {"attention_bias": True}, "attention_bias is True and mlp_bias is False; both, or neither"),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 0.0}}, "rope_theta or factor is 0"),
         (LLAMA | {"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta is 'inf'"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is '0.5'"),
-        (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (LLAMA | {"quantization_config": {"bits": 4}}, "weights are quantized"),
+        (LLAMA | {"rms_norm_eps": 10**400}, "rms_norm_eps is '1000"),
         (LLAMA | {"num_hidden_layers": 10**9}, "num_hidden_layers is '1000000000', not a whole number from 1 to 10000"),
         (LLAMA | {"hidden_size": "32"}, "hidden_size is '32', not a whole number"),
         (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
@@ -106,6 +107,8 @@ def test_a_window_shortens_what_the_model_can_place():
     assert "max_position_embeddings is 16 instead of 64" in described.notes[0]
     whole = huggingface.describe(LLAMA | {"model_type": "mistral", "sliding_window": None}, "x")
     assert whole.model.max_position_embeddings == 64 and whole.window is None and not whole.notes
+    silent = huggingface.describe(LLAMA | {"model_type": "mistral", "max_position_embeddings": 8192}, "x")
+    assert silent.window == 4096
     idle = huggingface.describe(LLAMA | {"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": False}, "x")
     assert idle.window is None
 
@@ -182,6 +185,9 @@ def test_a_link_out_of_the_folder_is_refused(folder, tmp_path_factory):
     (folder / "config.json").symlink_to(outside)
     with pytest.raises(CheckpointError, match="is a link out of its folder"):
         huggingface.read_config(folder)
+    (folder / "tokenizer.json").symlink_to(outside)
+    with pytest.raises(CheckpointError, match=r"tokenizer.json is a link out of its folder"):
+        huggingface.tokenizer_fields(folder)
 
 
 def test_no_torch_is_needed(folder):

@@ -107,6 +107,15 @@ def test_added_special_tokens_keep_their_ids(tokenizers, tmp_path):
     assert theirs.encode("<|user|>", add_special_tokens=False) == [700]
 
 
+def test_the_family_can_be_chosen(tmp_path, capsys):
+    convert("--load-hf", save_folder("llama", tmp_path / "source"), "--save", tmp_path / "run", "--no-verify")
+    assert convert("--load", tmp_path / "run", "--save-hf", tmp_path / "there", "--family", "mistral") == 0
+    assert "transformers agrees" in capsys.readouterr().out
+    assert json.loads((tmp_path / "there" / "config.json").read_text())["sliding_window"] is None
+    assert convert("--load", tmp_path / "run", "--save-hf", tmp_path / "else", "--family", "qwen3") == 2
+    assert "cannot be written as qwen3: qk_layernorm is False, not True" in capsys.readouterr().err
+
+
 def test_models_that_differ_are_not_written(tmp_path, monkeypatch, capsys):
     """As a mistake in the table of names would be found: gate and up in each other's place."""
     source, links = save_folder("llama", tmp_path / "source"), huggingface_names.links
