@@ -370,10 +370,13 @@ class StopRequest:
         return self.asked_at + self._grace_seconds
 
     def close(self) -> None:
-        """Stop watching and give the signals their default meaning back."""
+        """Stop watching and give the signals their default meaning back.
+
+        After one that was heeded SIGTERM has none: a repeat would turn a good end into a bad one.
+        """
         self._watch_over.set()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if self._pressing else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def ask(self, reason: str, pressing: bool = False) -> None:
         """Note a reason to stop; the first one counts. `pressing`: the process may be killed soon."""

@@ -14,12 +14,11 @@ from cluster.nodes import Node, wait_for
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 
-#: Credentials of a step expire soon, since a job that is put back into the queue waits for that.
 _SETTINGS = """
 ClusterName=two
 SlurmctldHost={first.name}({first.address})
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=3
+AuthInfo=socket={folder}/munge.socket
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
@@ -48,9 +47,6 @@ class Slurm:
         command = ["env", *(f"{name}={value}" for name, value in self.environment.items()), *words]
         done = subprocess.run(self._first.command(*command), capture_output=True, text=True, timeout=60)
         return done.stdout + done.stderr
-
-    def has_steps(self) -> bool:
-        return ".0" in self.ask("squeue", "--noheader", "--steps")
 
     def state_of(self, job: str) -> str:
         """A job's state, as PENDING or FAILED."""

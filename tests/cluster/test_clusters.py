@@ -49,6 +49,7 @@ def by_mpirun(nodes: Nodes, folder: Path) -> Job:
         folder,
         on=nodes[0],
         HOSTS="node-a:1,node-b:1",
+        STOP_SECONDS="5",
         MPIRUN_OPTIONS="--allow-run-as-root",
     )
 

@@ -32,6 +32,9 @@ def test_a_job_saves_in_time_goes_on_from_there_and_ends_with_a_rank(slurm, node
         slurm.ask("scancel", "--signal=TERM", f"{number}.0")
         told = job.told()
         assert (told["cause"], told["code"]) == ("signal_SIGTERM", 0), job.said()
+        # Back in the queue, it would wait two minutes for the credentials of its first start to expire.
+        wait_for(lambda: slurm.state_of(number) == "PENDING", 60, "the job in the queue again", job.said)
+        slurm.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
         wait_for(lambda: len(job.losses()) > told["step"] + 3, 60, "the job going on", job.said)
         assert f"going on with this run from step {told['step']}" in job.output.read_text()
         ranks = [node.ranks()[0] for node in nodes]
