@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,12 +12,13 @@ from pathlib import Path
 from megatron_lite import log
 from megatron_lite.errors import ConfigError
 
-#: Programs that start ranks, by their file names or as Python's modules; `sshd` where another node's launcher reached
-#: this one. A name ends at a colon: "sshd: me@notty", "slurmstepd: [12.0]".
+#: Programs that start ranks, by their file names or as Python's modules. A name ends at a colon: "slurmstepd: [12.0]".
 _PROGRAMS = {"deepspeed", "torchrun", "mpirun", "mpiexec", "orterun", "orted", "prterun", "prted", "hydra_pmi_proxy"}
 _PROGRAMS |= {"mpirun.openmpi", "mpiexec.openmpi", "mpiexec.hydra", "slurmstepd"}
 _MODULES = {"torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.launch"}
 _MODULES |= {"deepspeed.launcher.runner"}
+#: What another node's launcher reached this one by; not the daemon that listens, which may be restarted.
+_SESSION = re.compile(r"sshd(-session)?: [^/]")
 
 
 def launcher_chain() -> list[tuple[int, int]]:
@@ -31,7 +33,7 @@ def launcher_chain() -> list[tuple[int, int]]:
     while (parent := parent_of(process)) and parent > 1:
         chain.append((process, parent))
         words = _words_of(parent)
-        if _is_launcher(words) or (links and words and _name(words[0]) == "sshd"):
+        if _is_launcher(words) or (links and words and _SESSION.match(words[0])):
             links = len(chain)
         process = parent
     return chain[:links]
