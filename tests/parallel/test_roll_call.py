@@ -1,0 +1,129 @@
+"""A rank that is lost is found out and named by one of the others, whatever they wait for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import ranks
+import torch.distributed as dist
+
+from megatron_lite.errors import EXIT_LOST_RANK
+from megatron_lite.parallel import roll_call
+from megatron_lite.parallel.roll_call import Lost, RollCall, lost_rank, this_place
+
+assert ranks.run_on_ranks, "its import has torch loaded before processes are forked"
+
+
+def _rank(rank: int, port: int, deed: str, patience: float, connection) -> None:
+    """One of four ranks, which does its deed once all are ready and says what it learned."""
+    roll_call.GIVE_UP_SECONDS = patience
+    store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=60))
+    roll = RollCall(store, rank, 4, keeper=None)
+    store.set(f"place {rank}", json.dumps(this_place()))
+    roll.watch_neighbours([json.loads(store.get(f"place {other}")) for other in range(4)])
+    roll.give_up = lambda error: connection.send(str(error))
+    store.set(f"ready {rank}", "")
+    store.wait([f"ready {other}" for other in range(4)])
+    if deed == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif deed == "fails":
+        store.get("fail now")
+        roll.leave("OutOfMemoryError: too much")
+    elif deed == "hangs":
+        time.sleep(120)
+    elif deed == "asks":
+        store.get("ask now")
+        connection.send(roll.who_is_lost())
+    roll.leave()
+    roll.close()
+
+
+def _run(deeds: list[str], patience: float = 60.0, then=lambda processes, store: None) -> tuple[list[int], list]:
+    """Exit codes of four ranks with these deeds, and what each said."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    context = multiprocessing.get_context("forkserver")
+    pipes = [context.Pipe(duplex=False) for _ in deeds]
+    processes = [
+        context.Process(target=_rank, args=(rank, store.port, deed, patience, pipes[rank][1]), daemon=True)
+        for rank, deed in enumerate(deeds)
+    ]
+    try:
+        for process, (_, sends) in zip(processes, pipes, strict=True):
+            process.start()
+            sends.close()
+        then(processes, store)
+        store.set("ask now", "")
+        for process in processes:
+            process.join(90)
+        said: list = [None] * 4
+        for rank, (receives, _) in enumerate(pipes):
+            with contextlib.suppress(EOFError):
+                said[rank] = receives.recv()
+        return [process.exitcode for process in processes], said
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def test_a_rank_that_dies_and_one_that_fails_are_named_by_one_of_the_others():
+    def one_after_the_other(processes, store):
+        processes[1].join(60)
+        store.set("fail now", "")
+        processes[2].join(60)
+
+    codes, said = _run(["asks", "is killed", "fails", "asks"], then=one_after_the_other)
+    assert codes == [0, -signal.SIGKILL, 0, 0]
+    (first, tells_first), (last, tells_last) = said[0], said[3]
+    host = this_place()["host"]
+    lost = {1: Lost(f"on {host}: its process ended", False), 2: Lost(f"on {host}: OutOfMemoryError: too much", True)}
+    assert first == last == lost and tells_first != tells_last
+    error = lost_rank(lost, "seen")
+    assert error.exit_code == EXIT_LOST_RANK
+    assert str(error) == f"lost rank 1 {lost[1].what}; rank 2 {lost[2].what} (seen)"
+
+
+def test_ranks_that_wait_for_a_dead_one_are_ended_without_a_launcher():
+    codes, said = _run(["hangs", "is killed", "hangs", "hangs"], patience=0.5)
+    assert codes == [EXIT_LOST_RANK, -signal.SIGKILL, EXIT_LOST_RANK, EXIT_LOST_RANK]
+    assert all("lost rank 1 on" in said[rank] for rank in (0, 2, 3))
+
+
+def test_a_rank_that_ends_in_order_alarms_nobody():
+    codes, said = _run(
+        ["ends", "asks", "ends", "asks"], then=lambda processes, _: [processes[n].join(60) for n in (0, 2)]
+    )
+    assert codes == [0, 0, 0, 0] and said[1][0] == said[3][0] == {}
+
+
+def test_a_store_that_goes_is_the_loss_of_its_keeper(monkeypatch):
+    monkeypatch.setattr(roll_call, "GIVE_UP_SECONDS", 60.0)
+    code = "import sys, torch.distributed as d; s = d.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)"
+    code += "; print(s.port, flush=True); sys.stdin.read()"
+    keeper = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        store = dist.TCPStore("127.0.0.1", int(keeper.stdout.readline()), timeout=timedelta(seconds=30))
+        roll = RollCall(store, 1, 3)
+    finally:
+        keeper.kill()
+        keeper.wait()
+    assert roll.who_is_lost() == ({0: Lost("its process or its node is gone", spoke=False)}, True)
+    roll.close()
+
+
+def test_one_rank_alone_asks_nobody():
+    before = threading.active_count()
+    roll = RollCall(None, 0, 1)
+    roll.watch_neighbours([this_place()])
+    assert roll.who_is_lost() == ({}, True) and roll.is_first_to("speak") and threading.active_count() == before
+    roll.leave("an error")
+    roll.close()
