@@ -103,7 +103,11 @@ SPOILED = {
     ],
 }
 SOUND = {
-    2: [Case(data=2, zero=3, llama=True), Case(tensor=2, sequence_parallel=True, zero=1), Case(pipe=2, micro_batches=2)],
+    2: [
+        Case(data=2, zero=3, llama=True),
+        Case(tensor=2, sequence_parallel=True, zero=1),
+        Case(pipe=2, micro_batches=2),
+    ],
     4: [
         Case(data=4, zero=0, optimizer="adamw8bit"),
         Case(data=4, zero=1),
