@@ -21,11 +21,19 @@ _IN_FLIGHT = 2
 """Items a worker may have: one at work and one waiting, so that it does not idle while the parent writes."""
 
 
+class WorkerLost(DataError):
+    """A worker process that is gone, with its number and, if one killed it, the signal."""
+
+    def __init__(self, message: str, pid: int | None, signal_number: int | None):
+        super().__init__(message)
+        self.pid, self.signal_number = pid, signal_number
+
+
 def map_in_order(make: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """`map(make(), items)` by that many processes, each of which calls `make` once; by none if it is one.
 
     Item k goes to worker k mod `workers`, and at most two items a worker are in memory. Call it on the
-    main thread. An error of ours is raised here as itself. Raises DataError when a worker is lost:
+    main thread. An error of ours is raised here as itself. Raises WorkerLost when one is lost:
     each has a pipe of its own, so even a result that was cut off in the middle ends in an end of file.
     """
     if workers == 1:
@@ -79,13 +87,15 @@ class _Worker:
             raise result
         return result
 
-    def _lost(self) -> DataError:
+    def _lost(self) -> WorkerLost:
         self._process.join(timeout=5)
         code = self._process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        return DataError(
+        return WorkerLost(
             f"a worker process {how}; if the machine ran out of memory, use fewer --workers, or split documents of "
-            "hundreds of megabytes"
+            "hundreds of megabytes",
+            self._process.pid,
+            -code if code is not None and code < 0 else None,
         )
 
     def __enter__(self) -> _Worker:

@@ -1,6 +1,6 @@
 """The refinery's preset web beside datatrove's pipeline of the same filters: documents a second, and the decisions.
 
-    python -m venv peer && peer/bin/pip install "datatrove[processing]" spacy
+    python -m venv peer && peer/bin/pip install "datatrove[io,processing]" spacy
     python tools/bench/refine.py --input pages.jsonl --datatrove peer/bin/python --output results.json
 
 Both read the same JSON lines of text (HTML is left out: datatrove takes the text out of pages by trafilatura, a tenth

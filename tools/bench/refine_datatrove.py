@@ -36,13 +36,14 @@ from datatrove.pipeline.filters import (
 from datatrove.pipeline.formatters import FTFYFormatter, PIIFormatter
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers.jsonl import JsonlWriter
-from datatrove.utils.lid import FT176LID
 
 
-def filters() -> list:
-    """FineWeb's, in its order."""
+def filters(model: str) -> list:
+    """FineWeb's, in its order; `model` is fastText's, which datatrove would fetch from the internet."""
+    language = LanguageFilter("en", language_threshold=0.65)
+    language.model.MODEL_URL = model
     return [
-        LanguageFilter("en", language_threshold=0.65),
+        language,
         GopherRepetitionFilter(),
         GopherQualityFilter(),
         C4QualityFilter(filter_no_terminal_punct=False),
@@ -50,7 +51,7 @@ def filters() -> list:
     ]
 
 
-def pipeline(path: str, folder: str, workers: int) -> dict[str, float]:
+def pipeline(path: str, folder: str, model: str, workers: int) -> dict[str, float]:
     """Run all of it over `workers` parts of the input; seconds by step."""
     config = MinhashConfig(n_grams=5, num_buckets=14, hashes_per_bucket=8)
     source, kept, signatures = f"{folder}/parts", f"{folder}/kept", f"{folder}/signatures"
@@ -62,7 +63,10 @@ def pipeline(path: str, folder: str, workers: int) -> dict[str, float]:
     for file in files:
         file.close()
     steps = {
-        "filters": ([JsonlReader(source), FTFYFormatter(), *filters(), JsonlWriter(kept, compression=None)], workers),
+        "filters": (
+            [JsonlReader(source), FTFYFormatter(), *filters(model), JsonlWriter(kept, compression=None)],
+            workers,
+        ),
         "signatures": ([JsonlReader(kept), MinhashDedupSignature(signatures, config=config)], workers),
         "buckets": ([MinhashDedupBuckets(signatures, buckets, config=config)], config.num_buckets),
         "clusters": ([MinhashDedupCluster(buckets, removed, config=config)], 1),
@@ -79,7 +83,9 @@ def pipeline(path: str, folder: str, workers: int) -> dict[str, float]:
     seconds = {}
     for name, (parts, tasks) in steps.items():
         started = time.monotonic()
-        LocalPipelineExecutor(parts, tasks=tasks, workers=workers, logging_dir=f"{folder}/logs/{name}").run()
+        # By fork, the processor time of workers is counted as that of children.
+        logs = f"{folder}/logs/{name}"
+        LocalPipelineExecutor(parts, tasks=tasks, workers=workers, logging_dir=logs, start_method="fork").run()
         seconds[name] = time.monotonic() - started
     return seconds
 
@@ -134,7 +140,7 @@ def golden(output: str) -> None:
     draw.shuffle(pieces)
     texts = [spoil(piece) for number, spoil in enumerate(SPOILT) for piece in pieces[number * 8 : number * 8 + 8]]
     with open(output, "w", encoding="utf-8") as found:
-        for text, said in zip(texts, decisions(texts, filters()[1:]), strict=True):
+        for text, said in zip(texts, decisions(texts, filters("")[1:]), strict=True):
             found.write(json.dumps({"text": text, "decisions": said}) + "\n")
 
 
@@ -142,11 +148,10 @@ if __name__ == "__main__":
     if sys.argv[1] == "golden":
         golden(sys.argv[2])
         sys.exit()
-    FT176LID.MODEL_URL = sys.argv[4]
     if sys.argv[1] == "pipeline":
-        times = pipeline(sys.argv[2], sys.argv[3], int(sys.argv[5]))
+        times = pipeline(sys.argv[2], sys.argv[3], sys.argv[4], int(sys.argv[5]))
         print(json.dumps(times))
     else:
         with open(sys.argv[2], encoding="utf-8") as lines, open(sys.argv[3], "w", encoding="utf-8") as answers:
-            for said in decisions((json.loads(line)["text"] for line in lines), filters()):
+            for said in decisions((json.loads(line)["text"] for line in lines), filters(sys.argv[4])):
                 answers.write(json.dumps(said) + "\n")

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from megatron_lite import log
-from megatron_lite.data.ordered_workers import map_in_order
+from megatron_lite.data.ordered_workers import WorkerLost, map_in_order
+from megatron_lite.data.refine.crashes import blame, read_crashes
 from megatron_lite.data.refine.output import OutputFormat
 from megatron_lite.data.refine.passes import ALL_METADATA, Pass, RefineSettings, Unit, UnitRefiner, Verdicts, plan
 from megatron_lite.data.refine.recipe import plain_recipe
@@ -26,7 +27,7 @@ from megatron_lite.data.refine.report import Report, gather
 from megatron_lite.data.refine.stage import ABSENT, KEPT, CorpusStage, DocumentStage, Stage
 from megatron_lite.data.refine.unit_file import open_unit, unit_path
 from megatron_lite.data.text_blocks import NO_LIMIT, Limit, limited, read_blocks
-from megatron_lite.data.text_input import Source, TxtDocuments, find_sources
+from megatron_lite.data.text_input import STANDARD_INPUT, Source, TxtDocuments, find_sources
 from megatron_lite.data.text_progress import TextProgress
 from megatron_lite.errors import DataError
 from megatron_lite.publish import publish, published
@@ -213,12 +214,27 @@ class _Run:
         folder.mkdir(exist_ok=True)
         done = folder / "done.json"
         if not done.exists():
-            units = self._of_last_pass(folder) if self.finished else self._of_input(folder, sources)
-            publish(done, json.dumps(self._refine(this, units, sources)))
+            publish(done, json.dumps(self._refine_all(this, folder, sources)))
         self.finished.append([unit_path(folder, number) for number in range(json.loads(done.read_bytes()))])
         self._compared = {}
         for number in this.sign:
             self._compared[number] = self._verdicts(number, folder)
+
+    def _refine_all(self, this: Pass, folder: Path, sources: Sequence[Source]) -> int:
+        """All units, again after a document has killed its worker: that one is set aside. The number of units."""
+        while True:
+            units = self._of_last_pass(folder) if self.finished else self._of_input(folder, sources)
+            try:
+                return self._refine(this, units, sources)
+            except WorkerLost as lost:
+                if not blame(folder, lost):
+                    raise
+                if not self.finished and any(source.path == STANDARD_INPUT for source in sources):
+                    raise DataError(
+                        f"a document killed a worker by signal {lost.signal_number}; give the same standard input "
+                        "again: the document is set aside then"
+                    ) from None
+                log.warn(f"a document killed a worker by signal {lost.signal_number}; it is set aside")
 
     def _refine(self, this: Pass, units: Iterator[Unit | None], sources: Sequence[Source]) -> int:
         """The number of units, of which those given as None are done already."""
@@ -251,10 +267,11 @@ class _Run:
         blocks = itertools.chain.from_iterable(
             read_blocks(source, job.unit_bytes, fields, job.longest_document) for source in sources
         )
+        crashes = read_crashes(folder)
         for number, block in enumerate(limited(blocks, job.limit)):
             path = unit_path(folder, number)
             if not path.exists():
-                yield Unit(path, block)
+                yield Unit(path, block, crashes=crashes.get(number, {}))
                 continue
             if open_unit(path).head["input_crc32"] != zlib.crc32(block.data):
                 raise DataError(
@@ -265,6 +282,7 @@ class _Run:
 
     def _of_last_pass(self, folder: Path) -> Iterator[Unit | None]:
         starts = dict.fromkeys(self._compared, 0)
+        crashes = read_crashes(folder)
         for number, before in enumerate(self.finished[-1]):
             shapes = open_unit(before).head["shapes"]
             verdicts = []
@@ -273,7 +291,8 @@ class _Run:
                 verdicts.append(Verdicts(stage, path, starts[stage], rows))
                 starts[stage] += rows
             path = unit_path(folder, number)
-            yield None if path.exists() else Unit(path, before=before, verdicts=tuple(verdicts))
+            of_unit = crashes.get(number, {})
+            yield None if path.exists() else Unit(path, before=before, verdicts=tuple(verdicts), crashes=of_unit)
 
     def _verdicts(self, number: int, folder: Path) -> Path:
         """The file of what a comparison has found, made first if it is not there."""

@@ -7,19 +7,21 @@ last one is, and the next pass begins with acting on them.
 from __future__ import annotations
 
 import dataclasses
+import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_lite.data.refine.crashes import Whereabouts
 from megatron_lite.data.refine.document import Document, Drop
 from megatron_lite.data.refine.output import OutputFormat, json_line, packed, unpacked_values
 from megatron_lite.data.refine.stage import CorpusStage, DocumentStage, Stage
 from megatron_lite.data.refine.tally import StageTally
-from megatron_lite.data.refine.unit_file import UnitFile, open_unit, write_unit
+from megatron_lite.data.refine.unit_file import UnitFile, open_unit, unit_number, write_unit
 from megatron_lite.data.text_blocks import Block
 from megatron_lite.data.text_documents import BadDocument, parse_records
 from megatron_lite.errors import MegatronLiteError
@@ -87,6 +89,8 @@ class Unit:
     block: Block | None = None
     before: Path | None = None
     verdicts: tuple[Verdicts, ...] = ()
+    crashes: Mapping[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    """Documents that have killed a worker: (stage, signal)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +117,7 @@ class UnitRefiner:
     def __init__(self, settings: RefineSettings, this: Pass):
         self._settings, self._pass = settings, this
         self._steps = {number: self._opened(number) for number in this.run}
+        self._whereabouts: Whereabouts | None = None
 
     def _opened(self, number: int) -> Callable[[Document], Drop | None]:
         stage = self._settings.stages[number]
@@ -120,7 +125,9 @@ class UnitRefiner:
         return stage.open(self._settings.prepared)
 
     def __call__(self, unit: Unit) -> tuple[int, int, int]:
-        work = _UnitWork(self._settings, self._pass, self._steps)
+        if self._whereabouts is None:
+            self._whereabouts = Whereabouts(unit.path.parent)
+        work = _UnitWork(self._settings, self._pass, self._steps, unit, self._whereabouts)
         if unit.block is not None:
             for document in work.read(unit.block):
                 work.take(document, {})
@@ -143,8 +150,16 @@ def _by_document(before: UnitFile, verdicts: Verdicts) -> Sequence[np.ndarray]:
 class _UnitWork:
     """One unit in the making."""
 
-    def __init__(self, settings: RefineSettings, this: Pass, steps: dict[int, Callable[[Document], Drop | None]]):
+    def __init__(
+        self,
+        settings: RefineSettings,
+        this: Pass,
+        steps: dict[int, Callable[[Document], Drop | None]],
+        unit: Unit,
+        whereabouts: Whereabouts,
+    ):
         self._settings, self._pass, self._steps = settings, this, steps
+        self._number, self._crashes, self._whereabouts = unit_number(unit.path), unit.crashes, whereabouts
         self._tallies = {name: StageTally() for name in (READ, *this.apply, *this.run, *this.sign)}
         self._lines: list[bytes] = []
         self._keys: dict[int, list[np.ndarray]] = {number: [] for number in this.sign}
@@ -176,11 +191,15 @@ class _UnitWork:
         self.documents += 1
         self.characters += len(document.text)
         keys: dict[int, np.ndarray] = {}
+        fatal, by = self._crashes.get(self.documents, (None, 0))
         for number in (*self._pass.apply, *self._pass.run, *self._pass.sign):
             stage, tally = self._settings.stages[number], self._tallies[number]
             before = document.text
             started = time.perf_counter()
+            self._whereabouts.note(self._number, self.documents, number)
             try:
+                if number == fatal:
+                    raise ChildProcessError(f"it killed its worker by {signal.Signals(by).name}")
                 if number in verdicts:
                     drop = stage.apply(document, verdicts[number])
                 elif number in self._keys:

@@ -40,6 +40,11 @@ def unit_path(folder: Path, unit: int) -> Path:
     return folder / f"{unit:09d}.unit"
 
 
+def unit_number(path: Path) -> int:
+    """The number of the unit a file is of."""
+    return int(path.stem)
+
+
 def write_unit(path: Path, head: Mapping[str, Any], sections: Mapping[str, bytes]) -> None:
     """Publish a unit's file: when it has its name it is complete."""
     sizes = {name: len(data) for name, data in sections.items()}

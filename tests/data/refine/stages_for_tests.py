@@ -19,8 +19,15 @@ def gives_no_number(text: str) -> float:
     return float("nan")
 
 
+def faults(text: str) -> float:
+    """1, but native code that is handed a bad pointer by a text that asks for it."""
+    if "FAULT" in text:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return 1.0
+
+
 class Dies:
-    """Kills its process at a text of one word, while `folder` has fewer than `times` marks of that."""
+    """Kills its process at a text that asks for it, while `folder` has fewer than `times` marks of that."""
 
     def __init__(self, folder: str, times: int):
         self._folder, self._times = Path(folder), times

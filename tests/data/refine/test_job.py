@@ -232,6 +232,19 @@ def test_units_that_are_done_are_not_done_again(corpus, tmp_path, monkeypatch):
     assert len(after) > len(before) and before.items() <= after.items()
 
 
+def test_a_document_that_kills_its_worker_is_set_aside(tmp_path):
+    path = tmp_path / "a.jsonl"
+    texts = [f"fine {number} " * 20 for number in range(60)]
+    texts[20] = texts[41] = "a FAULT"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    recipe = "stages: [length, score: {function: 'stages_for_tests:faults'}]"
+    report = refine(job_of(path, tmp_path / "out", recipe, workers=2, unit_bytes=2000))
+    assert (report.kept, report.quarantined) == (58, 2)
+    aside = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_bytes().splitlines()]
+    assert [(item["line"], item["stage"]) for item in aside] == [(21, "score"), (42, "score")]
+    assert aside[0]["error"] == "ChildProcessError: it killed its worker by SIGSEGV"
+
+
 def test_an_interrupt_leaves_what_is_done(corpus, tmp_path):
     output = tmp_path / "out"
     process = start(corpus, output, workers=2)
