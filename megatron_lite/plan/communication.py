@@ -39,8 +39,9 @@ from megatron_lite.plan.stages import shapes_of_rank, stages_of_rank
 FP64 = 8
 LOSS_STATISTICS = 4 * FP32
 """Bytes a token that tensor ranks join the loss by."""
-DEEPSPEED_SCALARS = {2: 2 * FP32, 3: 4 * FP32}
-"""What DeepSpeed sums over data ranks, and over tensor and pipeline ranks, to clip gradients, by ZeRO stage."""
+DEEPSPEED_SCALARS = {2: FP32, 3: 2 * FP32}
+"""What DeepSpeed sums for the norm of a parameter group's gradients, by ZeRO stage; the engine once for all groups over
+the stages of a pipeline."""
 FLAT_UNIT = 2
 """DeepSpeed pads flat weights to a multiple of so many elements for each data rank."""
 KEPT_SMALL = 100_000
@@ -191,8 +192,13 @@ class _Rank:
         for axis in ("data", "context", "pipe"):
             yield "loss", (axis,), 2 * self._ring(FP32, axis)
         stage = self.config.effective_zero_stage
-        for axes in (REPLICAS, ("pipe", "tensor")) if stage else (("pipe", "tensor"),):
-            yield "gradient norm", axes, 2 * self._ring(DEEPSPEED_SCALARS.get(stage, FP64), *axes)
+        over_data = over_model = FP64
+        if stage > 1:
+            over_data = DEEPSPEED_SCALARS[stage] * len(self._groups)
+            over_model = DEEPSPEED_SCALARS[stage] if self.sizes["pipe"] > 1 else over_data
+        if stage:
+            yield "gradient norm", REPLICAS, 2 * self._ring(over_data, *REPLICAS)
+        yield "gradient norm", ("pipe", "tensor"), 2 * self._ring(over_model, "pipe", "tensor")
         if stage == 2 and self._width < FP32:
             for axes in (REPLICAS, ("pipe", "tensor")):
                 yield "overflow", axes, 2 * self._ring(1, *axes)
@@ -252,9 +258,14 @@ class _Rank:
     def _flat_elements(self) -> int:
         """Elements of the optimizer's parameter groups, each flat and padded for the ranks that share it."""
         unit = FLAT_UNIT * self._replicas
+        return sum(-(-elements // unit) * unit for elements in self._groups)
+
+    @property
+    def _groups(self) -> list[int]:
+        """Elements of the optimizer's parameter groups here."""
         groups: dict[tuple[bool, bool], int] = {}
         for shape in self.shapes:
             apart = self.config.optimizer.optimizer == "adamw8bit" and not shape.name.startswith("layers.")
             key = (shape.is_vector, apart and not shape.is_vector)
             groups[key] = groups.get(key, 0) + shape.local_elements
-        return sum(-(-elements // unit) * unit for elements in groups.values())
+        return list(groups.values())

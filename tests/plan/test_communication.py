@@ -28,6 +28,7 @@ TWO = [
     Case(data=2, zero=1, dtype="bf16"),
     Case(data=2, zero=1, optimizer="adamw8bit"),
     Case(data=2, zero=2, micro_batches=2, dtype="bf16"),
+    Case(data=2, zero=2, optimizer="adamw8bit"),
     Case(data=2, zero=3, micro_batches=2),
     Case(context=2, llama=True, recompute="full"),
     Case(context=2, exchange="a2a", recompute="full"),
