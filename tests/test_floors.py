@@ -21,6 +21,7 @@ TORCH_FREE = (
     *(f"plan.{path.stem}" for path in sorted(ROOT.glob("megatron_lite/plan/*.py"))),
     *(f"parallel.{name}" for name in ("layout_line", "mesh_shape")),
     *("checkpoint.manifest", "kernels.build", "kernels.host", "kernels.sources"),
+    *(f"data.refine.{path.stem}" for path in sorted(ROOT.glob("megatron_lite/data/refine/*.py"))),
     *(f"data.{name}" for name in ("indexed", "order", "documents", "blend", "rules", "tokenizer", "tokenize_corpus")),
 )
 

@@ -18,7 +18,7 @@ from megatron_lite import log
 from megatron_lite.config.command_line import read
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data.text_blocks import parse_limit
-from megatron_lite.data.text_input import find_sources, format_problems
+from megatron_lite.data.text_input import find_sources, format_problems, warn_of_pages
 from megatron_lite.data.text_progress import TextProgress
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
@@ -112,6 +112,7 @@ def train(options: TrainTokenizerOptions) -> None:
         insist_on_place(options.path)
     limit = parse_limit(options.limit)
     sources = find_sources(options.input, options.format)
+    warn_of_pages(sources)
     with contextlib.closing(TextProgress(sources, options.log_interval)) as progress:
         text = TrainingText(sources, options.json_keys, progress, skip_bad=options.on_error == "skip", limit=limit)
         if options.type == "bpe":

@@ -98,6 +98,13 @@ def find_sources(patterns: Sequence[str], form: str = "auto", txt_documents: Txt
     return sources
 
 
+def warn_of_pages(sources: Sequence[Source]) -> None:
+    """Say that pages are read with their tags, where nothing takes the text out of them."""
+    page = next((source for source in sources if source.documents in ("html", "warc")), None)
+    if page is not None:
+        log.warn(f"{page.name} is read as it stands, tags and all; tools/refine_data.py takes the text out of pages")
+
+
 def _expand(pattern: str, form: str, txt_documents: TxtDocuments) -> list[Source]:
     if pattern.startswith(NAMED):
         return _named(pattern)

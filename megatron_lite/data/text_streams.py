@@ -23,11 +23,11 @@ class CountedStream:
     """A stream that knows how much was read from it: pipes have no position."""
 
     def __init__(self, stream: BinaryIO):
-        self._stream = stream
+        self.stream = stream
         self.position = 0
 
     def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
+        data = self.stream.read(size)
         self.position += len(data)
         return data
 
@@ -73,7 +73,7 @@ def seekable(source: Source) -> Iterator[BinaryIO]:
     """A stream of the unpacked bytes that can be read at any place; a temporary file where the source cannot."""
     with opened(source) as raw:
         if source.path != STANDARD_INPUT and not source.packing:
-            yield raw._stream
+            yield raw.stream
             return
         with tempfile.TemporaryFile() as copy:
             for chunk in chunks(raw, source):

