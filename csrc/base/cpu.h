@@ -72,6 +72,7 @@ inline void store(Float16& element, float value) {
   element.bits = static_cast<uint16_t>(result | ((bits >> 16) & 0x8000));
 }
 
+inline void widen(const float* from, float* to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
 inline void narrow(const float* from, float* to, int64_t count) { std::memcpy(to, from, count * sizeof(float)); }
 
 template <class Element>
@@ -106,27 +107,35 @@ inline __m256i rounded_to_bfloat16(__m512 value) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 
-// By the instruction of newer processors, which is all but equal: it flushes denormals, so those go the long way.
-__attribute__((target("avx512bf16")))
-inline void narrow_by_instruction(const float* from, BFloat16* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) {
-    const __m512 value = _mm512_loadu_ps(from + i);
-    constexpr int kDenormal = 0x20;
-    const bool special = _mm512_fpclass_ps_mask(value, kDenormal);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), __builtin_expect(special, 0) ? rounded_to_bfloat16(value)
-                                                           : (__m256i)_mm512_cvtneps_pbh(value));
+// Newer processors have an instruction for it, all but equal: it flushes denormals. It is named in assembly because a
+// function compiled for it could not become part of one that is not; volatile keeps it behind the test for it.
+inline __m256i bfloat16_by_instruction(__m512 value) {
+  __m256i bits;
+  asm volatile("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(value));
+  return bits;
+}
+
+// So many vectors by the instruction, if there is one and no value is denormal.
+template <int kVectors>
+inline __attribute__((always_inline)) void narrow_vectors(const float* from, BFloat16* to, bool has_instruction) {
+  constexpr int kDenormal = 0x20;
+  __mmask16 denormal = 0;
+  for (int i = 0; i < kVectors; ++i)
+    denormal = _kor_mask16(denormal, _mm512_fpclass_ps_mask(_mm512_loadu_ps(from + 16 * i), kDenormal));
+  const bool by_instruction = __builtin_expect(has_instruction && _kortestz_mask16_u8(denormal, denormal), 1);
+  for (int i = 0; i < kVectors; ++i) {
+    const __m512 value = _mm512_loadu_ps(from + 16 * i);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * i),
+                        by_instruction ? bfloat16_by_instruction(value) : rounded_to_bfloat16(value));
   }
 }
 
 inline void narrow(const float* from, BFloat16* to, int64_t count) {
   static const bool has_instruction = __builtin_cpu_supports("avx512bf16");
-  int64_t i = count - count % 16;
-  if (has_instruction) {
-    narrow_by_instruction(from, to, i);
-  } else {
-    for (int64_t at = 0; at < i; at += 16)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + at), rounded_to_bfloat16(_mm512_loadu_ps(from + at)));
-  }
+  const bool has = has_instruction;
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) narrow_vectors<4>(from + i, to + i, has);
+  for (; i + 16 <= count; i += 16) narrow_vectors<1>(from + i, to + i, has);
   for (; i < count; ++i) store(to[i], from[i]);
 }
 
@@ -193,49 +202,19 @@ void prefetch(const Element* elements, int64_t count) {
     __builtin_prefetch(from + offset);
 }
 
-// Reads lines of one length as fp32; what it gives holds until the next is read.
+// What all rows share, a weight or a bias, as fp32; zeros where there is none.
 template <class Element>
-class Reader {
+class Line {
  public:
-  explicit Reader(int64_t length) : buffer_(sizeof(Element) == sizeof(float) ? 0 : length), length_(length) {}
-
-  const float* operator()(const void* lines, int64_t line = 0) const {
-    const auto* from = static_cast<const Element*>(lines) + line * length_;
-    prefetch(from + length_, length_);  // the next line, on its way while this one is computed on
-    return widened(from, buffer_.data(), length_);
+  Line(const void* line, int64_t length) : values_(length) {
+    if (line) widen(static_cast<const Element*>(line), values_.data(), length);
+    else std::memset(values_.data(), 0, length * sizeof(float));
   }
 
- private:
-  Buffer buffer_;
-  int64_t length_;
-};
-
-// Writes lines of one length as fp32: fill what `line` gives, then call `done`.
-template <class Element>
-class Writer {
- public:
-  explicit Writer(int64_t length) : buffer_(length), length_(length) {}
-
-  float* line(void*, int64_t) const { return buffer_.data(); }
-  void done(void* lines, int64_t line) const {
-    narrow(buffer_.data(), static_cast<Element*>(lines) + line * length_, length_);
-  }
+  const float* data() const { return values_.data(); }
 
  private:
-  Buffer buffer_;
-  int64_t length_;
-};
-
-template <>
-class Writer<float> {
- public:
-  explicit Writer(int64_t length) : length_(length) {}
-
-  float* line(void* lines, int64_t line) const { return static_cast<float*>(lines) + line * length_; }
-  void done(void*, int64_t) const {}
-
- private:
-  int64_t length_;
+  Buffer values_;
 };
 
 // 1 / value of each of some values.
@@ -247,7 +226,7 @@ class Reciprocals {
     for (int64_t i = 0; i < count; ++i) data[i] = 1 / values[i];
   }
 
-  float operator[](int64_t index) const { return buffer_.data()[index]; }
+  const float* data() const { return buffer_.data(); }
 
  private:
   Buffer buffer_;

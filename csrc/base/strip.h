@@ -21,21 +21,6 @@ inline __attribute__((always_inline)) void for_strips(int64_t length, const Body
     body(begin, length - begin < kLength ? length - begin : kLength);
 }
 
-// What every row is added to, a bias say, as fp32; zeros where there is none.
-template <class Element>
-class Line {
- public:
-  Line(const void* line, int64_t length) : values_(length) {
-    if (line) widen(static_cast<const Element*>(line), values_.data(), length);
-    else std::memset(values_.data(), 0, length * sizeof(float));
-  }
-
-  const float* data() const { return values_.data(); }
-
- private:
-  Buffer values_;
-};
-
 // Reads up to kStrip elements as fp32; what it gives holds until the next are read.
 template <class Element>
 class StripReader {

@@ -61,12 +61,15 @@ MEGATRON_LITE_INLINE float layer_norm_variance(float squares, int64_t length) {
   return squares < INFINITY ? squares / length : NAN;
 }
 
-MEGATRON_LITE_INLINE float layer_norm_output(float x, float mean, float inverse, float weight, float bias) {
+// Of one value, or of many at once.
+template <class Value>
+MEGATRON_LITE_INLINE Value layer_norm_output(Value x, float mean, float inverse, Value weight, Value bias) {
   return (x - mean) * inverse * weight + bias;
 }
 
 // `mean_g` and `mean_g_normal` are the row's means of g = dy w and of g x^.
-MEGATRON_LITE_INLINE float layer_norm_gradient(float g, float normal, float inverse, float mean_g,
+template <class Value>
+MEGATRON_LITE_INLINE Value layer_norm_gradient(Value g, Value normal, float inverse, float mean_g,
                                                float mean_g_normal) {
   return inverse * (g - mean_g - normal * mean_g_normal);
 }

@@ -1,34 +1,34 @@
 #include "layer_norm/layer_norm.h"
 
-#include "base/cpu.h"
+#include "base/lanes.h"
 
 namespace megatron_lite::cpu::MEGATRON_LITE_INSTRUCTION_SET {
 namespace {
 
 template <class Element>
 void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end) {
-  const Reader<Element> read_input(a.length), read_residual(a.length), read_weight(a.length), read_bias(a.length);
-  const Writer<Element> sum(a.length), output(a.length);
-  const float *weight = read_weight(a.weight), *bias = read_bias(a.bias);
+  const Line<Element> weight_line(a.weight, a.length), bias_line(a.bias, a.length);
+  const float *weight = weight_line.data(), *bias = bias_line.data();
   for (int64_t row = begin; row < end; ++row) {
-    const float* x = read_input(a.input, row);
+    const Element* input = static_cast<const Element*>(a.input) + row * a.length;
     if (a.residual) {
-      const float* residual = read_residual(a.residual, row);
-      float* total = sum.line(a.sum, row);
-#pragma omp simd
-      for (int64_t i = 0; i < a.length; ++i) total[i] = x[i] + residual[i];
-      sum.done(a.sum, row);
-      x = read_input(a.sum, row);
+      Element* sum = static_cast<Element*>(a.sum) + row * a.length;
+      add_row(input, static_cast<const Element*>(a.residual) + row * a.length, sum, a.length);
+      input = sum;
     }
-    LaneSum total, squares;
-    along(a.length, [&](int64_t i, int lane) { total.lanes[lane] += x[i]; });
-    const float mean = total.total() / a.length;
-    along(a.length, [&](int64_t i, int lane) { squares.lanes[lane] += (x[i] - mean) * (x[i] - mean); });
-    const float inverse = 1 / std::sqrt(layer_norm_variance(squares.total(), a.length) + a.epsilon);
-    float* y = output.line(a.output, row);
-#pragma omp simd
-    for (int64_t i = 0; i < a.length; ++i) y[i] = layer_norm_output(x[i], mean, inverse, weight[i], bias[i]);
-    output.done(a.output, row);
+    Lanes values{}, squares{};
+    for_lanes(a.length, [&](int64_t at, auto count) { values += read_on(input + at, a.length, count); });
+    const float mean = total(values) / a.length;
+    for_lanes(a.length, [&](int64_t at, auto count) {
+      const Lanes difference = read(input + at, count, mean) - mean;
+      squares += difference * difference;
+    });
+    const float inverse = 1 / std::sqrt(layer_norm_variance(total(squares), a.length) + a.epsilon);
+    Element* output = static_cast<Element*>(a.output) + row * a.length;
+    for_lanes(a.length, [&](int64_t at, auto count) {
+      const Lanes x = read(input + at, count), w = read(weight + at, count), b = read(bias + at, count);
+      write_on(layer_norm_output(x, mean, inverse, w, b), output + at, a.length, count);
+    });
     a.mean[row] = mean;
     a.inverse[row] = inverse;
   }
@@ -36,42 +36,42 @@ void forward_rows(const LayerNormForward& a, int64_t begin, int64_t end) {
 
 template <class Element, bool kFromOutput>
 void backward_part(const LayerNormBackward& a, int64_t part) {
-  const Reader<Element> read_gradient(a.length), read_kept(a.length), read_weight(a.length), read_added(a.length);
-  const Reader<Element> read_bias(kFromOutput ? a.length : 0);
-  const Writer<Element> result(a.length);
-  const float *weight = read_weight(a.weight), *bias = kFromOutput ? read_bias(a.bias) : nullptr;
+  const Line<Element> weight_line(a.weight, a.length), bias_line(a.bias, a.length);
+  const float *weight = weight_line.data(), *bias = bias_line.data();
   const Reciprocals reciprocals(weight, kFromOutput ? a.length : 0);
   ColumnSum weight_sum(a.weight_partials + part * a.length, a.length);
   ColumnSum bias_sum(a.bias_partials + part * a.length, a.length);
   float *weight_sums = weight_sum.values(), *bias_sums = bias_sum.values();
   const int64_t end = part_begin(a.rows, a.parts, part + 1);
   for (int64_t row = part_begin(a.rows, a.parts, part); row < end; ++row) {
-    const float *dy = read_gradient(a.gradient, row), *kept = read_kept(a.kept, row);
+    const Element* gradient = static_cast<const Element*>(a.gradient) + row * a.length;
+    const Element* kept = static_cast<const Element*>(a.kept) + row * a.length;
+    const Element* added = static_cast<const Element*>(a.sum_gradient) + row * a.length;
+    Element* result = static_cast<Element*>(a.input_gradient) + row * a.length;
     const float mean = a.mean[row], inverse = a.inverse[row];
-    const auto normal_at = [=, &reciprocals](int64_t i) __attribute__((always_inline)) {
-      return kFromOutput ? (kept[i] - bias[i]) * reciprocals[i] : (kept[i] - mean) * inverse;
+    const auto normal_of = [&](const Lanes& kept, int64_t at, auto count) __attribute__((always_inline)) {
+      if constexpr (kFromOutput) return (kept - read(bias + at, count)) * read(reciprocals.data() + at, count);
+      else return (kept - mean) * inverse;
     };
-    LaneSum total_g, total_g_normal;
-    along(a.length, [&](int64_t i, int lane) {
-      const float normal = normal_at(i), g = dy[i] * weight[i];
-      total_g.lanes[lane] += g;
-      total_g_normal.lanes[lane] += g * normal;
-      weight_sums[i] += dy[i] * normal;
-      bias_sums[i] += dy[i];
+    Lanes total_g{}, total_g_normal{};
+    for_lanes(a.length, [&](int64_t at, auto count) {
+      const Lanes dy = read_on(gradient + at, a.length, count), g = dy * read(weight + at, count);
+      const Lanes normal = normal_of(read_on(kept + at, a.length, count), at, count);
+      total_g += g;
+      total_g_normal += g * normal;
+      write(read(weight_sums + at, count) + dy * normal, weight_sums + at, count);
+      write(read(bias_sums + at, count) + dy, bias_sums + at, count);
     });
     weight_sum.row_done();
     bias_sum.row_done();
-    const float mean_g = total_g.total() / a.length, mean_g_normal = total_g_normal.total() / a.length;
-    float* dx = result.line(a.input_gradient, row);
-#pragma omp simd
-    for (int64_t i = 0; i < a.length; ++i)
-      dx[i] = layer_norm_gradient(dy[i] * weight[i], normal_at(i), inverse, mean_g, mean_g_normal);
-    if (a.sum_gradient) {
-      const float* added = read_added(a.sum_gradient, row);
-#pragma omp simd
-      for (int64_t i = 0; i < a.length; ++i) dx[i] += added[i];
-    }
-    result.done(a.input_gradient, row);
+    const float mean_g = total(total_g) / a.length, mean_g_normal = total(total_g_normal) / a.length;
+    for_lanes(a.length, [&](int64_t at, auto count) {
+      const Lanes g = read(gradient + at, count) * read(weight + at, count);
+      const Lanes normal = normal_of(read(kept + at, count), at, count);
+      Lanes dx = layer_norm_gradient(g, normal, inverse, mean_g, mean_g_normal);
+      if (a.sum_gradient) dx += read_on(added + at, a.length, count);
+      write_on(dx, result + at, a.length, count);
+    });
   }
 }
 

@@ -54,10 +54,13 @@ MEGATRON_LITE_INLINE float rms_norm_mean_square(float squares, int64_t length) {
   return squares < INFINITY ? squares / length : NAN;
 }
 
-MEGATRON_LITE_INLINE float rms_norm_output(float x, float inverse, float weight) { return x * inverse * weight; }
+// Of one value, or of many at once.
+template <class Value>
+MEGATRON_LITE_INLINE Value rms_norm_output(Value x, float inverse, Value weight) { return x * inverse * weight; }
 
 // `mean_g_normal` is the row's mean of g x^, where g = dy w.
-MEGATRON_LITE_INLINE float rms_norm_gradient(float g, float normal, float inverse, float mean_g_normal) {
+template <class Value>
+MEGATRON_LITE_INLINE Value rms_norm_gradient(Value g, Value normal, float inverse, float mean_g_normal) {
   return inverse * (g - normal * mean_g_normal);
 }
 

@@ -75,7 +75,8 @@ MEGATRON_LITE_INLINE float softmax_shift(float largest) { return largest > -INFI
 // What an exponential is multiplied by; a sum of 0 is of a row that sees nothing.
 MEGATRON_LITE_INLINE float softmax_factor(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
-MEGATRON_LITE_INLINE float softmax_gradient(float y, float dy, float sum_y_dy, float scale) {
+template <class Value>  // one, or many at once
+MEGATRON_LITE_INLINE Value softmax_gradient(Value y, Value dy, float sum_y_dy, float scale) {
   return scale * (y * (dy - sum_y_dy));
 }
 

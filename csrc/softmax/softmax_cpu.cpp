@@ -1,5 +1,6 @@
 #include "softmax/softmax.h"
 
+#include "base/lanes.h"
 #include "base/stream.h"
 
 namespace megatron_lite::cpu::MEGATRON_LITE_INSTRUCTION_SET {
@@ -9,10 +10,12 @@ namespace {
 // covered. Of a block's lanes those from `seen` on are hidden: they lie in the row all the same, and to take them
 // along is cheaper than to end a vector loop anywhere.
 template <class Body>
-inline __attribute__((always_inline)) void for_visible(int64_t visible, int64_t length, const Body& body) {
+MEGATRON_LITE_LANES void for_visible(int64_t visible, int64_t length, const Body& body) {
   const int64_t whole = visible - visible % kLanes, rest = length - whole;
-  for (int64_t begin = 0; begin < whole; begin += kLanes) body(begin, kLanes, kLanes);
-  if (visible > whole) body(whole, rest < kLanes ? static_cast<int>(rest) : kLanes, static_cast<int>(visible - whole));
+  const int seen = static_cast<int>(visible - whole);
+  for (int64_t begin = 0; begin < whole; begin += kLanes) body(begin, AllLanes(), AllLanes());
+  if (seen && rest >= kLanes) body(whole, AllLanes(), seen);
+  else if (seen) body(whole, static_cast<int>(rest), seen);
 }
 
 // How many columns for_visible covers.
@@ -21,52 +24,39 @@ inline int64_t covered(int64_t visible, int64_t length) {
   return padded < length ? padded : length;
 }
 
-// The first columns of a row as fp32, while those of the next are on their way.
-template <class Element>
-const float* read_row(const void* rows, int64_t row, int64_t length, int64_t count, const Buffer& buffer) {
-  const Element* from = static_cast<const Element*>(rows) + row * length;
-  prefetch(from + length, count);
-  return widened(from, buffer.data(), count);
-}
-
-// Takes the rows of a result, each 0 beyond its first columns.
+// Takes the rows of a result block by block, each 0 beyond its first columns.
 template <class Element>
 class Results {
  public:
   Results(void* rows, int64_t count, int64_t length)
-      : rows_(static_cast<Element*>(rows)),
-        length_(length),
-        streams_(streams(rows, count, length * static_cast<int64_t>(sizeof(Element)))),
-        values_(length),
-        narrowed_(length) {}
+      : rows_(static_cast<Element*>(rows)), length_(length), streams_(streams(rows, count, length * kBytes)) {}
   ~Results() {
     if (streams_) finish_streams();
   }
 
-  // Where a row's values are to be put.
-  float* values(int64_t row) const {
-    if constexpr (kIsFloat)
-      if (!streams_) return rows_ + row * length_;
-    return values_.data();
+  template <class Count, class Seen>
+  MEGATRON_LITE_LANES void put(int64_t row, int64_t first, const Lanes& values, Count count, Seen seen) const {
+    alignas(64) Element narrowed[kLanes];
+    write(seen < kLanes ? first_of(values, seen) : values, narrowed, count);
+    Element* const to = rows_ + row * length_ + first;
+    if (streams_) stream(narrowed, count * kBytes, to, count * kBytes);
+    else std::memcpy(to, narrowed, count * kBytes);
   }
 
-  // A row of which so many are put.
+  // Of a row, so many columns are put.
   void done(int64_t row, int64_t count) const {
-    Element* const at = rows_ + row * length_;
-    Element* const to = streams_ ? reinterpret_cast<Element*>(narrowed_.data()) : at;
-    if constexpr (!kIsFloat) narrow(values_.data(), to, count);
-    constexpr int64_t kBytes = sizeof(Element);
-    if (streams_) stream(kIsFloat ? values_.data() : narrowed_.data(), count * kBytes, at, length_ * kBytes);
-    else std::memset(at + count, 0, (length_ - count) * kBytes);
+    Element* const to = rows_ + row * length_ + count;
+    const int64_t bytes = (length_ - count) * kBytes;
+    if (streams_) stream(nullptr, 0, to, bytes);
+    else std::memset(to, 0, bytes);
   }
 
  private:
-  static constexpr bool kIsFloat = sizeof(Element) == sizeof(float);
+  static constexpr int64_t kBytes = sizeof(Element);
 
   Element* rows_;
   int64_t length_;
   bool streams_;
-  Buffer values_, narrowed_;
 };
 
 template <class Element>
@@ -78,10 +68,11 @@ void forward_rows(const SoftmaxForward& a, int64_t begin, int64_t end) {
     const uint8_t* mask = a.mask.data ? mask_row(a.mask, row) : nullptr;
     const int64_t visible = mask && a.mask.one_column && *mask ? 0 : softmax_visible(a, row);
     const int64_t count = covered(visible, a.length);
-    const float* x = read_row<Element>(a.input, row, a.length, count, input);
+    const Element* from = static_cast<const Element*>(a.input) + row * a.length;
+    const float* x = widened(from, input.data(), count);
     LaneMax largest;
     const auto read = [&](const auto& masked) {
-      for_visible(visible, a.length, [&](int64_t first, int lanes, int seen) {
+      for_visible(visible, a.length, [&](int64_t first, auto lanes, auto seen) {
 #pragma omp simd
         for (int lane = 0; lane < lanes; ++lane) {
           const float logit = a.scale * x[first + lane];
@@ -98,15 +89,17 @@ void forward_rows(const SoftmaxForward& a, int64_t begin, int64_t end) {
     const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
     for (int64_t i = count; i < padded; ++i) z[i] = -INFINITY;
     LaneSum sum;
-    along(padded, [&](int64_t i, int lane) {
-      z[i] = exponential(z[i] - shift);
-      sum.lanes[lane] += z[i];
-    });
-    const float factor = softmax_factor(sum.total());
-    float* y = output.values(row);
-    for_visible(visible, a.length, [&](int64_t first, int lanes, int seen) {
+    for (int64_t first = 0; first < padded; first += kLanes) {
+      prefetch(from + a.length + first, kLanes);
 #pragma omp simd
-      for (int lane = 0; lane < lanes; ++lane) y[first + lane] = lane < seen ? z[first + lane] * factor : 0;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        z[first + lane] = exponential(z[first + lane] - shift);
+        sum.lanes[lane] += z[first + lane];
+      }
+    }
+    const float factor = softmax_factor(sum.total());
+    for_visible(visible, a.length, [&](int64_t first, auto lanes, auto seen) {
+      output.put(row, first, loaded(z + first) * factor, lanes, seen);
     });
     output.done(row, count);
   }
@@ -114,28 +107,22 @@ void forward_rows(const SoftmaxForward& a, int64_t begin, int64_t end) {
 
 template <class Element>
 void backward_rows(const SoftmaxBackward& a, int64_t begin, int64_t end) {
-  const Buffer gradient(a.length), output(a.length);
   const Results<Element> input_gradient(a.input_gradient, a.rows, a.length);
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t visible = softmax_visible(a, row), count = covered(visible, a.length);
-    const float* dy = read_row<Element>(a.gradient, row, a.length, count, gradient);
-    const float* y = read_row<Element>(a.output, row, a.length, count, output);
-    LaneSum y_dy;
-    for_visible(visible, a.length, [&](int64_t first, int lanes, int seen) {
-#pragma omp simd
-      for (int lane = 0; lane < lanes; ++lane)
-        y_dy.lanes[lane] += lane < seen ? y[first + lane] * dy[first + lane] : 0;
+    const int64_t visible = softmax_visible(a, row);
+    const Element* gradient = static_cast<const Element*>(a.gradient) + row * a.length;
+    const Element* output = static_cast<const Element*>(a.output) + row * a.length;
+    Lanes y_dy{};
+    for_visible(visible, a.length, [&](int64_t first, auto lanes, auto seen) {
+      const Lanes product = read_on(output + first, a.length, lanes) * read_on(gradient + first, a.length, lanes);
+      y_dy += seen < kLanes ? first_of(product, seen) : product;
     });
-    const float sum_y_dy = y_dy.total();
-    float* dx = input_gradient.values(row);
-    for_visible(visible, a.length, [&](int64_t first, int lanes, int seen) {
-#pragma omp simd
-      for (int lane = 0; lane < lanes; ++lane) {
-        const float slope = softmax_gradient(y[first + lane], dy[first + lane], sum_y_dy, a.scale);
-        dx[first + lane] = lane < seen ? slope : 0;
-      }
+    const float sum_y_dy = total(y_dy);
+    for_visible(visible, a.length, [&](int64_t first, auto lanes, auto seen) {
+      const Lanes y = read(output + first, lanes), dy = read(gradient + first, lanes);
+      input_gradient.put(row, first, softmax_gradient(y, dy, sum_y_dy, a.scale), lanes, seen);
     });
-    input_gradient.done(row, count);
+    input_gradient.done(row, covered(visible, a.length));
   }
 }
 
