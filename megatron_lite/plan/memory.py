@@ -77,6 +77,19 @@ def checkpoint_bytes(config: RunConfig, elements: int, coded: int) -> int:
     return FP32 * elements + slots
 
 
+def host_copy_bytes(config: RunConfig, vocab_size: int, data_size: int) -> int:
+    """Host memory, on the rank that takes most, for the copy from which a checkpoint is saved beside training."""
+    replicas = 1 if config.effective_zero_stage == 0 else data_size * config.parallel.context_parallel_size
+    largest = 0
+    for pipe_rank in range(config.parallel.pipeline_model_parallel_size):
+        shapes = shapes_of_rank(config, vocab_size, pipe_rank)
+        elements = sum(shape.local_elements for shape in shapes)
+        coded = sum(shape.local_elements for shape in shapes if is_coded(config.optimizer, shape))
+        part = -(-elements // replicas)
+        largest = max(largest, checkpoint_bytes(config, part, coded * part // elements))
+    return largest
+
+
 def micro_batches(config: RunConfig, data_size: int) -> int:
     """Micro-batches of one step on each data rank, at the full batch size."""
     return max(1, config.training.batch_size(data_size) // (config.training.micro_batch_size * data_size))

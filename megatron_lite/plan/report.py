@@ -15,6 +15,7 @@ from megatron_lite.plan.memory import (
     GRANULARITIES,
     Moment,
     checkpoint_bytes,
+    host_copy_bytes,
     micro_batches,
     moments,
     peak,
@@ -59,7 +60,7 @@ def dry_run_report(
         *_communication(config, vocab_size, data_size),
         *_memory(config, vocab_size, memory),
         "",
-        *_checkpoint(config, vocab_size),
+        *_checkpoint(config, vocab_size, data_size),
     ]
 
 
@@ -204,16 +205,21 @@ def memory_comparison(predicted: Moment, in_use: int, process: int) -> str:
     )
 
 
-def _checkpoint(config: RunConfig, vocab_size: int) -> list[str]:
+def _checkpoint(config: RunConfig, vocab_size: int, data_size: int) -> list[str]:
     shapes = list(parameter_shapes(config.model, vocab_size=vocab_size, seq_length=config.data.seq_length))
     total = sum(shape.elements for shape in shapes)
     coded = sum(shape.elements for shape in shapes if is_coded(config.optimizer, shape))
     slots = 0 if config.checkpoint.no_save_optim else len(config.optimizer.slots)
     kept = f" and {slots} optimizer slots" if slots else ""
     whole = checkpoint_bytes(config, total, coded)
+    beside = []
+    if config.checkpoint.save is not None and config.checkpoint.async_save:
+        copied = size(host_copy_bytes(config, vocab_size, data_size))
+        beside = [f"saves beside training take up to {copied} of host memory on a rank (--no-async-save: none)"]
     return [
         slot_line(config.optimizer, shapes),
         f"a checkpoint is {size(whole)} = {whole / total:.4g} bytes x {total:,} parameters (fp32 masters{kept})",
+        *beside,
     ]
 
 

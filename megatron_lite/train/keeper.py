@@ -14,6 +14,7 @@ from megatron_lite.checkpoint.background import Background
 from megatron_lite.checkpoint.host_copies import Copying, HostCopies
 from megatron_lite.checkpoint.piece import Piece
 from megatron_lite.checkpoint.ranks import Ranks
+from megatron_lite.checkpoint.remote import RemoteCopies
 from megatron_lite.checkpoint.save import save
 from megatron_lite.checkpoint.store import Claim
 from megatron_lite.config import sources
@@ -63,6 +64,7 @@ class Keeper:
         facts: dict[str, Any],
         versions: dict[str, Any],
         saved_step: int | None = None,
+        remote: RemoteCopies | None = None,
     ):
         self.root = root
         #: The newest step that is published and durable.
@@ -76,6 +78,7 @@ class Keeper:
         self._versions = versions
         self._in_background = config.checkpoint.async_save
         self._exchange = mesh.make_exchange() if root is not None and self._in_background else None
+        self._remote = remote
         self._copies: HostCopies | None = None
         self._in_flight: _InFlight | None = None
 
@@ -181,7 +184,7 @@ class Keeper:
         options = self._config.checkpoint
 
         def write(pieces: list[Piece], ranks: Ranks) -> Path:
-            return save(
+            folder = save(
                 self.root,
                 step,
                 pieces,
@@ -196,6 +199,9 @@ class Keeper:
                 best=is_best,
                 deadline=deadline,
             )
+            if self._remote is not None:
+                self._remote.send(folder, ranks, options.keep_last, options.keep_every, deadline)
+            return folder
 
         return write
 

@@ -16,6 +16,7 @@ from megatron_lite.checkpoint import store
 from megatron_lite.checkpoint.find import find
 from megatron_lite.checkpoint.load import load
 from megatron_lite.checkpoint.manifest import Manifest, read_manifest
+from megatron_lite.checkpoint.remote import RemoteCopies, find_newest
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.stream import SampleStream
@@ -132,7 +133,8 @@ def _claim_folders(config: RunConfig, mesh: ProcessMesh, held: contextlib.ExitSt
     """Take the right to write in the run's folders, emptied first where --overwrite says so."""
     options, claim = config.checkpoint, None
     if options.save is not None:
-        build.together(mesh, lambda: _insist(Path(options.save), options.resume, options.overwrite))
+        has_copies = options.save_copy_to is not None
+        build.together(mesh, lambda: _insist(Path(options.save), options.resume, options.overwrite, has_copies))
         claim = held.enter_context(store.claim(options.save, mesh))
     build.together(mesh, lambda: _make_ready(config) if mesh.global_rank == 0 else None)
     return claim
@@ -151,7 +153,8 @@ def _assemble(
     config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: MemoryMeter, claim: store.Claim | None
 ) -> Run:
     with build.alike():
-        found = _what_to_load(config, mesh)
+        copies = RemoteCopies(config.checkpoint.save_copy_to) if config.checkpoint.save_copy_to else None
+        found = _what_to_load(config, mesh, copies)
     data = build.together(mesh, lambda: _open_data(config, mesh))
     agreement.agree(mesh, agreement.of_data(data.facts))
     plan = data.plan
@@ -220,6 +223,7 @@ def _assemble(
             facts=data.facts,
             versions=made_with,
             saved_step=start.saved_step,
+            remote=copies,
         ),
         stop=stop,
         flops_per_token=flops_per_token(config.model, vocab_size=data.vocab_size, seq_length=config.data.seq_length),
@@ -284,14 +288,17 @@ class _Found:
     is_own: bool
 
 
-def _what_to_load(config: RunConfig, mesh: ProcessMesh) -> _Found | None:
+def _what_to_load(config: RunConfig, mesh: ProcessMesh, copies: RemoteCopies | None) -> _Found | None:
     """The checkpoint this run begins from, by --resume, --save and --load. Raises CheckpointError."""
     options = config.checkpoint
     # Megatron's scripts name one folder twice, to write to and to go on from: there is nothing else to load then.
     elsewhere = None if options.loads_what_it_saves else options.load
     own = None
     if options.save is not None and options.resume != "never":
-        own = find(options.save, mesh, options.ckpt_step if elsewhere is None else None)
+        step = options.ckpt_step if elsewhere is None else None
+        own = find_newest(options.save, mesh, step, copies)
+        if own is None and copies is not None and options.resume == "must":
+            raise CheckpointError(f"--resume must, but neither {options.save} nor {copies.url} holds a checkpoint")
     if own is not None:
         manifest = build.together(mesh, lambda: read_manifest(own))
         log.note(f"going on with this run from step {manifest.step} in {own} (--resume {options.resume})")
@@ -308,9 +315,9 @@ def _what_to_load(config: RunConfig, mesh: ProcessMesh) -> _Found | None:
     return None
 
 
-def _insist(folder: Path, resume: str, overwrite: bool) -> None:
+def _insist(folder: Path, resume: str, overwrite: bool, has_copies: bool) -> None:
     """Refuse, before anything is written, a folder that --resume forbids. Raises CheckpointError."""
-    if resume == "must" and not store.holds_checkpoint(folder):
+    if resume == "must" and not has_copies and not store.holds_checkpoint(folder):
         raise CheckpointError(
             f"--resume must, but {folder} holds no complete checkpoint; take --resume auto to start from step 0"
         )

@@ -6,12 +6,12 @@ from megatron_lite.plan.memory import Moment
 from megatron_lite.plan.report import dry_run_report, flops, memory_comparison, size
 
 
-def report(*, adamw8bit=False, **training):
+def report(*, adamw8bit=False, checkpoint=None, **training):
     config = override(RunConfig(), read_preset("gpt2-124m"))
     if adamw8bit:
         config = override(config, {"optimizer": {"optimizer": "adamw8bit"}})
     config = dataclasses.replace(
-        config,
+        override(config, {"checkpoint": checkpoint or {}}),
         parallel=dataclasses.replace(config.parallel, tensor_model_parallel_size=2),
         training=dataclasses.replace(config.training, micro_batch_size=4, global_batch_size=64, **training),
     )
@@ -43,6 +43,13 @@ def test_the_report_says_what_was_chosen_and_what_it_comes_to():
     assert "optimizer state is 8 bytes a parameter (2 fp32 slots), masters apart" in lines
     assert "a checkpoint is 1.39 GiB = 12 bytes x 124,439,808 parameters" in text
     assert max(map(len, lines)) <= 130
+
+
+def test_host_memory_for_saves_is_told_where_a_run_saves_beside_training():
+    assert not any("beside training" in line for line in report())
+    lines = report(checkpoint={"save": "runs/there"})
+    assert any(line.startswith("saves beside training take up to 359 MiB of host memory") for line in lines)
+    assert not any("beside" in line for line in report(checkpoint={"save": "runs/there", "async_save": False}))
 
 
 def test_8_bit_state_is_told_with_its_share():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from ranks import run_on_ranks
-from train.layouts import Case, config_of
+from train.layouts import VOCABULARY, Case, config_of
 
 from megatron_lite import log
 from megatron_lite.checkpoint import host_copies, store
@@ -22,7 +23,8 @@ from megatron_lite.errors import CheckpointError, LostRankError, NonFiniteError
 from megatron_lite.parallel.launch import StopRequest
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
-from megatron_lite.train import keeper, loop
+from megatron_lite.plan.memory import host_copy_bytes
+from megatron_lite.train import build, keeper, loop
 from megatron_lite.train.start import train_on
 
 STEPS = 4
@@ -81,6 +83,23 @@ def test_what_is_saved_beside_training_is_the_state_of_its_step(tmp_path):
             # Among what is stored of a box is its checksum.
             assert ours.tensors == theirs.tensors, f"{case}, step {step}"
             assert ours.state == theirs.state
+
+
+def _bytes_to_copy(cases: list[Case]) -> list[int]:
+    found = []
+    for case in cases:
+        mesh = ProcessMesh.create(MeshShape(case.pipe, case.data, case.context, tensor=case.tensor))
+        config = config_of(case)
+        engine = build.build_engine(config, build.build_model_to_train(config, mesh, VOCABULARY), mesh)
+        found.append(sum(piece.nbytes for piece in engine.pieces() if piece.owned))
+    return found
+
+
+def test_host_memory_for_copies_is_as_planned():
+    by_rank = run_on_ranks(_bytes_to_copy, 2, CASES)
+    for case, *copied in zip(CASES, *by_rank, strict=True):
+        # Rows beyond the vocabulary are planned for, and not saved.
+        assert 0.9 < max(copied) / host_copy_bytes(config_of(case), VOCABULARY, case.data) < 1.02, case
 
 
 def _train_while_rank_one_has_no_space(config: RunConfig) -> None:
@@ -175,6 +194,23 @@ def test_what_a_run_cannot_go_on_with_ends_it(error, tmp_path, monkeypatch):
     monkeypatch.setattr(keeper, "save", failing)
     with pytest.raises(CheckpointError if isinstance(error, CheckpointError) else LostRankError, match=str(error)):
         _train(_config(tmp_path / "run"))
+
+
+def test_a_run_goes_on_from_the_copy_of_its_folder(tmp_path):
+    """Local disk first, a copy behind it; the local folder is lost, and in part older."""
+    folder, url = tmp_path / "run", (tmp_path / "copies").as_uri()
+    _train(_config(folder, save_copy_to=url, keep_last=2))
+    assert list(store.steps(tmp_path / "copies")) == list(store.steps(folder)) == [3, 4]
+    whole = read_manifest(folder / store.step_name(4))
+    shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "copies" / store.step_name(4))
+    _train(_config(folder, save_copy_to=url, resume="must"))
+    assert list(store.steps(folder)) == [3, 4], "brought, and trained on from"
+    assert read_manifest(folder / store.step_name(4)).tensors == whole.tensors
+    shutil.rmtree(folder)
+    shutil.rmtree(tmp_path / "copies")
+    with pytest.raises(CheckpointError, match=r"neither .*run nor file://.*copies holds a checkpoint"):
+        _train(_config(folder, save_copy_to=url, resume="must"))
 
 
 def test_every_nth_step_needs_a_number_of_newest(tmp_path):

@@ -1,0 +1,199 @@
+"""Copies of checkpoints behind a URL: a shared or remote folder, by fsspec.
+
+    URL/step-00001000/rank-00000.safetensors, ...   as they are under --save
+    URL/step-00001000/manifest.json                 sent last: a copy without it is none
+    URL/step-00001100/manifest.abandoned.json       of a run that went back to an earlier step; never read
+
+Stores of objects have no rename, but an object appears whole; on others a manifest that was cut off does not
+match the hash in its last line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_lite import log
+from megatron_lite.checkpoint import store
+from megatron_lite.checkpoint.find import find, verify
+from megatron_lite.checkpoint.manifest import FILE_NAME, read_manifest
+from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
+from megatron_lite.checkpoint.shard import keep_to
+from megatron_lite.errors import CheckpointError, ConfigError
+
+_ABANDONED = "manifest.abandoned.json"
+_STEP = re.compile(r"step-([0-9]{8,})")
+
+
+class RemoteCopies:
+    """The copies under `url`. Raises ConfigError where fsspec, or what it needs for that kind of URL, is missing."""
+
+    def __init__(self, url: str):
+        self.url = url
+        try:
+            from fsspec.core import url_to_fs
+
+            self._files, root = url_to_fs(url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(
+                f"--save-copy-to {url} cannot be reached: {error}; `pip install megatron_lite[remote]`, and what fsspec"
+                f" needs for that kind of URL"
+            ) from None
+        self._root = root.rstrip("/")
+
+    def send(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        deadline: Callable[[], float | None] = lambda: None,
+    ) -> bool:
+        """Copy the checkpoint in `folder`, which all ranks see; whether that went well. All ranks call.
+
+        Each takes its share of the files. A copy that fails is said and costs itself alone. Then copies are
+        deleted as `store.prune` has it, and those of later steps are set aside.
+        """
+        step, target = int(_STEP.fullmatch(folder.name)[1]), f"{self._root}/{folder.name}"
+
+        def clear() -> None:
+            if ranks.global_rank == 0:
+                self._remove(target)
+                self._files.makedirs(target, exist_ok=True)
+
+        def send_shards() -> None:
+            shards = sorted(path for path in folder.iterdir() if path.name != FILE_NAME)
+            for path in shards[ranks.global_rank :: ranks.world_size]:
+                keep_to(deadline)
+                self._put(path, f"{target}/{path.name}")
+
+        def publish() -> None:
+            if ranks.global_rank == 0:
+                for later in [at for at in self.steps() if at > step]:
+                    manifest = f"{self._root}/{store.step_name(later)}/{FILE_NAME}"
+                    self._files.mv(manifest, f"{manifest.rpartition('/')[0]}/{_ABANDONED}")
+                self._put(folder / FILE_NAME, f"{target}/{FILE_NAME}")
+                self._prune(keep_last, keep_every)
+
+        try:
+            for action in (clear, send_shards, publish):
+                together(ranks, action)
+        except RankFailures as failures:
+            log.warn(f"{folder} is saved, but its copy to {self.url} failed: {failures}")
+            return False
+        return True
+
+    def steps(self) -> list[int]:
+        """Steps of which there is a copy, oldest first; not yet checked."""
+        self._files.invalidate_cache()
+        if not self._files.isdir(self._root):
+            return []
+        names = [path.rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
+        found = sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
+        return [step for step in found if self._files.exists(f"{self._root}/{store.step_name(step)}/{FILE_NAME}")]
+
+    def bring(self, root: Path, ranks: Ranks, newer_than: int | None, step: int | None = None) -> Path | None:
+        """The newest complete copy (or that of `step`), made a checkpoint under `root`; None if none is newer.
+
+        All ranks call and get the same answer. One that is damaged is named, and the one before it tried.
+        """
+        try:
+            steps = together(ranks, lambda: self.steps() if ranks.global_rank == 0 else None)[0]
+        except RankFailures as failures:
+            log.warn(f"{self.url} cannot be read: {failures}")
+            return None
+        for at in reversed(steps):
+            if (step is not None and at != step) or (newer_than is not None and at <= newer_than):
+                continue
+            if self._fetch(root, at, ranks):
+                log.note(f"brought step {at} from {self.url}")
+                return root / store.step_name(at)
+        return None
+
+    def _fetch(self, root: Path, step: int, ranks: Ranks) -> bool:
+        name = store.step_name(step)
+        source, temporary = f"{self._root}/{name}", root
+
+        def begin() -> str | None:
+            if ranks.global_rank != 0:
+                return None
+            token = store.new_token()
+            folder = root / store.temporary_name(name, token)
+            folder.mkdir(parents=True)
+            self._get(f"{source}/{FILE_NAME}", folder / FILE_NAME)
+            return token
+
+        def fetch_shards() -> None:
+            # The manifest is checked before a name in it is used.
+            files = sorted(read_manifest(temporary).files.items())
+            for file, entry in files[ranks.global_rank :: ranks.world_size]:
+                if (size := self._files.size(f"{source}/{file}")) != entry.size:
+                    raise CheckpointError(f"{source}/{file} has {size} bytes, and the manifest says {entry.size}")
+                self._get(f"{source}/{file}", temporary / file)
+
+        def publish() -> None:
+            if ranks.global_rank == 0:
+                store.publish(root, step, token)
+
+        try:
+            token = together(ranks, begin)[0]
+            temporary = root / store.temporary_name(name, token)
+            together(ranks, fetch_shards)
+            together(ranks, lambda: verify(temporary, step, "", ranks.global_rank, ranks.world_size))
+            together(ranks, publish)
+        except RankFailures as failures:
+            log.warn(f"the copy {self.url}/{name} cannot be used: {failures}")
+            if temporary != root and ranks.global_rank == 0:
+                store.discard(temporary)
+            return False
+        return True
+
+    def _put(self, path: Path, target: str) -> None:
+        self._files.put_file(str(path), target)
+        self._files.invalidate_cache()
+        if (size := self._files.size(target)) != path.stat().st_size:
+            raise OSError(f"{target} has {size} bytes after copying the {path.stat().st_size} of {path}")
+
+    def _get(self, source: str, path: Path) -> None:
+        self._files.get_file(source, str(path))
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+    def _prune(self, keep_last: int | None, keep_every: int | None) -> None:
+        if keep_last is not None:
+            for step in self.steps()[:-keep_last]:
+                if not (keep_every and step % keep_every == 0):
+                    self._remove(f"{self._root}/{store.step_name(step)}")
+
+    def _remove(self, target: str) -> None:
+        """Delete a copy, its manifest first: what is cut off leaves none that looks complete."""
+        manifest = f"{target}/{FILE_NAME}"
+        if self._files.exists(manifest):
+            self._files.rm_file(manifest)
+        if self._files.exists(target):
+            self._files.rm(target, recursive=True)
+
+
+def find_newest(
+    root: str | os.PathLike[str], ranks: Ranks, step: int | None = None, copies: RemoteCopies | None = None
+) -> Path | None:
+    """What `find` finds under `root`, unless a newer checkpoint is among the copies, or that of `step` only there.
+
+    Where nothing under `root` can be used a copy stands in; without one the error of `find` is raised.
+    """
+    error: CheckpointError | None = None
+    found: Path | None = None
+    try:
+        found = find(root, ranks, step)
+    except CheckpointError as failure:
+        if copies is None:
+            raise
+        error = failure
+    if copies is None or (step is not None and found is not None):
+        return found
+    brought = copies.bring(Path(root), ranks, None if found is None else read_manifest(found).step, step)
+    if brought is None and error is not None:
+        raise error
+    return brought or found

@@ -1,0 +1,265 @@
+#!/usr/bin/env python
+"""Saving and loading: seconds that training waits, seconds until durable, bytes, and seconds to restore.
+
+Ours, waited for and beside training, against `save_checkpoint` and `load_checkpoint` of DeepSpeed and
+`torch.distributed.checkpoint` (`save`, `async_save`, `load`), of the same fp32 masters and AdamW moments of one rank's
+part of a model, in turns. Ours computes checksums and waits for the disk (fsync), the others do neither unless
+`--sync-theirs` adds an fsync of what they wrote, which is then counted as a part of their save.
+
+    OMP_NUM_THREADS=1 python tools/bench/checkpoint.py --parameters 30000000 --folder FOLDER --output results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import distributed as dist  # noqa: E402
+from torch.distributed import checkpoint as theirs  # noqa: E402
+
+from megatron_lite.checkpoint import find, load, save  # noqa: E402
+from megatron_lite.checkpoint.background import Background  # noqa: E402
+from megatron_lite.checkpoint.host_copies import HostCopies  # noqa: E402
+from megatron_lite.checkpoint.piece import Piece  # noqa: E402
+from megatron_lite.config import sources  # noqa: E402
+from megatron_lite.config.run import RunConfig  # noqa: E402
+from megatron_lite.monitor.versions import versions  # noqa: E402
+from megatron_lite.parallel.mesh_shape import MeshShape  # noqa: E402
+from megatron_lite.parallel.process_mesh import ProcessMesh  # noqa: E402
+from megatron_lite.train import build  # noqa: E402
+from megatron_lite.train.step import train_step  # noqa: E402
+
+Timing = dict[str, float]
+
+
+class Ours:
+    """The engine's pieces, written by this framework, waited for or beside training."""
+
+    def __init__(self, pieces: list[Piece], mesh: ProcessMesh, beside: bool):
+        self.name = "ours, beside training" if beside else "ours"
+        self._pieces, self._mesh = pieces, mesh
+        self._copies = HostCopies(pieces) if beside else None
+        self.tensors = lambda: _named(pieces)
+
+    def save(self, folder: Path) -> Timing:
+        began = time.perf_counter()
+
+        def write(pieces: list[Piece]) -> Path:
+            return save.save(folder, 1, pieces, {}, self._mesh, layout="one rank", config={}, versions={})
+
+        if self._copies is None:
+            write(self._pieces)
+            return {"waits": time.perf_counter() - began, "durable": time.perf_counter() - began}
+        copying = self._copies.begin(self._pieces)
+        work = Background("save", lambda: write(copying.finish()))
+        started = time.perf_counter()
+        # The forward and backward pass that training does meanwhile; what is not copied by then is waited for.
+        time.sleep(self.pass_seconds)
+        asked = time.perf_counter()
+        copying.allow_change()
+        waited = time.perf_counter() - asked
+        work.wait(3600)
+        work.result()
+        return {"waits": started - began + waited, "durable": work.ended - began}
+
+    #: Seconds of a forward and backward pass.
+    pass_seconds = 0.0
+
+    def load(self, folder: Path) -> None:
+        load.load(find.find(folder, self._mesh), self._pieces, self._mesh)
+
+
+class DeepSpeed:
+    """DeepSpeed's own checkpoint of the engine that holds the state."""
+
+    name = "DeepSpeed"
+
+    def __init__(self, engine: Any):
+        self._engine = engine.forward
+        # Theirs puts new tensors in the place of the optimizer's, which ours does not allow.
+        type(self._engine.optimizer.optimizer).load_state_dict = torch.optim.Optimizer.load_state_dict
+        self.tensors = functools.partial(_by_name, engine)
+
+    def save(self, folder: Path) -> Timing:
+        began = time.perf_counter()
+        self._engine.save_checkpoint(str(folder), tag="step")
+        seconds = time.perf_counter() - began
+        return {"waits": seconds, "durable": seconds}
+
+    def load(self, folder: Path) -> None:
+        self._engine.load_checkpoint(str(folder), tag="step")
+
+
+class Distributed:
+    """torch.distributed.checkpoint of the same tensors."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], beside: bool):
+        self.name = "torch.distributed.checkpoint" + (".async_save" if beside else "")
+        self._tensors, self._beside = tensors, beside
+        self.tensors = lambda: tensors
+
+    def save(self, folder: Path) -> Timing:
+        began = time.perf_counter()
+        if not self._beside:
+            theirs.save(self._tensors, checkpoint_id=str(folder))
+            seconds = time.perf_counter() - began
+            return {"waits": seconds, "durable": seconds}
+        pending = theirs.async_save(self._tensors, checkpoint_id=str(folder))
+        waits = time.perf_counter() - began
+        pending.result()
+        return {"waits": waits, "durable": time.perf_counter() - began}
+
+    def load(self, folder: Path) -> None:
+        theirs.load(self._tensors, checkpoint_id=str(folder))
+
+
+def trained_engine(parameters: int, mesh: ProcessMesh) -> tuple[Any, float]:
+    """An engine of ZeRO 1 in bf16 after a step, of about so many parameters, and the seconds of that step's passes."""
+    layers, hidden = 8, max(64, int((parameters / (12 * 8)) ** 0.5) // 64 * 64)
+    config = sources.override(
+        RunConfig(),
+        {
+            "model": {
+                "num_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 64, "vocab_size": 1024,
+                "max_position_embeddings": 128, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+            },
+            "precision": {"bf16": True},
+            "data": {"mock_data": True, "seq_length": 128},
+            "training": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1},
+        },
+    )  # fmt: skip
+    engine = build.build_engine(config, build.build_model_to_train(config, mesh, 1024), mesh)
+    stream = build.open_stream(config, "train", 1024)
+    batches = build.open_loader(config, stream, mesh, 1024).step(0, 1)
+    marks: list[float] = []
+    for step in (1, 2):
+        began = time.perf_counter()
+        train_step(
+            engine, mesh, batches, target_tokens=128, step=step, seed=None, learning_rate=1e-4,
+            before_change=lambda: marks.append(time.perf_counter()),
+        )  # fmt: skip
+    return engine, marks[-1] - began
+
+
+def _by_name(engine: Any) -> dict[str, torch.Tensor]:
+    return _named(engine.pieces())
+
+
+def _named(pieces: list[Piece]) -> dict[str, torch.Tensor]:
+    return {f"{piece.name}{piece.rectangle}": piece.tensor for piece in pieces}
+
+
+def sync(folder: Path) -> None:
+    """Write all files in a folder through to the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def measure(contender: Any, folder: Path, sync_theirs: bool) -> Timing:
+    """One save into an empty folder and one load from it, with the files still in the page cache."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    timing = contender.save(folder)
+    if sync_theirs and not isinstance(contender, Ours):
+        began = time.perf_counter()
+        sync(folder)
+        timing = {
+            "waits": timing["waits"] + (0 if "async" in contender.name else time.perf_counter() - began),
+            "durable": timing["durable"] + time.perf_counter() - began,
+        }
+    timing["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    before = {name: tensor.clone() for name, tensor in contender.tensors().items()}
+    for tensor in contender.tensors().values():
+        tensor.fill_(float("nan"))
+    began = time.perf_counter()
+    contender.load(folder)
+    timing["load"] = time.perf_counter() - began
+    wrong = [name for name, tensor in contender.tensors().items() if not tensor.equal(before[name])]
+    if wrong:
+        raise SystemExit(f"{contender.name} did not give back {wrong[:3]}")
+    shutil.rmtree(folder)
+    return timing
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=int, default=30_000_000)
+    parser.add_argument("--turns", type=int, default=5, help="saves and loads of each, taken in turns")
+    parser.add_argument("--folder", type=Path, help="where to write; default: the system's for temporary files")
+    parser.add_argument("--sync-theirs", action="store_true", help="theirs is durable too before it counts as saved")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    options = parser.parse_args(argv)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    dist.init_process_group("cpu:gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = ProcessMesh.create(MeshShape())
+    engine, pass_seconds = trained_engine(options.parameters, mesh)
+    pieces = engine.pieces()
+    Ours.pass_seconds = pass_seconds
+    tensors = _named(pieces)
+    state_bytes = sum(piece.nbytes for piece in pieces)
+    contenders = [
+        Ours(pieces, mesh, beside=False),
+        Ours(pieces, mesh, beside=True),
+        DeepSpeed(trained_engine(options.parameters, mesh)[0]),
+        Distributed(tensors, beside=False),
+        Distributed(tensors, beside=True),
+    ]
+    found: dict[str, list[Timing]] = {contender.name: [] for contender in contenders}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for _ in range(options.turns):
+            for contender in contenders:
+                found[contender.name].append(measure(contender, Path(folder) / "saved", options.sync_theirs))
+    # The best turn: whatever else runs on the machine can only add to a time.
+    best = {name: {key: min(turn[key] for turn in turns) for key in turns[0]} for name, turns in found.items()}
+    print(f"{state_bytes / 1e6:.0f} MB of state, a pass of {pass_seconds:.2f} s, the best of {options.turns} turns")
+    print(f"{'':40}{'training waits':>16}{'durable after':>16}{'MB/s':>8}{'load':>9}{'bytes/state':>13}")
+    for name, timing in best.items():
+        rate = state_bytes / 1e6 / timing["durable"]
+        print(
+            f"{name:40}{timing['waits']:14.4f} s{timing['durable']:14.3f} s{rate:8.0f}{timing['load']:7.3f} s"
+            f"{timing['bytes'] / state_bytes:13.3f}"
+        )
+    beside, waited, deepspeed = (best[name] for name in ("ours, beside training", "ours", "DeepSpeed"))
+    others = [timing for name, timing in best.items() if not name.startswith("ours")]
+    ratios = {
+        "training waits, beside training, of DeepSpeed's save": beside["waits"] / deepspeed["waits"],
+        "throughput of DeepSpeed's save": deepspeed["durable"] / waited["durable"],
+        "throughput of the faster of all others": min(timing["durable"] for timing in others) / waited["durable"],
+        "loading, of DeepSpeed's": deepspeed["load"] / waited["load"],
+        "loading, of the faster of all others": min(timing["load"] for timing in others) / waited["load"],
+    }
+    print("\n".join(f"{name:60}{ratio:8.3f}" for name, ratio in ratios.items()))
+    if options.output:
+        record = {
+            "benchmark": "checkpoint",
+            "device": f"CPU {platform.machine().replace('_', '-')}, {os.cpu_count()} cores",
+            "state_bytes": state_bytes,
+            "theirs_synced": options.sync_theirs,
+            "pass_seconds": pass_seconds,
+            "turns": found,
+            "best": best,
+            "ratios": ratios,
+            "versions": versions(),
+        }
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
