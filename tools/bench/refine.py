@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gzip
 import importlib.metadata
 import importlib.resources
 import itertools
@@ -110,6 +111,9 @@ def main() -> None:
         timed([*peer, "decisions", str(source), f"{folder}/decisions.jsonl", model])
         decisions = [json.loads(line) for line in Path(folder, "decisions.jsonl").read_text().splitlines()]
         report = json.loads(Path(folder, "ours/report.json").read_bytes())
+        ours["kept"] = report["kept"]
+        outputs = Path(folder, "theirs/output").glob("*.gz")
+        theirs["kept"] = sum(gzip.decompress(path.read_bytes()).count(b"\n") for path in outputs)
     rates = {f"{unit}_ratio": theirs[f"{unit}_seconds"] / ours[f"{unit}_seconds"] for unit in ("wall", "cpu")}
     for side in (ours, theirs):
         side["documents_per_second"] = len(texts) / side["wall_seconds"]
@@ -117,7 +121,7 @@ def main() -> None:
     result = {
         "about": {"input": options.about_input, "documents": len(texts), "characters": sum(map(len, texts))},
         "workers": options.workers,
-        "ours": ours | {"said": said.splitlines()[0], "cpu_by_stage": report["cost"]},
+        "ours": ours | {"said": said.splitlines()[0], "seconds_by_stage": report["cost"]},
         "datatrove": theirs | {"wall_by_step": json.loads(steps.splitlines()[-1])},
         **rates,
         "same_decisions": agreement(our_decisions(texts), decisions),

@@ -171,7 +171,7 @@ class _UnitWork:
         """The documents of a block; what cannot be read is dropped here."""
         source, tally = block.source, self._tallies[READ]
         key = source.text_key if source.text_key and self._settings.text_key == "text" else self._settings.text_key
-        started = time.perf_counter()
+        started = time.thread_time()
         for record in parse_records(block):
             text = record if isinstance(record, BadDocument) else record.text_of(key)
             tally.documents += 1
@@ -182,9 +182,9 @@ class _UnitWork:
             tally.kept += 1
             tally.kept_characters += len(text)
             fields = self._settings.kept({name: value for name, value in record.fields.items() if name != key})
-            tally.seconds += time.perf_counter() - started
+            tally.seconds += time.thread_time() - started
             yield Document(text, fields, source.name, record.line, source.documents in _PAGES)
-            started = time.perf_counter()
+            started = time.thread_time()
 
     def take(self, document: Document, verdicts: dict[int, np.ndarray]) -> None:
         """One document through the pass."""
@@ -195,7 +195,7 @@ class _UnitWork:
         for number in (*self._pass.apply, *self._pass.run, *self._pass.sign):
             stage, tally = self._settings.stages[number], self._tallies[number]
             before = document.text
-            started = time.perf_counter()
+            started = time.thread_time()
             self._whereabouts.note(self._number, self.documents, number)
             try:
                 if number == fatal:
@@ -210,10 +210,10 @@ class _UnitWork:
                 raise
             except Exception as error:
                 tally.quarantined += 1
-                self._count(number, before, None, time.perf_counter() - started)
+                self._count(number, before, None, time.thread_time() - started)
                 self._set_aside(stage.name, error, document, before)
                 return
-            self._count(number, before, None if drop else document.text, time.perf_counter() - started)
+            self._count(number, before, None if drop else document.text, time.thread_time() - started)
             if drop:
                 self._drop(number, drop, document, before)
                 return

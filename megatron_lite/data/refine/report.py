@@ -21,7 +21,7 @@ JSON_NAME, PAGE_NAME = "report.json", "report.html"
 
 @dataclasses.dataclass(frozen=True)
 class StageReport:
-    """One stage: its options and its counts. Seconds are those of all workers together."""
+    """One stage: its options and its counts. Seconds are processor time, of all workers together."""
 
     name: str
     options: dict[str, Any]
