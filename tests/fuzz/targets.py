@@ -132,6 +132,77 @@ def shard(folder: Path, seeds: Iterable[int]) -> Iterator[bool]:
         yield taken
 
 
+def safetensors_file(folder: Path, seeds: Iterable[int]) -> Iterator[bool]:
+    """A safetensors file that somebody else wrote: damaged bytes, and headers that say what is not so."""
+    import torch
+    from safetensors.torch import save
+
+    from megatron_lite.checkpoint.boxes import Rectangle
+    from megatron_lite.checkpoint.tensor_file import TensorFile
+
+    whole = save({"a": torch.arange(24.0).view(4, 6), "b": torch.ones(5, dtype=torch.bfloat16), "c": torch.ones(2, 2)})
+    length = int.from_bytes(whole[:8], "little")
+    content, values = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+    path = folder / "model.safetensors"
+
+    def use() -> None:
+        with TensorFile(path) as file:
+            for name, tensor in file.tensors.items():
+                assert len(file.tensors) < 10 and tensor.nbytes <= len(values) + len(whole)
+                into = torch.empty(tensor.shape)
+                file.read(name, Rectangle((0,) * len(tensor.shape), tensor.shape), into)
+
+    path.write_bytes(whole)
+    use()
+    for seed in seeds:
+        draw = random.Random(seed)
+        header = as_json(mutated_json(content, draw), draw)
+        size = draw.choice((len(header),) * 9 + (0, 2**31, 2**63, 2**64 - 1))
+        path.write_bytes(size.to_bytes(8, "little") + header + values if seed % 4 else mutated_bytes(whole, draw))
+        yield _is_read(use)
+
+
+def huggingface_config(folder: Path, seeds: Iterable[int]) -> Iterator[bool]:
+    """The config.json of a Hugging Face folder, and what the model it describes may be."""
+    from megatron_lite.config import check, huggingface, sources
+    from megatron_lite.config.run import RunConfig
+
+    content = {
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    }
+    training = {"train_iters": 5, "global_batch_size": 4}
+    given = sources.override(RunConfig(), {"training": training, "data": {"mock_data": True, "seq_length": 16}})
+    path = folder / "config.json"
+
+    def use() -> None:
+        found = sources.override(given, huggingface.overrides(folder))
+        refuse([*check.problems(found, 1), *huggingface.contradictions(found.model, folder)])
+
+    for seed in seeds:
+        draw = random.Random(seed)
+        raw = json.dumps(content).encode()
+        path.write_bytes(as_json(mutated_json(content, draw), draw) if seed % 5 else mutated_bytes(raw, draw))
+        yield _is_read(use)
+
+
 def config(folder: Path, seeds: Iterable[int]) -> Iterator[bool]:
     """A run's configuration: read, and every rule put to what was read."""
     from megatron_lite.config import check, sources
@@ -368,6 +439,8 @@ TARGETS: dict[str, Target] = {
     for target in (
         manifest,
         shard,
+        safetensors_file,
+        huggingface_config,
         token_index,
         provenance,
         config,

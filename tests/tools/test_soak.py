@@ -1,4 +1,4 @@
-"""A handful of random kills of a training job; `tools/bench/soak.py --kills 200` is the same for as long as one likes."""
+"""Random kills of a training job, a handful; `tools/bench/soak.py --kills 200` is the same for as long as one likes."""
 
 import json
 import os
