@@ -4,6 +4,7 @@ the nearest legal values."""
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -171,13 +172,13 @@ def _heads(config: RunConfig, world_size: int) -> Iterator[str]:
                 f"{model.head_dim} is {rotated}; choose a rotary_percent of {even / model.head_dim:g} or another head "
                 "size."
             )
-
     low, high = model.rope_scaling_low_freq_factor, model.rope_scaling_high_freq_factor
     if model.use_rope_scaling and high <= low:
         yield (
             f"rope_scaling_high_freq_factor={high:g} is not above rope_scaling_low_freq_factor={low:g}; choose more "
             f"than {low:g}."
         )
+
 
 def tensor_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     """What keeps a model of this shape from being shared by that many tensor ranks, one sentence each."""
@@ -391,6 +392,8 @@ def _checkpoint(config: RunConfig, world_size: int) -> Iterator[str]:
             yield "--finetune needs weights to start from; give --load DIR."
         if checkpoint.ckpt_step is not None and checkpoint.save is None:
             yield f"ckpt_step={checkpoint.ckpt_step} needs a folder of checkpoints; give --load DIR."
+    elif checkpoint.load_hf is not None:
+        yield f"load={checkpoint.load} and load_hf={checkpoint.load_hf} are two models to begin with; give one of them."
     elif checkpoint.loads_what_it_saves and checkpoint.finetune:
         yield (
             f"--finetune begins a new run with the weights of load={checkpoint.load}, which is the folder this run "
@@ -399,8 +402,6 @@ def _checkpoint(config: RunConfig, world_size: int) -> Iterator[str]:
     if checkpoint.overwrite and checkpoint.resume != "never":
         yield f"--overwrite empties the run folder, but --resume is {checkpoint.resume}; give --resume never with it."
 
-    elif checkpoint.load_hf is not None:
-        yield f"load={checkpoint.load} and load_hf={checkpoint.load_hf} are two models to begin with; give one of them."
 
 def _lies_in(path: str, folder: str) -> bool:
     return Path(path).resolve().is_relative_to(Path(folder).resolve())
@@ -410,15 +411,16 @@ def _files(config: RunConfig, world_size: int) -> Iterator[str]:
     values = values_of(config)
     for name in ("save", "run_dir", "tensorboard_dir", "wandb_save_dir"):
         path = Path(values[name] or "").absolute()
-        nearest_there = next(place for place in (path, *path.parents) if place.exists())
+        # os.path answers for names too long to be a file's too.
+        nearest_there = next(place for place in (path, *path.parents) if os.path.exists(place))
         if not nearest_there.is_dir():
             yield f"{name}={values[name]} cannot be a folder, since {nearest_there} is a file; give another."
     saved, loaded = config.checkpoint.save, config.checkpoint.load
     if config.checkpoint.overwrite and saved and loaded and _lies_in(loaded, saved):
         yield f"--overwrite would empty save={saved}, where load={loaded} lies; give another --save DIR."
-    if (path := config.parallel.deepspeed_config) and not Path(path).is_file():
+    if (path := config.parallel.deepspeed_config) and not os.path.isfile(path):
         yield f"deepspeed_config={path} is not a file; give the path of a DeepSpeed JSON."
-    if (path := config.checkpoint.load) and not config.checkpoint.loads_what_it_saves and not Path(path).is_dir():
+    if (path := config.checkpoint.load) and not config.checkpoint.loads_what_it_saves and not os.path.isdir(path):
         yield f"load={path} is not a folder; give a folder of checkpoints."
     if config.model.vocab_size is None and config.data.tokenizer_type is None:
         yield "The size of the vocabulary is unknown; give --tokenizer-type with its files, or --vocab-size."
