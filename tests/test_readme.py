@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CAPABILITIES = (ROOT / "docs" / "CAPABILITIES.md").read_text(encoding="utf-8")
 
 LAUNCHERS = {
-    "deepspeed": {"--num_gpus", "--master_port"},
+    "deepspeed": {"--num_gpus", "--master_port", "--hostfile"},
     "torchrun": {"--nproc-per-node", "--master-port"},
     "sbatch": {"--nodes", "--ntasks-per-node", "--gpus-per-node"},
 }
