@@ -279,8 +279,10 @@ class _Rank:
             yield "reducing gradients", gradients, 0, part if shares and self.is_cpu else 0
             yield "optimizer step", gradients, 0, 0
         else:
-            # A pipeline's gradients are whole until they are reduced into this rank's part.
-            beside = part if self.is_pipelined else 0
+            # A pipeline's gradients are whole until they are reduced into this rank's part; in 16 bits that part is
+            # what the bucket of stage 2 becomes in fp32.
+            becomes = self.stage == 2 and self.width != FP32
+            beside = part if self.is_pipelined and not becomes else 0
             yield "reducing gradients", gradients, 0, beside + self._bucket + self._reduction
             gradients = part
             kept = part if self.width == FP32 else 0

@@ -105,7 +105,9 @@ def idle_and_busy(config: RunConfig, micro_batches: int) -> tuple[float, float]:
 def heads_in_flight(config: RunConfig, micro_batches: int) -> int:
     """Micro-batches whose logits the last stage holds at once, about."""
     plan = pipeline_plan(config)
-    if plan.schedule.name in ("1F1B", "Interleaved1F1B"):
+    if plan.schedule.name == "1F1B":
         return 1
+    if plan.schedule.name == "Interleaved1F1B":
+        return min(2, micro_batches)
     last = plan.placement[-1]
     return -(-chunks_in_flight(config, micro_batches, last) // len(plan.held_by(last)))

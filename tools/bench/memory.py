@@ -29,6 +29,7 @@ LLAMA = GPT2 | {
     "num_query_groups": 2, "untie_embeddings_and_output_weights": True,
 }  # fmt: skip
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
+SCHEDULES = ("1F1B", "GPipe", "Interleaved1F1B", "ZBVZeroBubble")
 SIZES = {"narrow": {"hidden_size": 192}, "wide": {"hidden_size": 1024, "num_attention_heads": 16}}
 
 
@@ -44,22 +45,37 @@ class Case:
     recompute: bool = False
     """Full recompute, over twice the batch."""
     size: str = ""
+    pp: int = 1
+    schedule: str = ""
+    """Of a pipeline, whose steps have eight micro-batches."""
+
+    @property
+    def ranks(self) -> int:
+        return self.dp * self.tp * self.pp
 
     @property
     def name(self) -> str:
         words = [self.family, self.size, f"zero={self.zero}"]
-        words += [f"{axis}=2" for axis in ("dp", "tp") if getattr(self, axis) > 1]
+        words += [f"{axis}=2" for axis in ("dp", "tp", "pp") if getattr(self, axis) > 1]
+        words.append(self.schedule)
         return " ".join([*filter(None, words), *(word for word in ("bf16", "recompute") if getattr(self, word))])
 
     def sections(self, steps: int) -> dict[str, dict[str, Any]]:
         """The run's configuration."""
         micro_batch = 8 if self.recompute else 4
-        training = {"micro_batch_size": micro_batch, "global_batch_size": 2 * micro_batch * self.dp}
+        count = 2 if self.pp == 1 else 8
+        training = {"micro_batch_size": micro_batch, "global_batch_size": count * micro_batch * self.dp}
         if self.recompute:
             training["recompute_granularity"] = "full"
         return {
             "model": FAMILIES[self.family] | SIZES.get(self.size, {}) | {"vocab_size": VOCABULARY},
-            "parallel": {"zero_stage": self.zero, "tensor_model_parallel_size": self.tp},
+            "parallel": {
+                "zero_stage": self.zero,
+                "tensor_model_parallel_size": self.tp,
+                "pipeline_model_parallel_size": self.pp,
+                "pipeline_schedule": self.schedule or None,
+                "num_virtual_stages_per_pipeline_rank": 2 if self.schedule.startswith("Interleaved") else None,
+            },
             "precision": {"bf16": self.bf16},
             "data": {"mock_data": True, "seq_length": 128},
             "training": training | {"train_iters": steps, "eval_interval": 0},
@@ -75,6 +91,12 @@ def cases() -> Iterator[Case]:
         yield Case(family, zero, recompute=True)
     for family, zero, size in itertools.product(FAMILIES, range(4), SIZES):
         yield Case(family, zero, size=size)
+    for schedule, (zero, bf16) in itertools.product(SCHEDULES, ((0, False), (1, False), (1, True), (2, True))):
+        yield Case("gpt2", zero, bf16=bf16, pp=2, schedule=schedule)
+    for schedule in SCHEDULES[:2]:
+        yield Case("gpt2", 2, bf16=True, pp=2, dp=2, schedule=schedule)
+        yield Case("llama", 3, bf16=True, pp=2, dp=2, schedule=schedule)
+        yield Case("llama", 1, pp=2, tp=2, schedule=schedule)
 
 
 def as_rank(rank: int, case: Case, steps: int) -> dict[str, Any]:
@@ -87,7 +109,7 @@ def as_rank(rank: int, case: Case, steps: int) -> dict[str, Any]:
     from megatron_lite.train.dry_run import planned_peak
     from megatron_lite.train.start import train_on
 
-    mesh = ProcessMesh.create(MeshShape.of_world(case.dp * case.tp, tensor=case.tp))
+    mesh = ProcessMesh.create(MeshShape.of_world(case.ranks, tensor=case.tp, pipe=case.pp))
     run = train_on(mesh, sources.override(RunConfig(), case.sections(steps)), StopRequest(), "")
     planned, peak = planned_peak(run.config, mesh.size("data"), "cpu"), run.memory.peak()
     return {
@@ -101,7 +123,7 @@ def as_rank(rank: int, case: Case, steps: int) -> dict[str, Any]:
 
 def measure(case: Case, steps: int) -> dict[str, Any]:
     """What the rank with the highest peak tells. Raises SystemExit with the log of a rank that fails."""
-    return max(on_ranks(case.dp * case.tp, as_rank, case, steps), key=lambda found: found["measured"])
+    return max(on_ranks(case.ranks, as_rank, case, steps), key=lambda found: found["measured"])
 
 
 def main() -> None:
