@@ -7,6 +7,7 @@ python tools/check_parallel.py --config examples/quickstart.yaml --layout tp=2,p
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
 import tempfile
@@ -156,7 +157,8 @@ def _curve_table(serial: Sequence[tuple[float, float]], ours: Sequence[tuple[flo
     for step, points in enumerate(zip(ours, serial, strict=True), 1):
         row = [str(step)]
         for here, there in zip(*points, strict=True):
-            relative = 0.0 if here == there else abs(here - there) / abs(there)
+            is_number = math.isfinite(here) and math.isfinite(there) and there != 0
+            relative = 0.0 if here == there else abs(here - there) / abs(there) if is_number else math.inf
             worst = max(worst, relative)
             row += [f"{here:.7g}", f"{there:.7g}", f"{relative:.1e}"]
         rows.append(row)

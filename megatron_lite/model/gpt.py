@@ -105,6 +105,8 @@ class GPT(nn.Module):
             weight = self.embedding.word.weight
             lay_out(weight, dataclasses.replace(weight.mesh_layout, is_owner=False))
         recompute_core = self._recompute.granularity == "selective"
+        # Groups are made by all ranks together, those whose stage has no layer too.
+        mesh.subgroup("tensor", max(1, mesh.size("tensor") // config.kv_heads))
         self.layers = nn.ModuleDict(
             {
                 str(n): Block(config, mesh, n, self.kernels, recompute_core=recompute_core, **options)

@@ -123,7 +123,7 @@ class HangWatch:
             limit = self._limit.seconds(stretch.kind)
             if self._still > limit:
                 self._speak_and_end(f"{stretch} did not end within {limit:.3g} s ({self._limit.reason(stretch.kind)})")
-            elif self._still // ALARM_SECONDS > before // ALARM_SECONDS and self._folder.is_dir():
+            elif self._still // ALARM_SECONDS > before // ALARM_SECONDS and os.path.isdir(self._folder):
                 # Another rank has found it out: it may have begun earlier, or learned a shorter limit.
                 self._speak_and_end("")
 

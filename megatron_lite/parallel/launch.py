@@ -53,7 +53,7 @@ _LAUNCHERS = (
         "mpirun",
         "PMI_RANK",
         "PMI_SIZE",
-        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "SLURM_LOCALID"),
+        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"),
         ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE"),
     ),
 )
@@ -80,10 +80,11 @@ class Launch:
 
         Raises ConfigError when only a part of it is there.
         """
-        names = next((names for names in _LAUNCHERS if names.rank in os.environ), None)
+        launchers = [names for names in _LAUNCHERS if not _are_slurms(names)]
+        names = next((names for names in launchers if names.rank in os.environ), None)
         if names is not None:
             return _started_by(names)
-        for names in _LAUNCHERS:
+        for names in launchers:
             if os.environ.get(names.world_size, "1") != "1":
                 raise ConfigError(
                     f"the environment has {names.world_size}={os.environ[names.world_size]} but not {names.rank}; "
@@ -103,6 +104,12 @@ class Launch:
     def meeting_place(self) -> str:
         """The address at which the ranks find one another."""
         return "127.0.0.1" if self.is_local and not self.store_is_there else self.master_addr
+
+
+def _are_slurms(names: _Names) -> bool:
+    """Whether it is Slurm that uses these names: its PMI-2 plugin gives tasks mpirun's, but no place on a node."""
+    a_step = "PMI_RANK" in os.environ and "SLURM_STEP_ID" in os.environ
+    return a_step and names.rank == "PMI_RANK" and not any(name in os.environ for name in names.local_rank)
 
 
 def _started_by(names: _Names) -> Launch:

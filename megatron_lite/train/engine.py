@@ -227,7 +227,10 @@ class ZeroEngine(Engine):
             if parameter.ds_persist and parameter.numel() == parameter.ds_numel:
                 yield Held(f"weight {name}", parameter, str(layout.boxes))
             else:
-                yield Held(f"weight {name}", parameter.ds_tensor, f"{layout.boxes} {self.mesh.rank(*REPLICAS)}")
+                # The padding of the last partition is whatever was in memory.
+                length, replica = parameter.ds_tensor.numel(), self.mesh.rank(*REPLICAS)
+                filled = parameter.ds_tensor[: max(0, min(length, parameter.ds_numel - replica * length))]
+                yield Held(f"weight {name}", filled, f"{layout.boxes} {replica}")
 
     def _masters(self) -> list[torch.Tensor]:
         """The flat fp32 masters, of which each optimizer slot is a copy in shape."""

@@ -92,6 +92,8 @@ def environment(monkeypatch):
         OPEN_MPI,
         MPICH,
         {**SRUN, **MEETING},
+        # Slurm's PMI-2 plugin.
+        {**SRUN, **MEETING, "PMI_RANK": "5", "PMI_SIZE": "8"},
         # One launcher within another: the inner one's word holds.
         {**SRUN, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", **OPEN_MPI},
         {**SRUN, "SLURM_PROCID": "1", **OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0", **TORCHRUN},

@@ -10,6 +10,7 @@ from train.serial import TIGHT, Reference, assert_equals_serial, run_serially, s
 CODED = {"optimizer": "adamw8bit"}
 EMBEDDED = (("position_embedding_type", "rope"), ("untie_embeddings_and_output_weights", True))
 """An embedding that is one matrix and nothing else."""
+ONE_HEAD = (("num_query_groups", 1),)
 CASES = {
     2: [
         Case(pipe=2, layers=4, schedule="1F1B", micro_batches=4),
@@ -54,6 +55,8 @@ CASES = {
         Case(pipe=2, tensor=2, layers=4, schedule="ZBVZeroBubble", sequence_parallel=True, micro_batches=2, zero=2),
         Case(pipe=2, tensor=2, layers=4, schedule="DualPipeV", micro_batches=4, zero=1, llama=True),
         Case(pipe=2, tensor=2, layers=4, micro_batches=2, zero=3),
+        # Tensor ranks that share a key/value head, on a stage that has none.
+        Case(pipe=2, tensor=2, pipeline_layout="E|ttL", micro_batches=2, zero=1, llama=True, model=ONE_HEAD),
     ],
     8: [
         Case(pipe=2, tensor=2, data=2, layers=4, virtual=2, micro_batches=2, zero=3, llama=True),

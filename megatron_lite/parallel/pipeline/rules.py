@@ -251,8 +251,8 @@ def _batch_problems(config: RunConfig, plan: PipelinePlan, world_size: int) -> I
 
 def _micro_batch_problem(plan: PipelinePlan, pipe: int, count: int) -> tuple[str, int] | None:
     """What a schedule has against that many micro-batches, and the nearest number above that it takes."""
-    if plan.micro_batches is not None and count != plan.micro_batches:
-        return f"is for {plan.micro_batches}", plan.micro_batches
+    if plan.micro_batches is not None:
+        return None if count == plan.micro_batches else (f"is for {plan.micro_batches}", plan.micro_batches)
     name = plan.schedule.name
     if name.startswith("Interleaved") and count % max(1, count // pipe):
         return f"takes a multiple of its {pipe} ranks", -(-count // pipe) * pipe
