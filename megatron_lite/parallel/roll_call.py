@@ -39,12 +39,12 @@ class RollCall:
     A rank calls when a connection breaks under it, when it fails by itself, or when the process of another rank on its
     machine ends without a word. Then each rank answers over the store (a torch.distributed Store all ranks share),
     one of them finds out who did not, and one that does not come out of a collective is ended: `give_up` is handed the
-    LostRankError, then the process exits with its code. `keeper` is the rank that keeps the store, and is lost with it;
+    LostRankError and the lost, then the process exits with its code. `keeper` is the rank that keeps the store, and is lost with it;
     None where the launcher keeps it.
     """
 
     def __init__(self, store, rank: int, world_size: int, keeper: int | None = 0):
-        self.give_up: Callable[[LostRankError], object] = lambda error: None
+        self.give_up: Callable[[LostRankError, dict[int, Lost]], object] = lambda error, lost: None
         self._rank, self._world_size, self._keeper = rank, world_size, keeper
         self._places: list[dict[str, Any]] = []
         self._taken_over = threading.Event()
@@ -117,9 +117,13 @@ class RollCall:
             self._store = None
         self._claim(f"rank {self._rank}", _HERE)
         if not self._taken_over.wait(GIVE_UP_SECONDS):
-            lost, _ = self.who_is_lost()
-            self.give_up(lost_rank(lost, "it could not go on without"))
-            os._exit(EXIT_LOST_RANK)
+            try:
+                lost, tells = self.who_is_lost()
+                error = lost_rank(lost, "it could not go on without")
+                error.is_told_elsewhere = not tells
+                self.give_up(error, lost)
+            finally:
+                os._exit(EXIT_LOST_RANK)
 
     def _watch(self, pids: dict[int, int]) -> None:
         ends, ranks = select.poll(), {}

@@ -14,7 +14,7 @@ from megatron_lite import log
 from megatron_lite.errors import EXIT_DONE, EXIT_ERROR, HangError, LostRankError, MegatronLiteError
 from megatron_lite.monitor import exit_file, rank_log
 from megatron_lite.monitor.hang_watch import HangWatch
-from megatron_lite.parallel.roll_call import RollCall, lost_rank
+from megatron_lite.parallel.roll_call import Lost, RollCall, lost_rank
 from megatron_lite.plan.report import memory_comparison
 from megatron_lite.train.loop import EARLY_STOPPING, Run
 
@@ -81,19 +81,25 @@ class Ending:
         lost, tells = self._roll.who_is_lost()
         error = lost_rank(lost, str(seen)) if lost else seen
         error.is_told_elsewhere = not tells
-        if tells and self._run_dir is not None:
-            self._show_last_lines([rank for rank, known in lost.items() if not known.spoke][:_RANKS_SHOWN])
+        if tells:
+            self._show_last_lines(lost)
         return error
 
-    def _show_last_lines(self, ranks: list[int]) -> None:
-        for rank in ranks:
+    def _show_last_lines(self, lost: dict[int, Lost]) -> None:
+        if self._run_dir is None:
+            return
+        for rank in [rank for rank, known in lost.items() if not known.spoke][:_RANKS_SHOWN]:
             if lines := rank_log.last_lines(self._run_dir, rank, _LAST_LINES):
                 said = "\n".join(f"  {line}" for line in lines)
                 log.every_rank(f"rank {rank}'s last lines, in {rank_log.path_of(self._run_dir, rank)}:\n{said}")
 
-    def _give_up(self, error: LostRankError) -> None:
+    def _give_up(self, error: LostRankError, lost: dict[int, Lost]) -> None:
         self._write(error)
-        log.aside(f"error: {error}")
+        if error.is_told_elsewhere:
+            log.aside(f"error: {error}")
+        else:
+            self._show_last_lines(lost)
+            log.every_rank(f"error: {error}")
 
     def tell_hang(self, error: HangError) -> None:
         """Leave `exit.json` for a run that hangs and is about to end."""

@@ -30,7 +30,7 @@ def _rank(rank: int, port: int, deed: str, patience: float, connection) -> None:
     roll = RollCall(store, rank, 4, keeper=None)
     store.set(f"place {rank}", json.dumps(this_place()))
     roll.watch_neighbours([json.loads(store.get(f"place {other}")) for other in range(4)])
-    roll.give_up = lambda error: connection.send(str(error))
+    roll.give_up = lambda error, lost: connection.send((str(error), error.is_told_elsewhere, lost))
     store.set(f"ready {rank}", "")
     store.wait([f"ready {other}" for other in range(4)])
     if deed == "is killed":
@@ -95,7 +95,9 @@ def test_a_rank_that_dies_and_one_that_fails_are_named_by_one_of_the_others():
 def test_ranks_that_wait_for_a_dead_one_are_ended_without_a_launcher():
     codes, said = _run(["hangs", "is killed", "hangs", "hangs"], patience=0.5)
     assert codes == [EXIT_LOST_RANK, -signal.SIGKILL, EXIT_LOST_RANK, EXIT_LOST_RANK]
-    assert all("lost rank 1 on" in said[rank] for rank in (0, 2, 3))
+    lost = {1: Lost(f"on {this_place()['host']}: its process ended", False)}
+    assert all("lost rank 1 on" in said[rank][0] and said[rank][2] == lost for rank in (0, 2, 3))
+    assert sorted(said[rank][1] for rank in (0, 2, 3)) == [False, True, True]
 
 
 def test_a_rank_that_ends_in_order_alarms_nobody():

@@ -34,12 +34,14 @@ from megatron_lite.errors import (
     NonFiniteError,
     UserError,
 )
+from megatron_lite.monitor import rank_log
 from megatron_lite.monitor.sinks import Sinks
 from megatron_lite.parallel.launch import Launch, StopRequest
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.parallel.roll_call import Lost, RollCall, lost_rank
 from megatron_lite.train import loop, start
-from megatron_lite.train.ending import explained
+from megatron_lite.train.ending import Ending, explained
 from megatron_lite.train.keeper import Keeper
 
 
@@ -265,6 +267,23 @@ def test_errors_of_other_ranks_are_recognised(kind, text, expected):
         assert found is error
     else:
         assert type(found) is expected and "rank 3" in str(found)
+
+
+@pytest.mark.parametrize("is_told_elsewhere", [False, True])
+def test_a_rank_that_cannot_go_on_names_the_lost_one_unless_another_does(is_told_elsewhere, tmp_path, capsys):
+    record = rank_log.path_of(tmp_path, 3)
+    record.parent.mkdir(parents=True)
+    record.write_text("its last line\n")
+    roll = RollCall(None, 1, 1)
+    Ending(1, tmp_path, "the command", roll)
+    lost = {3: Lost("its process ended", spoke=False)}
+    error = lost_rank(lost, "seen")
+    error.is_told_elsewhere = is_told_elsewhere
+    roll.give_up(error, lost)
+    said = capsys.readouterr().err
+    assert ("error: lost rank 3 its process ended (seen)" in said) != is_told_elsewhere
+    assert ("  its last line" in said) != is_told_elsewhere
+    assert _told(tmp_path)["cause"] == "lost_rank"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
