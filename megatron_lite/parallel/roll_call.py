@@ -22,6 +22,7 @@ ANSWER_SECONDS = 5.0
 GIVE_UP_SECONDS = 15.0
 """How long a rank that was called may stay where it is, which may be a collective that never ends."""
 HEARING_SECONDS = 2.0
+_LOOK_MILLISECONDS = 200
 _HERE, _GONE, _LEFT = "here", "gone", "left"
 
 
@@ -39,8 +40,8 @@ class RollCall:
     A rank calls when a connection breaks under it, when it fails by itself, or when the process of another rank on its
     machine ends without a word. Then each rank answers over the store (a torch.distributed Store all ranks share),
     one of them finds out who did not, and one that does not come out of a collective is ended: `give_up` is handed the
-    LostRankError and the lost, then the process exits with its code. `keeper` is the rank that keeps the store, and is lost with it;
-    None where the launcher keeps it.
+    LostRankError and the lost, then the process exits with its code. `keeper` is the rank that keeps the store, and is
+    lost with it; None where the launcher keeps it.
     """
 
     def __init__(self, store, rank: int, world_size: int, keeper: int | None = 0):
@@ -49,7 +50,9 @@ class RollCall:
         self._places: list[dict[str, Any]] = []
         self._taken_over = threading.Event()
         self._store = None
+        self._closed = threading.Event()
         self._answering: threading.Thread | None = None
+        self._watching: threading.Thread | None = None
         if world_size > 1:
             # A store serves one thread at a time, so the one that waits has a connection to itself.
             self._store, bell = store.clone(), store.clone()
@@ -63,7 +66,8 @@ class RollCall:
         pids = {place["pid"]: rank for rank, place in enumerate(places) if place["machine"] == machine}
         del pids[os.getpid()]
         if pids:
-            threading.Thread(target=self._watch, args=(pids,), daemon=True, name="neighbours").start()
+            self._watching = threading.Thread(target=self._watch, args=(pids,), daemon=True, name="neighbours")
+            self._watching.start()
 
     def leave(self, failure: str = "") -> None:
         """Say that this rank ends, so that its end is no riddle; the others are called because of a `failure`."""
@@ -96,12 +100,14 @@ class RollCall:
     def close(self) -> None:
         """Answer no more. The store's keeper waits moments for those that have not heard yet who is lost."""
         self._taken_over.set()
+        self._closed.set()
         if self._rank == self._keeper:
             self._ask(self._await_hearers)
         self._ask(lambda store: store.set(f"bell {self._rank}", "closed"))
-        if self._answering is not None:
+        for thread in (self._answering, self._watching):
             # Python ends a thread that comes back to it late, and under the store's C++ code that is an abort.
-            self._answering.join(ANSWER_SECONDS)
+            if thread is not None:
+                thread.join(ANSWER_SECONDS)
 
     def _call(self) -> None:
         if self._claim("caller", str(self._rank)):
@@ -137,8 +143,11 @@ class RollCall:
             else:
                 ranks[descriptor] = rank
                 ends.register(descriptor, select.POLLIN)
-        while ranks and not self._taken_over.is_set():
-            for descriptor, _ in ends.poll(1000):
+        # Not only until this rank asks who is lost: a connection breaks before the process has ended.
+        while ranks and not self._closed.is_set():
+            for descriptor, _ in ends.poll(_LOOK_MILLISECONDS):
+                if self._closed.is_set():
+                    return
                 ends.unregister(descriptor)
                 os.close(descriptor)
                 self._found_gone(ranks.pop(descriptor))

@@ -40,10 +40,12 @@ class Ending:
         self._roll.give_up = self._give_up
 
     @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
-        """What ends the run in here is told, and raised as what it is."""
+    def told(self, but: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[None]:
+        """What ends the run in here is told, `but` for errors of that kind, and raised as what it is."""
         try:
             yield
+        except but:
+            raise
         except Exception as error:
             told = self.tell_failure(error)
             if told is error:
@@ -71,7 +73,7 @@ class Ending:
         if isinstance(error, LostRankError):
             error = self._who_is_lost(error)
         elif not getattr(error, "on_all_ranks", False):
-            self._roll.leave(f"{type(error).__name__}: {error}".splitlines()[0])
+            self._roll.leave(in_a_line(error))
         else:
             self._roll.leave()
         self._write(error)
@@ -126,6 +128,11 @@ class Ending:
             exit_file.write_exit(self._run_dir, cause, code, step, how, message)
         except OSError as error:
             log.warn(f"exit.json could not be written: {error}")
+
+
+def in_a_line(error: Exception) -> str:
+    """What an error is, for those that shall hear of it."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def tell_traceback(roll: RollCall) -> None:

@@ -40,7 +40,7 @@ from megatron_lite.publish import publish
 from megatron_lite.train import agreement, build, checkpoint_fit
 from megatron_lite.train.batch_plan import BatchPlan
 from megatron_lite.train.dry_run import planned_peak
-from megatron_lite.train.ending import Ending, tell_traceback
+from megatron_lite.train.ending import Ending, in_a_line, tell_traceback
 from megatron_lite.train.engine import load_libraries
 from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.huggingface import begin_with
@@ -85,7 +85,8 @@ def run_training(config: RunConfig, me: Launch, command: str) -> None:
         train_on(mesh, config, stop, command, roll)
     except MegatronLiteError:
         raise
-    except Exception:
+    except Exception as error:
+        roll.leave(in_a_line(error))
         tell_traceback(roll)
         raise SystemExit(EXIT_ERROR) from None
     finally:
@@ -104,7 +105,9 @@ def train_on(
     """
     ending = Ending(mesh.global_rank, run_folder(config), command, roll)
     with contextlib.ExitStack() as held:
-        claim = _claim_folders(config, mesh, held)
+        # A folder that is refused is another run's, and its exit.json stays.
+        with ending.told(but=MegatronLiteError):
+            claim = _claim_folders(config, mesh, held)
         run = None
         try:
             build.together(mesh, lambda: load_libraries(config))

@@ -122,6 +122,21 @@ def test_a_store_that_goes_is_the_loss_of_its_keeper(monkeypatch):
     roll.close()
 
 
+def test_who_ends_after_a_rank_has_closed_is_none_of_its_business():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    neighbour = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    try:
+        roll = RollCall(store, 0, 2, keeper=None)
+        roll.watch_neighbours([this_place(), this_place() | {"pid": neighbour.pid}])
+        watching = [thread for thread in threading.enumerate() if thread.name == "neighbours"]
+        roll.leave()
+        roll.close()
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+    assert len(watching) == 1 and not watching[0].is_alive() and not store.check(["rank 1"])
+
+
 def test_one_rank_alone_asks_nobody():
     before = threading.active_count()
     roll = RollCall(None, 0, 1)

@@ -171,6 +171,23 @@ def test_a_rank_that_does_not_come_is_a_hang(tmp_path):
     assert waited[0] in ("HangError", "LostRankError") and not waited[2]
 
 
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_rank_lost_while_folders_are_claimed_is_told_and_a_refusal_leaves_them_alone(
+    is_refused, tmp_path, monkeypatch
+):
+    def fail(*arguments):
+        raise UserError("another run's") if is_refused else RuntimeError("Connection closed by peer [127.0.0.1]:1")
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(start, "_claim_folders", fail)
+    with pytest.raises(UserError if is_refused else LostRankError):
+        _train(_config(tmp_path / "run"))
+    if is_refused:
+        assert not any((tmp_path / "run").iterdir())
+    else:
+        assert _told(tmp_path / "run")["cause"] == "lost_rank"
+
+
 def test_an_error_before_the_first_step_is_told(tmp_path, monkeypatch):
     def overflow(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
