@@ -22,6 +22,11 @@ ANSWER_SECONDS = 5.0
 GIVE_UP_SECONDS = 15.0
 """How long a rank that was called may stay where it is, which may be a collective that never ends."""
 HEARING_SECONDS = 2.0
+WAY_OUT_SECONDS = 40.0
+"""How long a rank may take to end once the run cannot go on: the store, a disk or a tracker may not answer either.
+
+It is more than answers, the words of ranks that hang and the last lines of logs take where all is well.
+"""
 _LOOK_MILLISECONDS = 200
 _HERE, _GONE, _LEFT = "here", "gone", "left"
 
@@ -49,6 +54,7 @@ class RollCall:
         self._rank, self._world_size, self._keeper = rank, world_size, keeper
         self._places: list[dict[str, Any]] = []
         self._taken_over = threading.Event()
+        self._failed, self._keepers_words = False, ""
         self._store = None
         self._closed = threading.Event()
         self._answering: threading.Thread | None = None
@@ -71,8 +77,8 @@ class RollCall:
 
     def leave(self, failure: str = "") -> None:
         """Say that this rank ends, so that its end is no riddle; the others are called because of a `failure`."""
-        self._claim(f"rank {self._rank}", f"{_LEFT} {failure}")
-        if failure:
+        if self._claim(f"rank {self._rank}", f"{_LEFT} {failure}") and failure:
+            self._failed = True
             self._call()
 
     def who_is_lost(self) -> tuple[dict[int, Lost], bool]:
@@ -88,17 +94,28 @@ class RollCall:
         if tells:
             self._ask(lambda store: store.set("lost", json.dumps(self._missing(store))))
         found = self._ask(self._await_answer)
-        if self._store is None and self._keeper is not None:
-            what = self._at(self._keeper, "its process or its node is gone")
-            return {self._keeper: Lost(what, spoke=False)}, self._rank == 1
+        if self._store is None:
+            return self._without_store()
         return {int(rank): Lost(*known) for rank, known in (found or {}).items()}, tells
+
+    @property
+    def can_ask(self) -> bool:
+        """False once the store is gone through which ranks are asked."""
+        return self._world_size == 1 or self._store is not None
+
+    def bound_the_end(self, exit_code: int) -> None:
+        """See to it that this process has ended within `WAY_OUT_SECONDS`, where others may wait for it."""
+        if self._world_size > 1:
+            timer = threading.Timer(WAY_OUT_SECONDS, os._exit, [exit_code])
+            timer.daemon = True
+            timer.start()
 
     def is_first_to(self, deed: str) -> bool:
         """Whether no other rank has asked this of that deed: one says what all of them could."""
         return self._store is None or self._claim(deed, str(self._rank))
 
     def close(self) -> None:
-        """Answer no more. The store's keeper waits moments for those that have not heard yet who is lost."""
+        """Answer no more. The store's keeper waits moments for those yet to hear who is lost or why it fails."""
         self._taken_over.set()
         self._closed.set()
         if self._rank == self._keeper:
@@ -122,10 +139,12 @@ class RollCall:
                 return  # the launcher is gone, and is watched by other means
             self._store = None
         self._claim(f"rank {self._rank}", _HERE)
+        self._ask(self._hear_keeper)
         if not self._taken_over.wait(GIVE_UP_SECONDS):
+            self.bound_the_end(EXIT_LOST_RANK)
             try:
                 lost, tells = self.who_is_lost()
-                error = lost_rank(lost, "it could not go on without")
+                error = lost_rank(lost, "it could not go on without", self.can_ask)
                 error.is_told_elsewhere = not tells
                 self.give_up(error, lost)
             finally:
@@ -156,6 +175,21 @@ class RollCall:
         if self._claim(f"rank {rank}", _GONE):
             self._call()
 
+    def _without_store(self) -> tuple[dict[int, Lost], bool]:
+        """`who_is_lost` where nobody can be asked: the store is gone, and with it the rank or the node that kept it."""
+        places, lost = self._places, {}
+        here = places[self._rank]["machine"] if places else None
+        if self._keeper is not None:
+            said = self._keepers_words
+            what = self._at(self._keeper, said or "its process or its node is gone")
+            lost[self._keeper] = Lost(what, spoke=bool(said))
+            if places and not said and here != places[self._keeper]["machine"]:
+                for rank, place in enumerate(places):
+                    if rank != self._keeper and place["machine"] == places[self._keeper]["machine"]:
+                        lost[rank] = Lost(self._at(rank, "its node may be gone as well"), spoke=False)
+        mine = [rank for rank, place in enumerate(places) if place["machine"] == here and rank not in lost]
+        return lost, self._rank == min(mine, default=self._rank)
+
     def _missing(self, store) -> dict[int, Lost]:
         answers: dict[int, str] = {}
         deadline = time.monotonic() + ANSWER_SECONDS
@@ -184,8 +218,17 @@ class RollCall:
         store.add("heard", 1)
         return json.loads(store.get("lost"))
 
+    def _hear_keeper(self, store) -> None:
+        """Note why the store's keeper ends, if it does: once it has, nobody can be asked."""
+        if self._keeper is not None and store.check([f"rank {self._keeper}"]):
+            state, _, words = store.get(f"rank {self._keeper}").decode().partition(" ")
+            self._keepers_words = words if state == _LEFT else ""
+        store.add("came", 1)
+
     def _await_hearers(self, store) -> None:
         deadline = time.monotonic() + HEARING_SECONDS
+        while self._failed and store.add("came", 0) < self._world_size and time.monotonic() < deadline:
+            time.sleep(0.05)
         while store.check(["lost"]) and time.monotonic() < deadline:
             if store.add("heard", 0) + len(json.loads(store.get("lost"))) >= self._world_size:
                 return
@@ -210,8 +253,13 @@ class RollCall:
             return None
 
 
-def lost_rank(lost: dict[int, Lost], seen: str) -> LostRankError:
-    """The error of a rank that lost those ranks; `seen` says how it noticed."""
+def lost_rank(lost: dict[int, Lost], seen: str, could_ask: bool = True) -> LostRankError:
+    """The error of a rank that lost those ranks; `seen` says how it noticed, `could_ask` whether all were asked."""
+    if not lost and not could_ask:
+        return LostRankError(
+            f"another rank is gone: {seen}; which one is not known, since the node that keeps the launcher's store "
+            "cannot be reached"
+        )
     if not lost:
         return LostRankError(f"another rank is gone: {seen}; every rank still answers, so a connection broke")
     shown = [f"rank {rank} {known.what}" for rank, known in list(lost.items())[:8]]

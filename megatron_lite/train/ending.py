@@ -68,6 +68,8 @@ class Ending:
         it one writes, unless it is written already.
         """
         seen, error = error, explained(error, self._rank)
+        if isinstance(error, (HangError, LostRankError)):
+            self._roll.bound_the_end(error.exit_code)
         if self.watch is not None:
             self.watch.report(error, seen) if isinstance(error, HangError) else self.watch.close()
         if isinstance(error, LostRankError):
@@ -81,7 +83,8 @@ class Ending:
 
     def _who_is_lost(self, seen: LostRankError) -> LostRankError:
         lost, tells = self._roll.who_is_lost()
-        error = lost_rank(lost, str(seen)) if lost else seen
+        can_ask = self._roll.can_ask
+        error = seen if not lost and can_ask else lost_rank(lost, str(seen), can_ask)
         error.is_told_elsewhere = not tells
         if tells:
             self._show_last_lines(lost)

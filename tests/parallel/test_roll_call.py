@@ -107,19 +107,76 @@ def test_a_rank_that_ends_in_order_alarms_nobody():
     assert codes == [0, 0, 0, 0] and said[1][0] == said[3][0] == {}
 
 
-def test_a_store_that_goes_is_the_loss_of_its_keeper(monkeypatch):
-    monkeypatch.setattr(roll_call, "GIVE_UP_SECONDS", 60.0)
+@contextlib.contextmanager
+def _kept_elsewhere():
+    """A store in a process of its own, and what ends that."""
     code = "import sys, torch.distributed as d; s = d.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)"
     code += "; print(s.port, flush=True); sys.stdin.read()"
     keeper = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        store = dist.TCPStore("127.0.0.1", int(keeper.stdout.readline()), timeout=timedelta(seconds=30))
-        roll = RollCall(store, 1, 3)
-    finally:
+
+    def end():
         keeper.kill()
         keeper.wait()
+
+    try:
+        yield dist.TCPStore("127.0.0.1", int(keeper.stdout.readline()), timeout=timedelta(seconds=30)), end
+    finally:
+        end()
+
+
+def test_a_store_that_goes_is_the_loss_of_its_keeper(monkeypatch):
+    monkeypatch.setattr(roll_call, "GIVE_UP_SECONDS", 60.0)
+    with _kept_elsewhere() as (store, end):
+        roll = RollCall(store, 1, 3)
+        end()
     assert roll.who_is_lost() == ({0: Lost("its process or its node is gone", spoke=False)}, True)
     roll.close()
+
+
+def test_a_node_that_goes_with_the_store_is_told_once_on_each_machine_that_is_left(monkeypatch):
+    monkeypatch.setattr(roll_call, "GIVE_UP_SECONDS", 60.0)
+    here, there = this_place(), {"host": "far", "pid": 1, "machine": "another"}
+    neighbour = here | {"pid": os.getppid()}
+    with _kept_elsewhere() as (store, end):
+        first, second, launched = RollCall(store, 2, 4), RollCall(store, 3, 4), RollCall(store, 2, 4, keeper=None)
+        for roll in (first, launched):
+            roll.watch_neighbours([there, there, here, neighbour])
+        second.watch_neighbours([there, there, neighbour, here])
+        end()
+    lost = {
+        0: Lost("on far: its process or its node is gone", spoke=False),
+        1: Lost("on far: its node may be gone as well", spoke=False),
+    }
+    assert first.who_is_lost() == (lost, True) and second.who_is_lost() == (lost, False)
+    assert launched.who_is_lost() == ({}, True) and not launched.can_ask
+    assert "the launcher's store cannot be reached" in str(lost_rank({}, "seen", launched.can_ask))
+    for roll in (first, second, launched):
+        roll.close()
+
+
+def test_what_the_stores_keeper_said_is_known_when_it_is_gone(monkeypatch):
+    monkeypatch.setattr(roll_call, "GIVE_UP_SECONDS", 60.0)
+    monkeypatch.setattr(roll_call, "HEARING_SECONDS", 60.0)
+    with _kept_elsewhere() as (store, end):
+        keeper, other = RollCall(store, 0, 2), RollCall(store, 1, 2)
+        keeper.leave("OutOfMemoryError: too much")
+        keeper.close()
+        end()
+    assert other.who_is_lost() == ({0: Lost("OutOfMemoryError: too much", spoke=True)}, True)
+    other.close()
+
+
+def _stuck_on_its_way_out() -> None:
+    roll_call.WAY_OUT_SECONDS = 0.1
+    RollCall(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), 0, 2).bound_the_end(EXIT_LOST_RANK)
+    time.sleep(120)
+
+
+def test_a_rank_stuck_on_its_way_out_ends():
+    process = multiprocessing.get_context("forkserver").Process(target=_stuck_on_its_way_out, daemon=True)
+    process.start()
+    process.join(90)
+    assert process.exitcode == EXIT_LOST_RANK
 
 
 def test_who_ends_after_a_rank_has_closed_is_none_of_its_business():
