@@ -43,5 +43,5 @@ def losses_of_one_node(nodes, tmp_path_factory) -> list[float]:
     """The first losses of the training, as two ranks of one node have them."""
     words = ["bash", SCRIPTS / "one_node.sh", *MODEL, "--train-iters", STEPS, "--save", "run"]
     job = start(words, tmp_path_factory.mktemp("one_node"), on=nodes[0], RANKS="2")
-    assert job.wait(100) == 0, job.said()
+    assert job.wait(400) == 0, job.said()
     return job.losses()

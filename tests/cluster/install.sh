@@ -9,5 +9,6 @@ done
 [ ${#missing[@]} != 0 ] || exit 0
 echo "installing ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
-apt-get -qq update
-apt-get -qq install --yes --no-install-recommends "${missing[@]}" >/dev/null
+quickly=(-o Acquire::Retries=0 -o Acquire::http::Timeout=10)
+apt-get -qq "${quickly[@]}" update
+apt-get -qq "${quickly[@]}" install --yes --no-install-recommends "${missing[@]}" >/dev/null

@@ -48,7 +48,7 @@ class Job:
 
     def first_losses(self, number: int = STEPS) -> list[float]:
         """The losses of that many steps, once they are there."""
-        wait_for(lambda: self._has_ended() or len(self.losses()) >= number, 100, "the first steps", self.said)
+        wait_for(lambda: self._has_ended() or len(self.losses()) >= number, 400, "the first steps", self.said)
         assert len(self.losses()) >= number, self.said()
         return self.losses()[:number]
 
@@ -62,7 +62,7 @@ class Job:
 
     def told(self) -> dict:
         """exit.json, once it is there."""
-        wait_for((self.run / "exit.json").exists, 40, "exit.json", self.said)
+        wait_for((self.run / "exit.json").exists, 160, "exit.json", self.said)
         return json.loads((self.run / "exit.json").read_text())
 
     def said(self) -> str:

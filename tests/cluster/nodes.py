@@ -90,7 +90,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
             nodes.append(Node(name, address, sshd))
             held.callback(_take_down, nodes[-1])
         own = os.readlink("/proc/self/ns/net")
-        wait_for(lambda: all(os.readlink(f"/proc/{node.sshd.pid}/ns/net") != own for node in nodes), 20, "unshare")
+        wait_for(lambda: all(os.readlink(f"/proc/{node.sshd.pid}/ns/net") != own for node in nodes), 80, "unshare")
         first, second = nodes
         cable = f"link add eth0 netns {first.sshd.pid} type veth peer name eth0 netns {second.sshd.pid}"
         subprocess.run(["ip", *cable.split()], check=True)
@@ -98,7 +98,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
             subprocess.run(node.command("ip", "address", "add", f"{node.address}/24", "dev", "eth0"), check=True)
             subprocess.run(node.command("ip", "link", "set", "eth0", "up"), check=True)
         for node in nodes:
-            wait_for(lambda node=node: ":22 " in node.listening(), 20, f"sshd of {node.name}")
+            wait_for(lambda node=node: ":22 " in node.listening(), 80, f"sshd of {node.name}")
         yield first, second
 
 

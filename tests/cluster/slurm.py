@@ -45,7 +45,7 @@ class Slurm:
     def ask(self, *words: str) -> str:
         """What a command of Slurm prints on the first node."""
         command = ["env", *(f"{name}={value}" for name, value in self.environment.items()), *words]
-        done = subprocess.run(self._first.command(*command), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(self._first.command(*command), capture_output=True, text=True, timeout=240)
         return done.stdout + done.stderr
 
     def state_of(self, job: str) -> str:
@@ -83,15 +83,15 @@ def cluster(nodes: tuple[Node, Node]) -> Iterator[Slurm]:
             daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
             held.callback(_end, daemon)
             if words[0] == "munged":
-                wait_for((folder / "munge.socket").exists, 20, "munged", (folder / "daemon-0").read_text)
+                wait_for((folder / "munge.socket").exists, 80, "munged", (folder / "daemon-0").read_text)
 
         def said() -> str:
             return "\n".join((folder / f"daemon-{number}").read_text()[-2000:] for number in range(len(daemons)))
 
         wait_for(
-            lambda: "idle" in slurm.ask("sinfo", "--noheader", "--states=idle", "--nodes", names), 60, "Slurm", said
+            lambda: "idle" in slurm.ask("sinfo", "--noheader", "--states=idle", "--nodes", names), 240, "Slurm", said
         )
-        wait_for(lambda: slurm.ask("sinfo", "-h", "-N", "-t", "idle").count("\n") == 2, 60, "both nodes", said)
+        wait_for(lambda: slurm.ask("sinfo", "-h", "-N", "-t", "idle").count("\n") == 2, 240, "both nodes", said)
         yield slurm
 
 

@@ -80,7 +80,7 @@ def gone_from(nodes: Nodes) -> None:
             found += [line for line in node.listening().splitlines() if "sshd" not in line]
         return found
 
-    wait_for(lambda: not left(), 45, "the end of everything", lambda: "\n".join(left()))
+    wait_for(lambda: not left(), 180, "the end of everything", lambda: "\n".join(left()))
 
 
 LOST, STOPPED = "lost_rank", "the_launcher_is_gone"
@@ -116,9 +116,9 @@ def test_two_nodes_train_as_one_and_end_together(case, needs, nodes, losses_of_o
     told = job.told()
     if "torchrun" in case and cause == STOPPED:
         # torchrun's other agents wait 5 minutes for the one that is gone, all ranks having ended.
-        wait_for(lambda: not any(node.ranks() for node in nodes), 45, "the ranks' end", job.said)
+        wait_for(lambda: not any(node.ranks() for node in nodes), 180, "the ranks' end", job.said)
         job.launcher.terminate()
-    job.wait(60)
+    job.wait(240)
     gone_from(nodes)
     print(f"{case}: over in {time.monotonic() - began:.1f} s")
     logs = [job.run / "logs" / f"rank-0000{rank}.log" for rank in range(2)]

@@ -27,7 +27,7 @@ def test_a_link_that_goes_down_is_a_hang_between_two_nodes(nodes, tmp_path):
     cable = ("ip", "link", "set", "eth0")
     subprocess.run(nodes[0].command(*cable, "down"), check=True)
     try:
-        assert [job.wait(100) for job in jobs] == [4, 4], jobs[0].said()
+        assert [job.wait(400) for job in jobs] == [4, 4], jobs[0].said()
     finally:
         subprocess.run(nodes[0].command(*cable, "up"), check=True)
     told = jobs[0].told()

@@ -95,7 +95,7 @@ def _slow_rank(folder: str) -> dict | None:
     case = Case(data=2, zero=1)
     forward = GPT.forward
     if dist.get_rank() == 1:
-        GPT.forward = lambda self, *a, **o: time.sleep(0.5) or forward(self, *a, **o)
+        GPT.forward = lambda self, *a, **o: time.sleep(1.0) or forward(self, *a, **o)
     config = config_of(
         case,
         training={"eval_interval": 0, "train_iters": LEAST_STEPS},

@@ -163,7 +163,7 @@ def _measured_by_two(config):
 
     def patiently(*arguments, **options):
         exchange(*arguments, **options)
-        time.sleep(0.01)
+        time.sleep(0.05)
 
     with mock.patch.object(dist, "all_to_all_single", patiently):
         return measured(config, ProcessMesh.create(MeshShape(context=2)))

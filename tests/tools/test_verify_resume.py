@@ -108,7 +108,7 @@ def test_a_killed_run_of_everything_that_has_state_goes_on_to_the_last_bit(tmp_p
     )
     path = tmp_path / "config.yaml"
     path.write_text(sources.dump(config))
-    assert tool.main(["--config", str(path), "--steps", "30", "--kills", "2"]) == 0
+    assert tool.main(["--config", str(path), "--steps", "60", "--kills", "2"]) == 0
     said = capsys.readouterr()
     assert "killed 2 times, the run is the same to the last bit" in said.out
     assert said.err.count("then killing them") == 2

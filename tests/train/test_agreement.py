@@ -49,7 +49,7 @@ def _change(what: str, change: contextlib.ExitStack) -> RunConfig:
         versions = {**agreement.versions(), "torch": "1.0"}
         change.enter_context(mock.patch.object(agreement, "versions", lambda: versions))
     if what == "clock":
-        clock = SimpleNamespace(time=lambda: time.time() - 3600)
+        clock = SimpleNamespace(time=lambda: time.time() - 3600.5)
         change.enter_context(mock.patch.object(agreement, "time", clock))
     return config
 

@@ -59,7 +59,7 @@ def _train(configs: list[RunConfig]) -> None:
 
 def _train_by_world(jobs: list[tuple[int, RunConfig]]) -> None:
     for world in sorted({world for world, _ in jobs}):
-        run_on_ranks(_train, world, [config for ranks, config in jobs if ranks == world], timeout=400)
+        run_on_ranks(_train, world, [config for ranks, config in jobs if ranks == world], timeout=1500)
 
 
 def _records(folder: Path) -> dict[int, dict]:

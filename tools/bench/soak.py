@@ -352,7 +352,7 @@ def main(argv: list[str]) -> int:
         killed = 0
         while killed < options.kills and time.monotonic() - began < 60 * options.minutes:
             soak = min(soaks, key=lambda soak: soak.counts["kills"])
-            soak.run(min(5, options.kills - killed))
+            soak.run(min(5, -(-options.kills // len(soaks)), options.kills - killed))
             killed = sum(soak.counts["kills"] for soak in soaks)
             print(f"{killed} of {options.kills} kills, {time.monotonic() - began:.0f} s", flush=True)
             if soak.failures:

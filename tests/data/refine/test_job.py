@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -249,9 +250,10 @@ def test_an_interrupt_leaves_what_is_done(corpus, tmp_path):
     output = tmp_path / "out"
     process = start(corpus, output, workers=2)
     deadline = time.monotonic() + 120
-    while not list((output / ".work").glob("pass-0/*.unit")) and time.monotonic() < deadline:
+    while not list((output / ".work").glob("pass-0/*.unit")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert "KeyboardInterrupt" in said or (output / "report.json").exists()
 
