@@ -123,6 +123,7 @@ def train_on(
             reason = train(run)
         except Exception as error:
             if run is not None:
+                # Before the others hear of it: once called they end, and their part of the save with them.
                 run.keeper.let_end(error)
             told = ending.tell_failure(error)
             if told is error:
