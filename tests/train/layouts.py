@@ -43,6 +43,7 @@ class Case:
     dtype: str = "fp32"
     llama: bool = False
     optimizer: str = "adamw"
+    adam_eps: float = 1e-5
     recompute: str = "none"
     loss_chunk_size: int = 0
     steps: int = 5
@@ -106,7 +107,7 @@ def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
             "loss_scale_window": 3,
         },
         # A tiny epsilon would turn the rounding noise of zero gradients into steps.
-        "optimizer": {"lr": 1e-2, "adam_eps": 1e-4, "optimizer": case.optimizer},
+        "optimizer": {"lr": 1e-2, "adam_eps": case.adam_eps, "optimizer": case.optimizer},
         "data": {"mock_data": True, "seq_length": LENGTH},
         "training": {
             "train_iters": case.steps,

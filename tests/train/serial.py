@@ -30,7 +30,7 @@ def serial_of(case: Case) -> Case:
     if case.dropout or case.dtype == "fp16":
         kept = {"micro_batches": case.micro_batches * case.data, "dropout": case.dropout}
         kept["attention_dropout"] = case.attention_dropout
-    for name in ("layers", "llama", "qwen3", "model", "steps", "batch", "optimizer", "dtype", "loss_scale"):
+    for name in ("layers", "llama", "qwen3", "model", "steps", "batch", "optimizer", "adam_eps", "dtype", "loss_scale"):
         kept[name] = getattr(case, name)
     return Case(zero=0 if case.dtype == "fp32" else 1, **kept)
 
@@ -46,7 +46,7 @@ def run_serially(cases: Iterable[Case]) -> dict[Case, Reference]:
 
 def assert_equals_serial(ranks: int, cases: list[Case], serial: dict[Case, Reference]) -> None:
     """Run `cases` on `ranks` ranks; raise unless losses, gradient norms and all tensors are the serial run's."""
-    by_rank = run_on_ranks(run_cases, ranks, cases, timeout=400)
+    by_rank = run_on_ranks(run_cases, ranks, cases, timeout=900)
     faults = []
     for i, case in enumerate(cases):
         reference = serial[serial_of(case)]

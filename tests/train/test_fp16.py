@@ -91,21 +91,22 @@ def test_overflows_are_skipped_and_the_rest_is_fp32s_curve(case, tmp_path):
         assert torch.equal(read_tensor(whole / last, name), read_tensor(parts / last, name)), name
 
 
+HALF = {"dtype": "fp16", "adam_eps": 1e-4}
 STAGES = [
-    Case(pipe=2, layers=4, micro_batches=2, zero=1, dtype="fp16"),
-    Case(pipe=2, layers=4, schedule="ZBVZeroBubble", micro_batches=4, zero=1, dtype="fp16", llama=True),
-    Case(pipe=2, layers=4, virtual=2, micro_batches=2, zero=1, dtype="fp16", recompute="full"),
+    Case(pipe=2, layers=4, micro_batches=2, zero=1, **HALF),
+    Case(pipe=2, layers=4, schedule="ZBVZeroBubble", micro_batches=4, zero=1, llama=True, **HALF),
+    Case(pipe=2, layers=4, virtual=2, micro_batches=2, zero=1, recompute="full", **HALF),
 ]
 PARTS = {
     2: [
-        Case(context=2, zero=1, dtype="fp16", llama=True),
-        Case(context=2, zero=3, dtype="fp16", exchange="a2a"),
-        Case(pipe=2, layers=4, schedule="DualPipeV", micro_batches=4, zero=2, dtype="fp16", llama=True),
-        Case(pipe=2, layers=4, micro_batches=2, zero=3, dtype="fp16"),
+        Case(context=2, zero=1, llama=True, **HALF),
+        Case(context=2, zero=3, exchange="a2a", **HALF),
+        Case(pipe=2, layers=4, schedule="DualPipeV", micro_batches=4, zero=2, llama=True, **HALF),
+        Case(pipe=2, layers=4, micro_batches=2, zero=3, **HALF),
     ],
     4: [
-        Case(pipe=2, context=2, layers=4, schedule="InterleavedZeroBubble", micro_batches=4, zero=1, dtype="fp16"),
-        Case(pipe=2, tensor=2, layers=4, micro_batches=2, zero=2, dtype="fp16", sequence_parallel=True),
+        Case(pipe=2, context=2, layers=4, schedule="InterleavedZeroBubble", micro_batches=4, zero=1, **HALF),
+        Case(pipe=2, tensor=2, layers=4, micro_batches=2, zero=2, sequence_parallel=True, **HALF),
     ],
 }
 

@@ -8,6 +8,7 @@ from train.layouts import Case, run_cases
 from train.serial import TIGHT, Reference, assert_equals_serial, run_serially, serial_of
 
 CODED = {"optimizer": "adamw8bit"}
+HALF = {"dtype": "bf16", "adam_eps": 1e-4}
 EMBEDDED = (("position_embedding_type", "rope"), ("untie_embeddings_and_output_weights", True))
 """An embedding that is one matrix and nothing else."""
 ONE_HEAD = (("num_query_groups", 1),)
@@ -38,12 +39,12 @@ CASES = {
         Case(pipe=2, pipeline_layout="E|ttL", micro_batches=2, zero=2, model=EMBEDDED),
         Case(pipe=2, pipeline_layout="E|ttL", micro_batches=2, zero=3, model=EMBEDDED),
         # 16-bit weights, whose gradients hooks or the schedule itself add up.
-        Case(pipe=2, layers=4, micro_batches=4, zero=1, dtype="bf16"),
-        Case(pipe=2, layers=4, micro_batches=2, zero=3, dtype="bf16", recompute="full"),
-        Case(pipe=2, layers=4, schedule="LoopedBFS", virtual=2, micro_batches=2, zero=2, dtype="bf16", llama=True),
-        Case(pipe=2, layers=4, schedule="ZBVZeroBubble", micro_batches=4, zero=1, dtype="bf16", recompute="full"),
-        Case(pipe=2, layers=4, schedule="DualPipeV", micro_batches=4, zero=2, dtype="bf16", llama=True),
-        Case(pipe=2, layers=4, schedule="InterleavedZeroBubble", virtual=2, micro_batches=2, zero=1, dtype="bf16"),
+        Case(pipe=2, layers=4, micro_batches=4, zero=1, **HALF),
+        Case(pipe=2, layers=4, micro_batches=2, zero=3, recompute="full", **HALF),
+        Case(pipe=2, layers=4, schedule="LoopedBFS", virtual=2, micro_batches=2, zero=2, llama=True, **HALF),
+        Case(pipe=2, layers=4, schedule="ZBVZeroBubble", micro_batches=4, zero=1, recompute="full", **HALF),
+        Case(pipe=2, layers=4, schedule="DualPipeV", micro_batches=4, zero=2, llama=True, **HALF),
+        Case(pipe=2, layers=4, schedule="InterleavedZeroBubble", virtual=2, micro_batches=2, zero=1, **HALF),
     ],
     4: [
         Case(pipe=4, layers=4, schedule="1F1B", micro_batches=4, zero=1),

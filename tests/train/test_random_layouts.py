@@ -74,6 +74,8 @@ def drawn(ranks: int, source: random.Random) -> Case:
         layers=layers,
         model=model,
         optimizer=source.choice(["adamw", "adamw", "sgd", "adamw8bit"]),
+        # Some of these models have whole biases whose gradient is rounding, in norms of keys.
+        adam_eps=1e-4,
         recompute=source.choice(["none", "selective", "full"]),
         loss_chunk_size=source.choice([0, 0, 20]),
         backend=source.choice(["auto", "sdpa", "fused_softmax"]),
