@@ -77,7 +77,10 @@ class RollCall:
 
     def leave(self, failure: str = "") -> None:
         """Say that this rank ends, so that its end is no riddle; the others are called because of a `failure`."""
-        if self._claim(f"rank {self._rank}", f"{_LEFT} {failure}") and failure:
+        key, words = f"rank {self._rank}", f"{_LEFT} {failure}"
+        # It may have answered already, because of another's end.
+        is_said = self._claim(key, words) or (failure and self._claim(key, words, instead_of=_HERE))
+        if is_said and failure:
             self._failed = True
             self._call()
 
@@ -237,9 +240,9 @@ class RollCall:
     def _at(self, rank: int, what: str) -> str:
         return f"on {self._places[rank]['host']}: {what}" if self._places else what
 
-    def _claim(self, key: str, value: str) -> bool:
-        """Whether the store holds that value under a key that had none."""
-        return self._ask(lambda store: store.compare_set(key, "", value) == value.encode()) or False
+    def _claim(self, key: str, value: str, instead_of: str = "") -> bool:
+        """Whether the store holds that value under a key that had none, or the one it is `instead_of`."""
+        return self._ask(lambda store: store.compare_set(key, instead_of, value) == value.encode()) or False
 
     def _ask(self, act: Callable[[Any], T]) -> T | None:
         """`act` with the store; None once that is gone."""

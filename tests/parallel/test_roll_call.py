@@ -78,6 +78,8 @@ def _run(deeds: list[str], patience: float = 60.0, then=lambda processes, store:
 def test_a_rank_that_dies_and_one_that_fails_are_named_by_one_of_the_others():
     def one_after_the_other(processes, store):
         processes[1].join(60)
+        # By then it has been called, and has answered, because of the one that died.
+        store.wait(["rank 2"])
         store.set("fail now", "")
         processes[2].join(60)
 
