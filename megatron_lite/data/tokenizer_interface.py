@@ -243,7 +243,9 @@ class Tokenizer(abc.ABC):
             raise TokenizerError(f"{self.kind} can spell {text!r} only by a special token; use another vocabulary")
         # The library took a spelled-out token for the token itself. Cut each literal behind its first
         # character; where normalisation made the literal, halve the text until it falls apart.
-        cuts = [match.start() + 1 for match in self._literals.finditer(text)] or [len(text) // 2]
+        # A literal of one character at the end leaves nothing to cut off behind it.
+        behind = (match.start() + 1 for match in self._literals.finditer(text))
+        cuts = [cut for cut in behind if cut < len(text)] or [len(text) // 2]
         pieces = (text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)]))
         return [id for piece in pieces if piece for id in self.encode(piece)]
 

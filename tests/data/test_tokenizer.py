@@ -144,6 +144,19 @@ def test_spelled_out_special_token_stays_text(sources, built):
                     assert ids == built[name].encode(text)
 
 
+def test_a_special_token_of_one_letter_ends_a_text(tmp_path):
+    """It can be spelled by nothing else, which is said: no cut behind it makes the text shorter."""
+    library = tokenizers.Tokenizer(models.WordLevel({"a": 0, "n": 1, "<unk>": 2}, unk_token="<unk>"))
+    library.add_special_tokens(["n"])
+    library.save(str(tmp_path / "letters.json"))
+    tokenizer = build_tokenizer(
+        DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "letters.json"))
+    )
+    tokenizer._library.encode_special_tokens = False  # as a library that takes every literal for the token
+    with pytest.raises(TokenizerError, match="can spell 'n' only by a special token"):
+        tokenizer.encode("an")
+
+
 def test_special_token_made_by_normalisation_stays_text(tmp_path):
     """Full-width characters become "</s>" only inside the library, where no literal can be cut."""
     library = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))

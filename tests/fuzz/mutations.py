@@ -90,7 +90,7 @@ def mutated_json(content: Any, draw: random.Random) -> Any:
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
         holders = list(_holders(content))
         if not holders:
-            return draw.choice(_VALUES)
+            return copy.deepcopy(draw.choice(_VALUES))
         holder = draw.choice(holders)
         keys = list(holder) if isinstance(holder, dict) else range(len(holder))
         key = draw.choice(keys)
@@ -107,7 +107,7 @@ def mutated_json(content: Any, draw: random.Random) -> Any:
             case 4 if type(holder[key]) is int:
                 holder[key] += draw.choice((-1, 1, -8, 8, 2**31, -(2**53)))
             case _:
-                holder[key] = draw.choice(_VALUES)
+                holder[key] = copy.deepcopy(draw.choice(_VALUES))
     return content
 
 
