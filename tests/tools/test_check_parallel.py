@@ -140,6 +140,7 @@ def test_nonsense_is_refused_with_its_numbers(monkeypatch, capsys, arguments, me
 
 
 def test_it_starts_its_ranks_itself(monkeypatch, capsys):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # DeepSpeed has it set where it was imported
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     assert tool.main(["--layout", "tp=2", *MODEL]) == 2
