@@ -117,7 +117,7 @@ def test_two_nodes_train_as_one_and_end_together(case, needs, nodes, losses_of_o
     if "torchrun" in case and cause == STOPPED:
         # torchrun's other agents wait 5 minutes for the one that is gone, all ranks having ended.
         wait_for(lambda: not any(node.ranks() for node in nodes), 180, "the ranks' end", job.said)
-        job.launcher.terminate()
+        job.launcher.kill()
     job.wait(240)
     gone_from(nodes)
     print(f"{case}: over in {time.monotonic() - began:.1f} s")
