@@ -75,7 +75,7 @@ class _Data:
 
     def beginning(self, sample: int) -> str:
         """The first characters of a sample."""
-        return self._tokenizer.decode(self.stream[sample][:_SHOWN_CHARACTERS].tolist())[:_SHOWN_CHARACTERS]
+        return self._tokenizer.decode(self.stream[sample].tokens[:_SHOWN_CHARACTERS].tolist())[:_SHOWN_CHARACTERS]
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:

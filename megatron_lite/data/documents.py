@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_lite import log
 from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.data.sample import Sample
 from megatron_lite.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
@@ -56,8 +57,8 @@ class TokenWindows:
     """The samples of some whole documents: windows of `seq_length` + 1 tokens, `stride` apart.
 
     Documents run into one another, as in Megatron: what parts them is the end-of-document token written
-    by preprocessing. Window p is tokens p * stride to p * stride + seq_length + 1 of the documents, int64,
-    the last token of it only a target. The windows are the same in every epoch, and up to `stride` tokens
+    by preprocessing. Window p is tokens p * stride to p * stride + seq_length + 1 of the documents, in the
+    file's dtype, the last token of it only a target. The windows are the same in every epoch, and up to `stride` tokens
     at the end that no longer fill a window are left out. There may be none: `len()` is 0.
     """
 
@@ -79,11 +80,12 @@ class TokenWindows:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, window: int) -> np.ndarray:
+    def __getitem__(self, window: int) -> Sample:
         if not 0 <= window < self._count:
             raise IndexError(f"window {window} of {self._count}")
         start = self.first_token + window * self.stride
-        return self.reader.tokens(start, start + self.seq_length + 1).astype(np.int64)
+        stop = start + self.seq_length + 1
+        return Sample(self.reader.tokens(start, stop), self.reader.document_starts(start, stop))
 
     def extents(self, window: int) -> list[Extent]:
         """The stretches of documents that a window is made of, in order; empty documents are left out."""

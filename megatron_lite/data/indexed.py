@@ -8,6 +8,7 @@ i8[N] modes, which are not read.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import mmap
@@ -192,8 +193,17 @@ class IndexedReader:
 
     def document_at(self, token: int) -> int:
         """The document that holds a token of the flat stream."""
-        sequence = int(np.searchsorted(self.pointers, token * self.dtype.itemsize, side="right")) - 1
-        return int(np.searchsorted(self.documents, sequence, side="right")) - 1
+        # Not numpy's searchsorted: the arrays are unaligned in the file, and it would copy them whole.
+        sequence = bisect.bisect_right(self.pointers, token * self.dtype.itemsize) - 1
+        return bisect.bisect_right(self.documents, sequence) - 1
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Where the documents of tokens `start` to `stop` begin, counted from `start`: int64, ascending from 0."""
+        first, last = self.document_at(start), self.document_at(stop - 1)
+        sequences = self.documents[first + 1 : last + 1]
+        inside = self.pointers[sequences] // self.dtype.itemsize - start
+        # Documents without tokens begin where the next does.
+        return np.concatenate(([0], inside[np.diff(inside, prepend=0) > 0]))
 
     def max_token_id(self, start: int = 0, stop: int | None = None) -> int:
         """Largest token id from `start` to `stop`, read in chunks; a negative id counts as very large."""

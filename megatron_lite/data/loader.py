@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-import torch
 
+from megatron_lite.data.micro_batch import MicroBatch, assemble
+from megatron_lite.data.sample import Sample, whole
 from megatron_lite.data.stream import SampleStream
 from megatron_lite.errors import DataError
-
-
-@dataclasses.dataclass(frozen=True)
-class MicroBatch:
-    """The sequences of one forward pass on one data rank."""
-
-    tokens: torch.Tensor
-    """int64 [B, S], what the model sees."""
-    labels: torch.Tensor
-    """int64 [B, S], the token that follows each."""
-    loss_mask: torch.Tensor
-    """bool [B, S], which labels count as targets."""
-    first_sample: int
-    """Number of the first of the B samples, counted as consumed."""
-    index: int
-    """Number of the micro-batch within the global batch, over all data ranks."""
 
 
 class BlankStream:
@@ -35,8 +19,8 @@ class BlankStream:
     def __init__(self, seq_length: int):
         self._seq_length = seq_length
 
-    def __getitem__(self, sample: int) -> np.ndarray:
-        return np.zeros(self._seq_length + 1, np.int64)
+    def __getitem__(self, sample: int) -> Sample:
+        return whole(np.zeros(self._seq_length + 1, np.int64))
 
 
 class BatchLoader:
@@ -63,7 +47,7 @@ class BatchLoader:
         self._vocab_size = vocab_size
         self._num_workers = num_workers
         self._pool = ThreadPoolExecutor(num_workers, "read-ahead") if num_workers else None
-        self._ahead: collections.deque[tuple[int, Future[torch.Tensor]]] = collections.deque()
+        self._ahead: collections.deque[tuple[int, Future[list[Sample]]]] = collections.deque()
 
     def step(self, consumed_samples: int, global_batch_size: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that begins after `consumed_samples`.
@@ -75,22 +59,14 @@ class BatchLoader:
             raise ValueError(f"a global batch of {global_batch_size} samples is no multiple of {stride}")
         first = consumed_samples + self._data_rank * self._micro_batch_size
         starts = range(first, first + global_batch_size, stride)
-        batches = []
-        for j, start in enumerate(starts):
-            block = self._take(start)
-            batches.append(
-                MicroBatch(
-                    tokens=block[:, :-1].contiguous(),
-                    labels=block[:, 1:].contiguous(),
-                    loss_mask=torch.ones(block.shape[0], block.shape[1] - 1, dtype=torch.bool),
-                    first_sample=start,
-                    index=j * self._data_size + self._data_rank,
-                )
-            )
+        batches = [
+            assemble(self._take(start), first_sample=start, index=j * self._data_size + self._data_rank)
+            for j, start in enumerate(starts)
+        ]
         self._read_ahead(starts.stop, stride, max(len(starts), self._num_workers))
         return batches
 
-    def _take(self, start: int) -> torch.Tensor:
+    def _take(self, start: int) -> list[Sample]:
         if self._ahead and self._ahead[0][0] == start:
             return self._ahead.popleft()[1].result()
         self._drop_ahead()
@@ -103,25 +79,25 @@ class BatchLoader:
         for next_start in range(start + len(self._ahead) * stride, start + count * stride, stride):
             self._ahead.append((next_start, self._pool.submit(self._read, next_start)))
 
-    def _read(self, start: int) -> torch.Tensor:
-        """Samples `start` to `start` + B, int64 [B, S + 1]."""
-        return torch.from_numpy(np.stack([self._sample(start + i) for i in range(self._micro_batch_size)]))
+    def _read(self, start: int) -> list[Sample]:
+        """Samples `start` to `start` + B."""
+        return [self._sample(start + i) for i in range(self._micro_batch_size)]
 
-    def _sample(self, number: int) -> np.ndarray:
+    def _sample(self, number: int) -> Sample:
         try:
-            tokens = self._stream[number]
+            sample = self._stream[number]
         except (DataError, OSError) as error:
             raise DataError(f"sample {number:,} cannot be read: {error}") from error
         except Exception as error:
             error.add_note(f"while sample {number} was read")
             raise
-        low, high = int(tokens.min()), int(tokens.max())
+        low, high = int(sample.tokens.min()), int(sample.tokens.max())
         if low < 0 or high >= self._vocab_size:
             raise DataError(
                 f"sample {number:,} holds token id {low if low < 0 else high:,} and the vocabulary has ids 0 to "
                 f"{self._vocab_size - 1:,}: the data were made with another tokenizer."
             )
-        return tokens
+        return sample
 
     def _drop_ahead(self) -> None:
         while self._ahead:

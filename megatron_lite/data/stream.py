@@ -25,6 +25,7 @@ from megatron_lite.data.documents import Extent, TokenWindows, parse_split, spli
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.order import Permutation, keys, scramble
 from megatron_lite.data.provenance import check_tokenizer, read_provenance
+from megatron_lite.data.sample import Sample, whole
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import ConfigError, DataError
 
@@ -41,7 +42,7 @@ class Origin:
 
 
 class SampleStream(Protocol):
-    """Endless numbered samples: `stream[k]` is int64 [seq_length + 1], the same on whatever rank asks."""
+    """Endless numbered samples: `stream[k]` is the same on whatever rank asks."""
 
     samples_per_epoch: int
 
@@ -50,7 +51,7 @@ class SampleStream(Protocol):
         """Differs when the data, their cutting or their order differ."""
         ...
 
-    def __getitem__(self, sample: int) -> np.ndarray: ...
+    def __getitem__(self, sample: int) -> Sample: ...
 
     def origin(self, sample: int) -> Origin:
         """Where the tokens of a sample come from."""
@@ -85,7 +86,7 @@ class ShuffledWindows:
             self._name, [(s.reader.fingerprint, s.documents, s.seq_length, s.stride) for s in self._sets]
         )
 
-    def __getitem__(self, sample: int) -> np.ndarray:
+    def __getitem__(self, sample: int) -> Sample:
         windows, window = self._window(*divmod(sample, self.samples_per_epoch))
         return windows[window]
 
@@ -131,7 +132,7 @@ class BlendedStream:
     def fingerprint(self) -> str:
         return _fingerprint(self._blend.counts, [member.fingerprint for member in self._members])
 
-    def __getitem__(self, sample: int) -> np.ndarray:
+    def __getitem__(self, sample: int) -> Sample:
         member, number = self._blend(sample)
         return self._members[member][number]
 
@@ -168,11 +169,11 @@ class MockStream:
         self._positions = np.arange(seq_length + 1, dtype=np.uint64)
         self.fingerprint = _fingerprint("mock", name, seq_length, self._modulus)
 
-    def __getitem__(self, sample: int) -> np.ndarray:
+    def __getitem__(self, sample: int) -> Sample:
         low, high, of_position = self._keys
         own = scramble(scramble(sample & 0xFFFFFFFF, low) ^ (sample >> 32), high)
         steps = 1 + scramble(scramble(self._positions, of_position), own) % self._STEPS
-        return ((own + np.cumsum(steps)) % self._modulus).astype(np.int64)
+        return whole(((own + np.cumsum(steps)) % self._modulus).astype(np.int64))
 
     def origin(self, sample: int) -> Origin:
         return Origin(None, sample // self.samples_per_epoch, [])
@@ -201,7 +202,7 @@ class SkippingStream:
         """The stream's own: a range added on resume does not make it other data."""
         return self._stream.fingerprint
 
-    def __getitem__(self, sample: int) -> np.ndarray:
+    def __getitem__(self, sample: int) -> Sample:
         return self._stream[stream_position(sample, self._ranges)]
 
     def origin(self, sample: int) -> Origin:

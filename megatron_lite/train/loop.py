@@ -12,7 +12,8 @@ import torch
 
 from megatron_lite import log
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.loader import BatchLoader, MicroBatch
+from megatron_lite.data.loader import BatchLoader
+from megatron_lite.data.micro_batch import MicroBatch
 from megatron_lite.monitor.histograms import histograms
 from megatron_lite.monitor.memory import MemoryMeter
 from megatron_lite.monitor.metrics import Metrics, throughput

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_lite.data.loader import BatchLoader, MicroBatch
+from megatron_lite.data.loader import BatchLoader
+from megatron_lite.data.micro_batch import MicroBatch
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.train.build import together
 

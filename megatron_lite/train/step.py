@@ -10,7 +10,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from megatron_lite.data.loader import BatchLoader, MicroBatch
+from megatron_lite.data.loader import BatchLoader
+from megatron_lite.data.micro_batch import MicroBatch
 from megatron_lite.errors import NonFiniteError
 from megatron_lite.monitor.health import Hurt, describe, first_hurt
 from megatron_lite.parallel.mesh_shape import REPLICAS

@@ -21,7 +21,7 @@ from megatron_lite.config import sources
 from megatron_lite.config.checkpoint import CheckpointConfig
 from megatron_lite.config.parallel import ParallelConfig
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.loader import MicroBatch
+from megatron_lite.data.micro_batch import MicroBatch
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.model.gpt import GPT
 from megatron_lite.parallel.context import ContextAxis

@@ -30,8 +30,12 @@ def test_windows_are_slices_of_the_documents(tmp_path_factory, documents, seq_le
     windows = TokenWindows(reader, seq_length, stride, (first, last))
     flat = [i for ids in documents[first:last] for i in ids]
     expected = [flat[at : at + seq_length + 1] for at in range(0, len(flat) - seq_length, stride)]
-    assert [windows[p].tolist() for p in range(len(windows))] == expected
-    assert all(windows[p].dtype == np.int64 for p in range(len(windows)))
+    assert [windows[p].tokens.tolist() for p in range(len(windows))] == expected
+    begins = {sum(map(len, documents[first:d])) for d in range(first, last) if documents[d]}
+    for p in range(len(windows)):
+        at = p * (stride or seq_length)
+        inside = [b - at for b in sorted(begins) if at < b <= at + seq_length]
+        assert windows[p].starts.dtype == np.int64 and windows[p].starts.tolist() == [0, *inside]
     for outside in (-1, len(windows)):
         with pytest.raises(IndexError):
             windows[outside]

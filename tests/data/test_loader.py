@@ -9,6 +9,7 @@ import torch
 
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data.loader import BatchLoader
+from megatron_lite.data.sample import whole
 from megatron_lite.data.stream import MockStream, build_stream
 from megatron_lite.errors import DataError
 
@@ -30,7 +31,7 @@ class Numbered:
             time.sleep(0.02)
         if sample == self.bad:
             raise self.error
-        return np.arange(sample, sample + SEQ + 1)
+        return whole(np.arange(sample, sample + SEQ + 1))
 
 
 def loader(stream, rank=0, size=1, micro=2, workers=0, vocab_size=10**6):
@@ -55,7 +56,7 @@ def test_a_step_has_the_same_samples_on_any_layout(size, micro, workers):
     batches = [16, 16, 32, 32, 16]  # a growing and a shrinking batch
     consumed = 48
     for batch in batches:
-        expected = torch.from_numpy(np.stack([stream[k] for k in range(consumed, consumed + batch)]))
+        expected = torch.from_numpy(np.stack([stream[k].tokens for k in range(consumed, consumed + batch)]))
         assert torch.equal(tokens_of_step(loaders, consumed, batch), expected)
         consumed += batch
     for each in loaders:

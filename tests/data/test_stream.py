@@ -32,7 +32,7 @@ def build(*data_path, of="train", seed=7, skip=(), **fields):
 
 def first_tokens(stream, samples):
     """First token of each sample, which names it."""
-    return [int(stream[k][0]) for k in samples]
+    return [int(stream[k].tokens[0]) for k in samples]
 
 
 def test_an_epoch_is_every_window_once_and_the_next_is_in_another_order(tmp_path):
@@ -42,21 +42,21 @@ def test_an_epoch_is_every_window_once_and_the_next_is_in_another_order(tmp_path
     epochs = [first_tokens(stream, range(e * n, (e + 1) * n)) for e in range(3)]
     assert all(sorted(epoch) == list(range(0, 4 * n, 4)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != sorted(epochs[2])
-    assert stream[5].dtype == np.int64
-    assert np.array_equal(stream[5], stream[5][0] + np.arange(SEQ + 1))
+    assert stream[5].tokens.dtype == np.uint16
+    assert np.array_equal(stream[5].tokens, stream[5].tokens[0] + np.arange(SEQ + 1))
 
 
 def test_the_tokens_of_a_run_never_change(tmp_path):
     """A change of this hash changes every training run that is resumed after it."""
     stream = build("0.75", write(tmp_path / "a", 40), "0.25", write(tmp_path / "b", 40, 5000), seed=1234)
-    tokens = np.stack([stream[k] for k in range(200)]).astype("<i8").tobytes()
+    tokens = np.stack([stream[k].tokens for k in range(200)]).astype("<i8").tobytes()
     assert hashlib.sha256(tokens).hexdigest()[:16] == "b6efaa4bcd3bc451"
 
 
 def test_splits_share_no_token(tmp_path):
     prefix = write(tmp_path / "a", 30)
     streams = [build(prefix, of=split, split="6,3,1") for split in ("train", "valid", "test")]
-    seen = [{int(t) for k in range(s.samples_per_epoch) for t in s[k]} for s in streams]
+    seen = [{int(t) for k in range(s.samples_per_epoch) for t in s[k].tokens} for s in streams]
     assert [(min(tokens), max(tokens) // 8) for tokens in seen] == [(0, 17), (18 * 8, 26), (27 * 8, 29)]
 
 
@@ -136,21 +136,21 @@ def test_among_several_a_set_without_a_sample_is_left_out_aloud(tmp_path, capsys
 def test_mock_data_are_deterministic_and_learnable():
     stream = build(mock_data=True, seq_length=2000)
     again = build(mock_data=True, seq_length=2000)
-    assert stream[3].dtype == np.int64 and np.array_equal(stream[3], again[3])
-    assert not np.array_equal(stream[3], stream[4])
-    assert not np.array_equal(stream[3], build(mock_data=True, seq_length=2000, seed=8)[3])
-    assert not np.array_equal(stream[3], build(mock_data=True, seq_length=2000, of="valid")[3])
-    steps = np.concatenate([np.diff(stream[k]) % 256 for k in (0, 1, 2, 10**12)])
+    assert stream[3].tokens.dtype == np.int64 and np.array_equal(stream[3].tokens, again[3].tokens)
+    assert not np.array_equal(stream[3].tokens, stream[4].tokens)
+    assert not np.array_equal(stream[3].tokens, build(mock_data=True, seq_length=2000, seed=8)[3].tokens)
+    assert not np.array_equal(stream[3].tokens, build(mock_data=True, seq_length=2000, of="valid")[3].tokens)
+    steps = np.concatenate([np.diff(stream[k].tokens) % 256 for k in (0, 1, 2, 10**12)])
     values, counts = np.unique(steps, return_counts=True)
     assert values.tolist() == [1, 2, 3, 4]
     shares = counts / counts.sum()
     assert -(shares * np.log(shares)).sum() == pytest.approx(math.log(4), abs=2e-3)
-    assert {int(stream[k][0]) for k in range(4000)} == set(range(256))
+    assert {int(stream[k].tokens[0]) for k in range(4000)} == set(range(256))
 
 
 def test_mock_data_stay_within_a_small_vocabulary():
     stream = build_stream(DataConfig(mock_data=True, seq_length=100), seed=1, split="train", vocab_size=11)
-    assert set(np.concatenate([stream[k] for k in range(9)]).tolist()) == set(range(11))
+    assert set(np.concatenate([stream[k].tokens for k in range(9)]).tolist()) == set(range(11))
     stream.check_vocabulary(11)
     with pytest.raises(DataError, match="ids to 10 and the vocabulary has 10"):
         stream.check_vocabulary(10)

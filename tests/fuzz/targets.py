@@ -91,7 +91,7 @@ def token_index(folder: Path, seeds: Iterable[int]) -> Iterator[bool]:
         windows = TokenWindows(IndexedReader(prefix), 8)
         windows.check_vocabulary(1000)
         for window in range(min(len(windows), 100)):
-            assert len(windows[window]) == 9
+            assert len(windows[window].tokens) == 9
             assert sum(extent.tokens for extent in windows.extents(window)) == 9
 
     use()

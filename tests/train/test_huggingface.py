@@ -106,7 +106,7 @@ def test_training_goes_on_from_the_models_loss(folders, tmp_path, capsys):
     train_on(mesh, config, stop, "python pretrain_gpt.py")
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     stream = build.open_stream(config, "train", VOCABULARY)
-    text = torch.stack([torch.from_numpy(stream[i]) for i in range(4)])
+    text = torch.stack([torch.from_numpy(stream[i].tokens) for i in range(4)])
     logits = AutoModelForCausalLM.from_pretrained(folders["qwen3"], dtype=torch.float32)(text[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).item()
     assert first["loss"] == pytest.approx(expected, rel=1e-5)

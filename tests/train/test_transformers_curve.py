@@ -58,7 +58,7 @@ def _plain_loop(kind: str) -> list[float]:
     curve = get_cosine_schedule_with_warmup(optimizer, WARMUP, STEPS)
     losses = []
     for step in range(STEPS):
-        samples = torch.stack([torch.from_numpy(stream[step * BATCH + i]) for i in range(BATCH)])
+        samples = torch.stack([torch.from_numpy(stream[step * BATCH + i].tokens) for i in range(BATCH)])
         logits = model(samples[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten())
         loss.backward()
