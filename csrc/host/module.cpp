@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "host/best_fit.h"
+#include "host/draws.h"
 #include "host/permutation.h"
 
 namespace py = pybind11;
@@ -28,4 +30,26 @@ PYBIND11_MODULE(_host, module) {
             return result;
           },
           py::arg("indices"), "int64, of the shape of `indices` (uint64).");
+
+  module.def(
+      "draws_of_a_period",
+      [](const std::vector<int64_t>& counts) {
+        const std::vector<int32_t> draws = megatron_lite::draws_of_a_period(counts);
+        return py::array_t<int32_t>(draws.size(), draws.data());
+      },
+      py::arg("counts"), "int32: data/blend.py's order of the draws of a period, from how often each set comes in it.");
+
+  module.def(
+      "best_fit",
+      [](const py::array_t<int32_t, py::array::c_style>& sizes, int32_t capacity) {
+        megatron_lite::Bins bins;
+        {
+          py::gil_scoped_release release;
+          bins = megatron_lite::best_fit(sizes.data(), static_cast<int32_t>(sizes.size()), capacity);
+        }
+        return py::make_tuple(py::array_t<int32_t>(bins.items.size(), bins.items.data()),
+                              py::array_t<int32_t>(bins.starts.size(), bins.starts.data()));
+      },
+      py::arg("sizes"), py::arg("capacity"),
+      "int32 [items] and [bins + 1]: data/pack.py's items of each bin one after another, and where each bin begins.");
 }

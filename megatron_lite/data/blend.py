@@ -4,42 +4,20 @@ from __future__ import annotations
 
 import heapq
 import math
-import re
 from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
 
-from megatron_lite.errors import ConfigError
+from megatron_lite.kernels import host
 
 LARGEST_PERIOD = 1 << 18
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-
-
-def parse_data_path(entries: Sequence[str]) -> tuple[list[str], list[Fraction] | None]:
-    """Prefixes and weights of `PREFIX`, `PREFIX PREFIX ...` (no weights) or `WEIGHT PREFIX WEIGHT PREFIX ...`.
-
-    Raises ConfigError for another mixture of numbers and prefixes, and for weights not above 0.
-    """
-    is_number = [_NUMBER.fullmatch(entry) is not None for entry in entries]
-    if not any(is_number):
-        return list(entries), None
-    if is_number != [True, False] * (len(entries) // 2):
-        raise ConfigError(
-            f'data path "{" ".join(entries)}" mixes weights and prefixes; write prefixes alone, or a weight before '
-            "every prefix: 0.7 data/web 0.3 data/code."
-        )
-    prefixes, weights = list(entries[1::2]), [Fraction(entry) for entry in entries[::2]]
-    for prefix, weight, text in zip(prefixes, weights, entries[::2], strict=True):
-        if weight <= 0:
-            raise ConfigError(f"data path gives {prefix} the weight {text}; weights are above 0, leave the prefix out.")
-    return prefixes, weights
 
 
 def whole_shares(weights: Sequence[Fraction], largest_period: int = LARGEST_PERIOD) -> list[int]:
     """How often each set is drawn in one period: exact, if a period of `largest_period` draws allows it.
 
-    Otherwise rounded to it by largest remainder, at least 1 each.
+    Otherwise rounded to it by largest remainder, at least 1 each but for a weight of 0.
     """
     scale = math.lcm(*(weight.denominator for weight in weights))
     counts = [int(weight * scale) for weight in weights]
@@ -49,7 +27,7 @@ def whole_shares(weights: Sequence[Fraction], largest_period: int = LARGEST_PERI
     if total <= largest_period:
         return counts
     exact = [Fraction(count * largest_period, total) for count in counts]
-    rounded = [max(1, int(share)) for share in exact]
+    rounded = [max(1, int(share)) if share else 0 for share in exact]
     by_remainder = sorted(range(len(counts)), key=lambda i: rounded[i] - exact[i])
     for i in by_remainder[: max(0, largest_period - sum(rounded))]:
         rounded[i] += 1
@@ -62,7 +40,10 @@ def _draws_of_a_period(counts: Sequence[int]) -> np.ndarray:
     With weight w, draw j of a set (from 1) may not come before floor((j - 1) / w) and is due by
     ceil(j / w); taking the earliest due first meets every date because the weights add up to 1
     (Baruah et al. 1996, "Proportionate progress: a notion of fairness in resource allocation").
+    csrc/host/draws.h computes the same and is used where it is compiled.
     """
+    if (compiled := host.module()) is not None:
+        return compiled.draws_of_a_period(counts)
     period = sum(counts)
     released: list[list[tuple[int, int]]] = [[] for _ in range(period)]
     for member, count in enumerate(counts):
@@ -81,12 +62,11 @@ class Blend:
     """Which set draw k takes from, and which sample of that set it is.
 
     After any number k of draws a set with weight w has given k * w samples, to within 1. One period of
-    draws is tabulated (12 bytes a draw at most 2^18); any k costs the same. `counts` of `period` draws
-    are each set's.
+    draws is tabulated (12 bytes a draw); any k costs the same. `counts` of `period` draws are each set's.
     """
 
-    def __init__(self, weights: Sequence[Fraction]):
-        self.counts = whole_shares(weights)
+    def __init__(self, weights: Sequence[Fraction], largest_period: int = LARGEST_PERIOD):
+        self.counts = whole_shares(weights, largest_period)
         self.period = sum(self.counts)
         self._member = _draws_of_a_period(self.counts)
         self._number = np.empty(self.period, np.int64)
@@ -98,3 +78,14 @@ class Blend:
         periods, at = divmod(draw, self.period)
         member = int(self._member[at])
         return member, periods * self.counts[member] + int(self._number[at])
+
+    def drawn(self, draws: int) -> list[int]:
+        """How many samples each set gives in the first `draws` draws."""
+        periods, at = divmod(draws, self.period)
+        begun = np.bincount(self._member[:at], minlength=len(self.counts)).tolist()
+        return [periods * count + more for count, more in zip(self.counts, begun, strict=True)]
+
+    def draw_of(self, member: int, number: int) -> int:
+        """The draw that takes sample `number` of a set with a weight."""
+        periods, at = divmod(number, self.counts[member])
+        return periods * self.period + int(np.flatnonzero(self._member == member)[at])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.blend import parse_data_path
+from megatron_lite.data.data_path import prefixes_of
 from megatron_lite.data.documents import parse_split
 from megatron_lite.data.indexed import paths
 from megatron_lite.data.stream import parse_skip_ranges
@@ -56,7 +56,7 @@ def problems(config: RunConfig) -> list[str]:
 
 def _path_problems(entries: Sequence[str]) -> list[str]:
     try:
-        prefixes, _ = parse_data_path(entries)
+        prefixes = prefixes_of(entries)
     except ConfigError as error:
         return error.problems
     missing = [str(path) for prefix in prefixes for path in paths(prefix) if not os.path.exists(path)]

@@ -20,7 +20,8 @@ import numpy as np
 
 from megatron_lite import log
 from megatron_lite.config.data import DataConfig
-from megatron_lite.data.blend import Blend, parse_data_path
+from megatron_lite.data.blend import Blend
+from megatron_lite.data.data_path import parse_data_path
 from megatron_lite.data.documents import Extent, TokenWindows, parse_split, split_documents
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.order import Permutation, keys, scramble
@@ -278,7 +279,9 @@ def _file_stream(data: DataConfig, seed: int, split: str, tokenizer: Tokenizer |
     entries = own_path or data.data_path
     if not entries:
         raise DataError(f"no data for {split}: give --data-path or --{split}-data-path.")
-    prefixes, weights = parse_data_path(entries)
+    parsed = parse_data_path(entries)
+    prefixes = [prefix for entry in parsed for prefix in entry.prefixes]
+    weights = None if parsed[0].weight is None else [entry.weight for entry in parsed]
     shares = None if own_path else parse_split(data.split)
     sets = []
     for prefix in prefixes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lite.config.data import DataConfig
-from megatron_lite.data.blend import parse_data_path
+from megatron_lite.data.data_path import prefixes_of
 from megatron_lite.data.documents import TokenWindows, parse_split, split_documents
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.tokenizer_interface import Tokenizer
@@ -37,7 +37,7 @@ def select_passages(
     default = ("all",) if data_path else () if text else ("valid",)
     for split in splits or default:
         entries, whole = _sets(data, data_path, split)
-        for prefix in parse_data_path(entries)[0]:
+        for prefix in prefixes_of(entries):
             reader = IndexedReader(prefix)
             documents = None if whole else split_documents(reader.num_documents, parse_split(data.split), split)
             name = prefix if whole else f"{prefix} ({split})"

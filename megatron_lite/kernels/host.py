@@ -22,7 +22,7 @@ def module() -> ModuleType | None:
     try:
         return _load()
     except (KernelError, ImportError) as error:
-        log.once(f"the order of samples is computed in Python, since {error}")
+        log.once(f"the order and the packing of samples are computed in Python, which is slower, since {error}")
         return None
 
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.data.blend import Blend, parse_data_path, whole_shares
-from megatron_lite.errors import ConfigError
+from megatron_lite.data import blend as blends
+from megatron_lite.data.blend import Blend, whole_shares
+from megatron_lite.kernels import host
 
 weight_lists = st.lists(st.integers(1, 60), min_size=1, max_size=9).map(lambda whole: [Fraction(w) for w in whole])
 
@@ -34,12 +35,6 @@ def test_a_far_draw_continues_the_walk(weights, periods):
         assert blend(periods * blend.period + draw) == (member, periods * blend.counts[member] + number)
 
 
-def test_decimal_weights_are_exact():
-    prefixes, weights = parse_data_path(["0.7", "data/web", "0.25", "data/code", "5e-2", "data/math"])
-    assert prefixes == ["data/web", "data/code", "data/math"]
-    assert Blend(weights).counts == [14, 5, 1]
-
-
 @given(st.lists(st.integers(1, 10**15), min_size=2, max_size=30))
 def test_awkward_weights_are_rounded_to_one_period(weights):
     counts = whole_shares([Fraction(w) for w in weights], largest_period=1000)
@@ -62,26 +57,29 @@ def test_a_rounded_blend_gives_every_sample_once():
     assert max(map(len, seen)) - min(map(len, seen)) <= 2
 
 
-def test_prefixes_alone_have_no_weights():
-    assert parse_data_path(["data/web"]) == (["data/web"], None)
-    assert parse_data_path(["data/web", "data/2024"]) == (["data/web", "data/2024"], None)
-    assert parse_data_path(["1", "data/web"]) == (["data/web"], [1])
-
-
-@pytest.mark.parametrize(
-    "entries", [["0.7", "data/web", "0.3"], ["data/web", "0.7"], ["0.7", "0.3", "a", "b"], ["1", "a", "b", "c"], ["3"]]
-)
-def test_weights_and_prefixes_must_alternate(entries):
-    with pytest.raises(ConfigError, match="a weight before every prefix"):
-        parse_data_path(entries)
-
-
-@pytest.mark.parametrize("weight", ["0", "-0.5", "0.0"])
-def test_weights_are_above_zero(weight):
-    with pytest.raises(ConfigError, match=f"data/b the weight {weight}"):
-        parse_data_path(["1", "data/a", weight, "data/b"])
-
-
 def test_order_of_equal_weights_is_a_round():
     members = [Blend([Fraction(1)] * 4)(draw)[0] for draw in range(12)]
     assert members == list(itertools.chain(*[[0, 1, 2, 3]] * 3))
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=9).filter(any))
+def test_compiled_or_not_the_draws_are_the_same(counts):
+    counts = whole_shares([Fraction(count) for count in counts])
+    compiled = host.module().draws_of_a_period(counts)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(host, "module", lambda: None)
+        assert np.array_equal(blends._draws_of_a_period(counts), compiled)
+
+
+@given(weight_lists, st.integers(0, 400))
+def test_how_many_were_drawn_and_when_a_sample_is(weights, draws):
+    blend = Blend(weights)
+    drawn = [blend(draw) for draw in range(draws)]
+    assert blend.drawn(draws) == [sum(member == i for member, _ in drawn) for i in range(len(weights))]
+    assert [blend.draw_of(*each) for each in drawn] == list(range(draws))
+
+
+def test_a_weight_of_zero_is_never_drawn():
+    blend = Blend([Fraction(0), Fraction(2, 3), Fraction(1, 3)])
+    assert blend.counts == [0, 2, 1] and {blend(draw)[0] for draw in range(30)} == {1, 2}
+    assert whole_shares([Fraction(0), *[Fraction(10**9 + i) for i in range(7)]], 1000)[0] == 0
