@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_lite.credentials import without_credentials
+
 EXIT_DONE = 0
 EXIT_ERROR = 1
 EXIT_USER_ERROR = 2
@@ -28,12 +30,15 @@ EXIT_INTERRUPTED = 130
 
 
 class MegatronLiteError(Exception):
-    """An error with an exit code, printed without a traceback."""
+    """An error with an exit code, printed without a traceback. Its text has no credentials."""
 
     exit_code = EXIT_ERROR
     cause = "error"
     on_all_ranks = False
     """Raised on every rank alike, so that rank 0 tells it for all."""
+
+    def __init__(self, *arguments: object):
+        super().__init__(*(without_credentials(a) if isinstance(a, str) else a for a in arguments))
 
 
 class UserError(MegatronLiteError):

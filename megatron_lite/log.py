@@ -1,8 +1,8 @@
 """Plain log lines: rank 0 speaks for all, another rank only when the line is its own.
 
 `note` is progress, `warn` a fallback or a doubtful value (a fallback is never silent),
-`once` a line that is said one time whatever the number of callers. Where a rank's output goes to a file
-(monitor/rank_log.py), lines go there and to the console.
+`once` a line that is said one time whatever the number of callers. No line has credentials in it.
+Where a rank's output goes to a file (monitor/rank_log.py), lines go there and to the console.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import contextlib
 import sys
 import time
 from typing import TextIO
+
+from megatron_lite.credentials import without_credentials
 
 _rank = 0
 _world_size = 1
@@ -41,7 +43,7 @@ def console() -> TextIO:
 def _write(text: str, to_console: bool = True) -> None:
     stamp = time.strftime("%H:%M:%S")
     prefix = f"[{stamp}]" if _rank == 0 else f"[{stamp} rank {_rank}/{_world_size}{_place}]"
-    lines = "".join(f"{prefix} {line}\n" for line in text.splitlines() or [""])
+    lines = "".join(f"{prefix} {line}\n" for line in without_credentials(text).splitlines() or [""])
     for stream in (_record, (_stream or console()) if to_console else None):
         if stream is not None:
             # With two places to write to, a full disk or a closed console is no reason to end.

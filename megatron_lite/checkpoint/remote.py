@@ -21,6 +21,7 @@ from megatron_lite.checkpoint.find import find, verify
 from megatron_lite.checkpoint.manifest import FILE_NAME, read_manifest
 from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
 from megatron_lite.checkpoint.shard import keep_to
+from megatron_lite.credentials import stay_in
 from megatron_lite.errors import CheckpointError, ConfigError
 
 _ABANDONED = "manifest.abandoned.json"
@@ -28,7 +29,8 @@ _STEP = re.compile(r"step-([0-9]{8,})")
 
 
 class RemoteCopies:
-    """The copies under `url`. Raises ConfigError where fsspec, or what it needs for that kind of URL, is missing."""
+    """The copies under `url`. Raises ConfigError where fsspec, or what it needs for that kind of URL, is missing,
+    and for credentials in one whose kind takes none."""
 
     def __init__(self, url: str):
         self.url = url
@@ -41,6 +43,11 @@ class RemoteCopies:
                 f"--save-copy-to {url} cannot be reached: {error}; `pip install megatron_lite[remote]`, and what fsspec"
                 f" needs for that kind of URL"
             ) from None
+        if stay_in(root):
+            raise ConfigError(
+                f"--save-copy-to {url} has credentials, and addresses of this kind take none; leave them to the "
+                "environment or a file of the service"
+            )
         self._root = root.rstrip("/")
 
     def send(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sources import values_of
+from megatron_lite.credentials import are_hidden, without_credentials
 
 
 def problems(config: RunConfig, world_size: int) -> list[str]:
@@ -31,7 +32,7 @@ def problems(config: RunConfig, world_size: int) -> list[str]:
         ),
         _run_length: (),
         _learning_rate: ("lr", "min_lr"),
-        _precision: ("initial_loss_scale",),
+        _precision: ("initial_loss_scale", "min_loss_scale"),
         _checkpoint: (),
         _files: (),
     }
@@ -69,6 +70,12 @@ def notices(config: RunConfig) -> list[str]:
         found.append("--use-rope-scaling has no effect without --position-embedding-type rope.")
     if config.kernels.memory_efficient_layer_norm and config.kernels.norm_backend == "torch":
         found.append("--memory-efficient-layer-norm has no effect with --norm-backend torch.")
+    copy_to = config.checkpoint.save_copy_to or ""
+    if without_credentials(copy_to) != copy_to:
+        found.append(
+            f"--save-copy-to {copy_to} came with credentials: launchers and lists of processes may show them; better "
+            "leave them to the environment or a file of the service."
+        )
     return found
 
 
@@ -398,6 +405,11 @@ def _checkpoint(config: RunConfig, world_size: int) -> Iterator[str]:
         yield (
             f"--finetune begins a new run with the weights of load={checkpoint.load}, which is the folder this run "
             "saves to; give another --save DIR."
+        )
+    if checkpoint.save_copy_to is not None and are_hidden(checkpoint.save_copy_to):
+        yield (
+            f"--save-copy-to {checkpoint.save_copy_to} is what logs and config.yaml show: its credentials are gone; "
+            "give it again with them, or without, where the environment or a file of the service has them."
         )
     if checkpoint.overwrite and checkpoint.resume != "never":
         yield f"--overwrite empties the run folder, but --resume is {checkpoint.resume}; give --resume never with it."

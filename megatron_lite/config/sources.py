@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import yaml
 
 from megatron_lite.config.run import RunConfig
+from megatron_lite.credentials import without_credentials
 from megatron_lite.errors import ConfigError
 
 PRESET_FOLDER = Path(__file__).resolve().parents[2] / "examples" / "models"
@@ -233,15 +234,21 @@ def read_preset(name: str) -> Overrides:
 
 
 def plain(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """The configuration in the types of YAML and JSON, each number of its field's type."""
+    """The configuration in the types of YAML and JSON, each number of its field's type, without credentials."""
     return {
         section: {
-            name: list(value) if isinstance(value, tuple) else value
+            name: _shown(value)
             for name, expected in fields.items()
             for value in [typed_value(getattr(getattr(config, section), name), expected)]
         }
         for section, fields in field_types().items()
     }
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_shown(item) for item in value]
+    return without_credentials(value) if isinstance(value, str) else value
 
 
 def from_plain(sections: Mapping[str, Mapping[str, Any]], source: str) -> RunConfig:
@@ -253,7 +260,7 @@ def from_plain(sections: Mapping[str, Mapping[str, Any]], source: str) -> RunCon
 
 
 def dump(config: RunConfig) -> str:
-    """The whole configuration as YAML, by section; `parse` of it gives every field back."""
+    """The whole configuration as YAML, by section; `parse` of it gives every field back but for credentials."""
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from megatron_lite import log
+from megatron_lite.credentials import stay_in, without_credentials
 from megatron_lite.data.named_sources import BY_NAME, NAMED
 from megatron_lite.errors import DataError
 
@@ -51,13 +52,18 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
-        return "standard input" if self.path == STANDARD_INPUT else self.path
+        """What messages, documents and reports call it: its path or address without credentials."""
+        return "standard input" if self.path == STANDARD_INPUT else without_credentials(self.path)
 
     @property
     def size(self) -> int | None:
         """Bytes on disk; None for what is no local file."""
         return os.stat(self.path).st_size if os.path.isfile(self.path) else None
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether it gives the same once more: it is no pipe and not standard input."""
+        return self.path != STANDARD_INPUT and (os.path.isfile(self.path) or not os.path.exists(self.path))
 
     @property
     def is_remote(self) -> bool:
@@ -169,9 +175,15 @@ def _file_system(address: str) -> tuple[Any, str]:
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(address)
+        system, path = fsspec.core.url_to_fs(address)
     except ValueError as error:
         raise DataError(f"--input {address}: {error}") from None
+    if stay_in(path):
+        raise DataError(
+            f"--input {address} has credentials, and addresses of this kind take none; leave them to the environment "
+            "or a file of the service"
+        )
+    return system, path
 
 
 @contextlib.contextmanager
@@ -187,6 +199,11 @@ def reading(name: str) -> Iterator[None]:
         raise DataError(f"{name} ends early ({error}); it is truncated, copy it again") from None
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror or error}") from None
+    except Exception as error:
+        # A service has errors of its own kinds, with the address in them.
+        if not _is_address(name) or isinstance(error, DataError):
+            raise
+        raise DataError(f"{name} cannot be read: {type(error).__name__}: {error}") from None
 
 
 def _named(pattern: str) -> list[Source]:

@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+from megatron_lite.credentials import without_credentials
 from megatron_lite.publish import publish
 
 NAME = "exit.json"
@@ -27,7 +28,7 @@ def write_exit(
         "code": code,
         "step": step,
         "how_to_go_on": how_to_go_on,
-        "message": message,
+        "message": without_credentials(message),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     publish(path, json.dumps(record, indent=2) + "\n")

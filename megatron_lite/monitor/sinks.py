@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_lite import log
 from megatron_lite.config.logging import LoggingConfig
+from megatron_lite.credentials import without_credentials
 from megatron_lite.errors import ConfigError, UserError
 from megatron_lite.monitor.console import ConsoleSink
 from megatron_lite.monitor.histograms import Histogram
@@ -173,14 +176,15 @@ class WandbSink:
         self._last = known.get("step", 0)
         if self._last > resume_step:
             log.warn(f"Weights & Biases keeps its values of steps {resume_step + 1} to {self._last} of run {self._id}")
-        self._run = wandb.init(
-            project=config.wandb_project,
-            name=config.wandb_exp_name,
-            dir=config.wandb_save_dir or os.fspath(run_dir),
-            id=self._id,
-            resume="allow",
-            config=settings or {},
-        )
+        with _arguments_without_credentials():
+            self._run = wandb.init(
+                project=config.wandb_project,
+                name=config.wandb_exp_name,
+                dir=config.wandb_save_dir or os.fspath(run_dir),
+                id=self._id,
+                resume="allow",
+                config=settings or {},
+            )
         self._keep()
 
     def _keep(self) -> None:
@@ -197,3 +201,14 @@ class WandbSink:
     def close(self) -> None:
         self._keep()
         self._run.finish()
+
+
+@contextlib.contextmanager
+def _arguments_without_credentials() -> Iterator[None]:
+    """Within it, this process's command line has none: Weights & Biases takes it along."""
+    before = sys.argv
+    sys.argv = list(map(without_credentials, before))
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lite import log
+from megatron_lite.credentials import without_credentials
 from megatron_lite.errors import ConfigError
 
 #: Programs that start ranks, by their file names or as Python's modules. A name ends at a colon: "slurmstepd: [12.0]".
@@ -40,7 +41,7 @@ def launcher_chain() -> list[tuple[int, int]]:
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """The command this rank was started with, to be given again: its launcher's, where there is one.
+    """The command this rank was started with, without credentials: its launcher's, where there is one.
 
     `argv` is that of the script, its path first.
     """
@@ -48,11 +49,11 @@ def command_line(argv: Sequence[str]) -> str:
     words = next((words for _, pid in reversed(chain) if _is_launcher(words := _words_of(pid))), [])
     if not words or "deepspeed.launcher.launch" in words or _name(words[0]) in ("orted", "prted", "slurmstepd"):
         # On a node that a launcher reached from another its own command line is not to be seen.
-        return shlex.join(["python", *argv])
-    if Path(words[0]).name.startswith("python"):
+        words = ["python", *argv]
+    elif Path(words[0]).name.startswith("python"):
         is_module = words[1].startswith("-")
         words = ["python", *words[1:]] if is_module else [Path(words[1]).name, *words[2:]]
-    return shlex.join(words)
+    return shlex.join(map(without_credentials, words))
 
 
 def start_command(ranks: int, *, on_gpus: bool) -> list[str]:

@@ -259,6 +259,7 @@ def test_a_sound_configuration_has_no_problems():
         ({"micro_batch_size": 0}, 1, "micro_batch_size=0 is too small; give 1 or more."),
         ({"lr": 0.0}, 1, "lr=0.0 is too small; give a number above 0."),
         ({"lr": math.nan}, 1, "lr=nan is not a finite number."),
+        ({"min_loss_scale": math.inf}, 1, "min_loss_scale=inf is not a finite number."),
         ({"rotary_percent": 0.0}, 1, "rotary_percent=0.0 is out of range; give above 0 up to 1."),
         ({"rampup_batch_size": (0, 1, 1)}, 1, "rampup_batch_size has the value 0; give three numbers of 1 or more."),
     ],
