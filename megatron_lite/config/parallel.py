@@ -43,8 +43,8 @@ class ParallelConfig:
     """Longest a collective may take."""
     hang_limit_minutes: float | None = None
     """Longest a step, or a batch of a validation, may take: the run then ends, with a page that says which rank is
-    behind and where the others wait; 0 is never. Default: 10 times the slowest of the last 50, at least 1 minute. The
-    first has distributed_timeout_minutes."""
+    behind and where the others wait; 0 is never. Default: 10 times the slowest of the last 50, at least 1 minute. Each
+    micro-batch of the first has distributed_timeout_minutes."""
 
     @property
     def model_parallel_size(self) -> int:

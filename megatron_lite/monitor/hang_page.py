@@ -82,7 +82,8 @@ def page(
 ) -> Page:
     """The page of a run that hangs.
 
-    `words` are those of the ranks that gave one, `silent` what is known of each that did not. `folder` holds the words.
+    `words` are those of the ranks that gave one, `silent` what is known of each that did not. The words of others than
+    these are not to be seen from here. `folder` holds the words.
     """
     waits = _Waits(words, silent, shape)
     behind = [f"{_named(ranks, seats)} gave no word: {state}" for state, ranks in _alike(silent).items()]
@@ -91,13 +92,16 @@ def page(
         accused = _in_an_earlier_stretch(words)
     reproaches = {rank: _reproach(words[rank], waits.missing[rank]) for rank in accused}
     behind += [f"{_named(ranks, seats)} {text}" for text, ranks in _alike(reproaches).items()]
+    covered = sorted({*words, *silent})
     if not behind:
-        behind = [_stalemate(words, waits, seats)]
+        outside = sorted(waits.missing.keys() - set(covered))
+        behind = [_elsewhere(outside) if outside else _stalemate(words, waits, seats)]
     told = _alike({rank: _line(word, waits.of[rank]) for rank, word in words.items()})
     shown = min(accused or words)
     lines = [
         *(
             f"THIS RUN HANGS: {next((word.reason for word in words.values() if word.reason), 'a rank says so')}",
+            *([] if len(covered) == shape.world_size else [_coverage(covered, seats)]),
             "",
             "behind:",
             *_first(behind),
@@ -138,7 +142,7 @@ class _Waits:
 
     def accused(self) -> set[int]:
         """The ranks that others wait for and that wait for no other themselves, of those that gave a word."""
-        return {rank for rank in self.missing if rank not in self._silent and not self.of[rank]}
+        return {rank for rank in self.missing if rank in self._words and not self.of[rank]}
 
     def _waits_of(self, word: Word) -> list[_Wait]:
         waits = [_Wait(what, (rank,), ranks_text([rank])) for what, rank in word.awaited if rank != word.rank]
@@ -156,7 +160,7 @@ class _Waits:
                 for member in self._members(collective, rank)
                 if member in self._silent or reached.get(member, 0) < collective.number
             )
-            self._found[key] = _Wait(_told(collective), whom, ranks_text(whom) if whom else "")
+            self._found[key] = _Wait(str(collective), whom, ranks_text(whom) if whom else "")
         return self._found[key]
 
     def _members(self, collective: Collective, rank: int) -> Collection[int]:
@@ -168,11 +172,6 @@ class _Waits:
 
 _ALL = ("all", "default_pg")
 """What is over all ranks; the latter is torch's name."""
-
-
-def _told(collective: Collective) -> str:
-    over = {"default_pg": "all", "undefined": "a group of DeepSpeed's"}.get(collective.over, collective.over)
-    return f"{collective.name} {collective.number} over {over.replace('+', ' and ')}"
 
 
 def _in_an_earlier_stretch(words: Mapping[int, Word]) -> set[int]:
@@ -187,6 +186,18 @@ def _reproach(word: Word, missing: Collection[str]) -> str:
         return f"is still in {unfinished}, to which all have come: nothing gets through to it"
     lacks = f"has not come to {' or '.join(sorted(missing)[:3])}" if missing else "is a stretch behind the others"
     return f"{lacks}: it is in {_place(word)}{f', at {word.at[-1]}' if word.at else ''}"
+
+
+def _coverage(covered: Sequence[int], seats: Sequence[Seat]) -> str:
+    nodes = sorted({seats[rank].node for rank in covered})
+    return (
+        f"(as {ranks_text(covered)} on {' and '.join(nodes)} see it: without --save or --run-dir there is no folder "
+        "that all nodes see, and each has a page of its own)"
+    )
+
+
+def _elsewhere(ranks: Sequence[int]) -> str:
+    return f"none of the ranks that this page covers: they wait for {ranks_text(ranks)}, whose node has another page"
 
 
 def _stalemate(words: Mapping[int, Word], waits: _Waits, seats: Sequence[Seat]) -> str:
@@ -207,7 +218,7 @@ def _stalemate(words: Mapping[int, Word], waits: _Waits, seats: Sequence[Seat]) 
 
 
 def _unfinished(word: Word) -> str:
-    return " and ".join(_told(collective) for collective in word.collectives if not collective.is_over)
+    return " and ".join(str(collective) for collective in word.collectives if not collective.is_over)
 
 
 def _line(word: Word, waits: Sequence[_Wait]) -> str:

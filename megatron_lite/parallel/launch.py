@@ -248,6 +248,8 @@ def start(launch: Launch, timeout_minutes: float, store=None):
     import torch
     import torch.distributed as dist
 
+    from megatron_lite.parallel.process_mesh import group_timeout
+
     log.configure(launch.rank, launch.world_size)
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world_size))
@@ -272,7 +274,7 @@ def start(launch: Launch, timeout_minutes: float, store=None):
         store=open_store(launch, timeout_minutes) if store is None else store,
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=group_timeout(device, timedelta(minutes=timeout_minutes)),
     )
     return device
 

@@ -16,6 +16,14 @@ import torch.distributed as dist
 
 from megatron_lite.parallel.mesh_shape import AXES, REPLICAS, MeshShape
 
+NCCL_GRACE = timedelta(minutes=2)
+"""How much longer nccl waits than it is told to: it ends the process then, which is to say before why it does."""
+
+
+def group_timeout(device: torch.device, longest: timedelta) -> timedelta:
+    """The timeout of groups whose collectives may take so long: gloo's raise an error, nccl's end the process."""
+    return longest + NCCL_GRACE if device.type == "cuda" else longest
+
 
 class ProcessMesh:
     """This rank's place on the mesh and its groups along each axis.
@@ -45,7 +53,7 @@ class ProcessMesh:
     ) -> ProcessMesh:
         """The mesh of a started process group (or of one process), its groups made.
 
-        `timeout` is the longest a collective of any of them may take.
+        `timeout` is the longest a collective of any of them may take, by the word of whoever watches on a GPU.
         """
         started = dist.is_available() and dist.is_initialized()
         world = dist.get_world_size() if started else 1
@@ -71,7 +79,8 @@ class ProcessMesh:
         axes joined by "+", or another word. torch does not hand the timeout of the first group on, so no group is
         made elsewhere.
         """
-        made = [(ranks, dist.new_group(ranks, timeout=self._timeout, group_desc=over)) for ranks in groups]
+        timeout = group_timeout(self.device, self._timeout)
+        made = [(ranks, dist.new_group(ranks, timeout=timeout, group_desc=over)) for ranks in groups]
         return next(group for ranks, group in made if self.global_rank in ranks)
 
     @property

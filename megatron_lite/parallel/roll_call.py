@@ -25,7 +25,7 @@ HEARING_SECONDS = 2.0
 WAY_OUT_SECONDS = 40.0
 """How long a rank may take to end once the run cannot go on: the store, a disk or a tracker may not answer either.
 
-It is more than answers, the words of ranks that hang and the last lines of logs take where all is well.
+It is more than answers and the last lines of logs take where all is well.
 """
 _LOOK_MILLISECONDS = 200
 _HERE, _GONE, _LEFT = "here", "gone", "left"
@@ -106,10 +106,10 @@ class RollCall:
         """False once the store is gone through which ranks are asked."""
         return self._world_size == 1 or self._store is not None
 
-    def bound_the_end(self, exit_code: int) -> None:
-        """See to it that this process has ended within `WAY_OUT_SECONDS`, where others may wait for it."""
+    def bound_the_end(self, exit_code: int, longer: float = 0.0) -> None:
+        """See to it that this process has ended within `WAY_OUT_SECONDS`, or so much longer: others may wait for it."""
         if self._world_size > 1:
-            timer = threading.Timer(WAY_OUT_SECONDS, os._exit, [exit_code])
+            timer = threading.Timer(WAY_OUT_SECONDS + longer, os._exit, [exit_code])
             timer.daemon = True
             timer.start()
 

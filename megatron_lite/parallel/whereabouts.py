@@ -48,6 +48,20 @@ class Collective(NamedTuple):
     number: int
     """How many of this group there were, itself included: on all its ranks the same."""
     is_over: bool
+    seconds: float = 0.0
+    """How long it is under way."""
+
+    def __str__(self) -> str:
+        over = {"default_pg": "all", "undefined": "a group of DeepSpeed's"}.get(self.over, self.over)
+        return f"{self.name} {self.number} over {over.replace('+', ' and ')}"
+
+
+class Order(NamedTuple):
+    """What is to come from one other rank."""
+
+    rank: int
+    since: float
+    """When it was asked for, on the monotonic clock."""
 
 
 class Whereabouts:
@@ -57,8 +71,8 @@ class Whereabouts:
         self.stretch = Stretch("start", 0, 0, time.monotonic())
         self.doing: tuple[Any, ...] = ()
         """Words and numbers, put together only when somebody asks."""
-        self.awaited: dict[tuple[Any, ...], int] = {}
-        """What was ordered from another rank and is not used yet, in words as of `doing` -> that rank."""
+        self.awaited: dict[tuple[Any, ...], Order] = {}
+        """What was ordered from another rank and is not used yet, by words as of `doing`."""
         self.waited = 0.0
         """Seconds spent in collectives, as the host sees it: on a GPU, which works by itself, next to nothing."""
         self._computed = 0.0
@@ -78,12 +92,16 @@ class Whereabouts:
         """Say what comes next within a stretch."""
         self.doing = words
 
+    def order(self, rank: int, *what: Any) -> None:
+        """Say what is to come from another rank."""
+        self.awaited[what] = Order(rank, time.monotonic())
+
     @contextlib.contextmanager
     def waiting(self, what: str = "", rank: int | None = None) -> Iterator[None]:
         """Within it this rank waits for others; for `what` of one `rank`, where that is known."""
         began = time.perf_counter()
         if rank is not None:
-            self.awaited[what,] = rank
+            self.order(rank, what)
         yield
         self.awaited.pop((what,), None)
         self.waited += time.perf_counter() - began
@@ -135,5 +153,14 @@ def collectives() -> list[Collective]:
             if (last := found.get(group)) is None or last.is_over:
                 name = entry["profiling_name"].rpartition(":")[2]
                 is_over = entry["retired"] or entry["state"] == "completed"
-                found[group] = Collective(group, over, name, entry["collective_seq_id"], is_over)
+                seconds = 0.0 if is_over else (time.time_ns() - entry["time_created_ns"]) / 1e9
+                found[group] = Collective(group, over, name, entry["collective_seq_id"], is_over, round(seconds, 1))
     return list(found.values())
+
+
+def longest_wait() -> tuple[str, float]:
+    """What this rank has waited for longest of what is under way, in words, and for how many seconds."""
+    waits = [(str(collective), collective.seconds) for collective in collectives() if not collective.is_over]
+    for what, order in dict(HERE.awaited).items():
+        waits.append((f"{' '.join(map(str, what))} from rank {order.rank}", time.monotonic() - order.since))
+    return max(waits, key=lambda wait: wait[1], default=("nothing", 0.0))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_lite import log
 from megatron_lite.errors import EXIT_DONE, EXIT_ERROR, HangError, LostRankError, MegatronLiteError
 from megatron_lite.monitor import exit_file, rank_log
-from megatron_lite.monitor.hang_watch import HangWatch
+from megatron_lite.monitor.hang_watch import LONGEST_REPORT_SECONDS, HangWatch
 from megatron_lite.parallel.roll_call import Lost, RollCall, lost_rank
 from megatron_lite.plan.report import memory_comparison
 from megatron_lite.train.loop import EARLY_STOPPING, Run
@@ -69,7 +69,8 @@ class Ending:
         """
         seen, error = error, explained(error, self._rank)
         if isinstance(error, (HangError, LostRankError)):
-            self._roll.bound_the_end(error.exit_code)
+            hangs = isinstance(error, HangError)
+            self._roll.bound_the_end(error.exit_code, longer=LONGEST_REPORT_SECONDS if hangs else 0.0)
         if self.watch is not None:
             self.watch.report(error, seen) if isinstance(error, HangError) else self.watch.close()
         if isinstance(error, LostRankError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,21 +26,25 @@ def watch_for_hangs(
     if config.hang_limit_minutes == 0:
         return None
     places = mesh.gather_json({**this_place(), "now": time.strftime("%Y%m%d-%H%M%S")})
-    # Ranks of a run without a folder may be on one machine, and there is nowhere else that several could look.
+    # Without one there is nowhere that ranks of several machines could look.
     folder = run_dir or Path(tempfile.gettempdir())
     folder /= f"hang-{places[0]['now']}" if run_dir else f"megatron_lite-hang-{places[0]['now']}-{places[0]['pid']}"
 
     def tell(page: Page) -> None:
         told(HangError(f"{page.gist}; {folder / PAGE} has more"))
 
+    # gloo gives up by itself, and each waiting rank hears of it; nccl would end the process without a word.
+    given_up = config.distributed_timeout_minutes if mesh.device.type == "cuda" else math.inf
+    limit = Limit(config.hang_limit_minutes, config.distributed_timeout_minutes, given_up)
     watch = HangWatch(
         mesh.global_rank,
         mesh.shape,
         [Seat(place["host"], place["pid"]) for place in places],
         [place["machine"] for place in places],
         folder,
-        Limit(config.hang_limit_minutes, config.distributed_timeout_minutes),
+        limit,
         tell,
+        is_shared=run_dir is not None,
     )
     watch.start()
     return watch

@@ -80,6 +80,18 @@ def test_without_a_record_of_collectives_the_earlier_stretch_tells():
     assert "see where each of them is" in _page(MeshShape(data=2), [_word(0), _word(1)]).gist
 
 
+def test_ranks_of_another_node_whose_words_are_not_to_be_seen_are_not_accused():
+    words = [_word(rank, collectives=[_in(5)]) for rank in range(4)]
+    made = _page(MeshShape(data=8), words)
+    assert made.text.splitlines()[1].startswith("(as ranks 0-3 on node-0 see it: without --save or --run-dir")
+    assert made.gist == (
+        "none of the ranks that this page covers: they wait for ranks 4-7, whose node has another page"
+    )
+    words[2] = _word(2, doing="reading samples", collectives=[_in(4, over_it=True)])
+    gist = _page(MeshShape(data=8), words).gist
+    assert gist.startswith("rank 2 (node-0, process 102) has not come to all_reduce 5 over data") and "4" not in gist
+
+
 def test_the_reason_is_that_of_a_rank_that_found_it_out():
     made = _page(MeshShape(data=2), [_word(0), _word(1, reason="training step 7 did not end within 60 s")])
     assert made.text.startswith("THIS RUN HANGS: training step 7 did not end within 60 s\n")

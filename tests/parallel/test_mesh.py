@@ -1,6 +1,7 @@
 """Mesh arithmetic against a brute-force oracle; live groups and JSON between ranks."""
 
 import itertools
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -74,6 +75,21 @@ def _talk():
     pair = torch.tensor([float(dist.get_rank())])
     dist.all_reduce(pair, group=mesh.subgroup("tensor", 2))
     return total.item(), pair.item(), mesh.gather_json({"rank": mesh.global_rank, "text": "é" * mesh.global_rank})
+
+
+def test_groups_of_gpus_outlast_the_time_after_which_the_watch_speaks(monkeypatch):
+    made = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "new_group", lambda ranks=None, timeout=None, **words: made.append((timeout, words)))
+    longest, grace = timedelta(minutes=7), timedelta(minutes=2)
+    for device, waits in (("cuda", longest + grace), ("cpu", longest)):
+        made.clear()
+        ProcessMesh.create(MeshShape(data=2, tensor=2), device, longest)
+        *groups, (timeout, words) = made
+        assert len(groups) == 4 and all(of_groups == waits for of_groups, _ in groups)
+        assert words["backend"] == "gloo" and timeout == longest, "gloo's errors are raised, and need no grace"
 
 
 def test_live_groups():

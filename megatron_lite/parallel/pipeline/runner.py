@@ -206,7 +206,7 @@ class _Stage(PipelineStage):
 
     def _await(self, kind: str, micro_batch: int) -> None:
         if (rank := self.suppliers[kind]) is not None:
-            HERE.awaited[self._wanted(kind, micro_batch)] = rank
+            HERE.order(rank, *self._wanted(kind, micro_batch))
 
     def _wanted(self, kind: str, micro_batch: int) -> tuple[str | int, ...]:
         return "the input" if kind == "F" else "the gradient", "of stage", self.stage_index, "micro-batch", micro_batch
