@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.parallel.launch import LOOPBACK
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "pretrain_gpt.py")
@@ -44,7 +45,7 @@ def _command(launcher: str) -> list[str]:
 
 def _start(launcher: str, folder: Path, *extra: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GLOO_SOCKET_IFNAME"):
         environment.pop(name, None)
     with open(folder.parent / f"{folder.name}.log", "w") as output:
         return subprocess.Popen(
@@ -70,6 +71,13 @@ def _family(process: subprocess.Popen) -> list[psutil.Process]:
     """The launcher and all that came of it; torchrun puts its ranks in sessions of their own."""
     launcher = psutil.Process(process.pid)
     return [launcher, *launcher.children(recursive=True)]
+
+
+def _reachable_by_others(family: list[psutil.Process]) -> dict[int, list[str]]:
+    """By process, the addresses besides loopback at which it listens."""
+    listening = {p.pid: [c.laddr.ip for c in p.net_connections("inet") if c.status == "LISTEN"] for p in family}
+    assert any(listening.values())
+    return {pid: open_ for pid, ips in listening.items() if (open_ := [ip for ip in ips if ip not in LOOPBACK])}
 
 
 def _wait_until_gone(family: list[psutil.Process], seconds: float) -> None:
@@ -105,6 +113,8 @@ def test_sigterm_saves_and_leaves_nobody(launcher, whom, tmp_path):
     family = _family(process)
     assert len(family) >= (1 if launcher == "python" else 3)
     try:
+        # The store of torchrun's own agent is open to all; what ranks listen at is not.
+        assert _reachable_by_others(family).keys() <= ({process.pid} if launcher == "torchrun" else set())
         if whom == "launcher":
             os.kill(process.pid, signal.SIGTERM)
         else:
