@@ -5,11 +5,25 @@
 #include <pybind11/stl.h>
 
 #include "host/best_fit.h"
+#include "host/document_bounds.h"
 #include "host/draws.h"
 #include "host/permutation.h"
 
 namespace py = pybind11;
+using megatron_lite::DocumentBounds;
 using megatron_lite::Permutation;
+using megatron_lite::UnalignedArray;
+
+namespace {
+
+// `count` int64 values of a buffer from byte `offset` on.
+UnalignedArray array_in(const py::buffer_info& buffer, int64_t offset, int64_t count) {
+  if (buffer.itemsize != 1 || offset < 0 || count < 0 || offset > buffer.size || (buffer.size - offset) / 8 < count)
+    throw py::value_error("an array that leaves its buffer");
+  return {static_cast<const unsigned char*>(buffer.ptr) + offset, count};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_host, module) {
   module.doc() = "What is no tensor operation and too slow in Python.";
@@ -52,4 +66,23 @@ PYBIND11_MODULE(_host, module) {
       },
       py::arg("sizes"), py::arg("capacity"),
       "int32 [items] and [bins + 1]: data/pack.py's items of each bin one after another, and where each bin begins.");
+
+  py::class_<DocumentBounds>(module, "DocumentBounds",
+                             "Where documents begin, for data/indexed.py; tokens are not checked.")
+      .def(py::init([](const py::buffer& index, int64_t pointers_at, int64_t sequences, int64_t documents_at,
+                       int64_t bounds, int64_t width) {
+             const py::buffer_info bytes = index.request();
+             return DocumentBounds(array_in(bytes, pointers_at, sequences), array_in(bytes, documents_at, bounds),
+                                   width);
+           }),
+           py::arg("index"), py::arg("pointers_at"), py::arg("sequences"), py::arg("documents_at"), py::arg("bounds"),
+           py::arg("width"), py::keep_alive<1, 2>())
+      .def("document_at", &DocumentBounds::document_at, py::arg("token"))
+      .def(
+          "starts",
+          [](const DocumentBounds& bounds, int64_t start, int64_t stop) {
+            const std::vector<int64_t> found = bounds.starts(start, stop);
+            return py::array_t<int64_t>(found.size(), found.data());
+          },
+          py::arg("start"), py::arg("stop"), "int64, counted from `start`, ascending from 0.");
 }

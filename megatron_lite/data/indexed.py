@@ -19,10 +19,12 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_lite.errors import DataError
+from megatron_lite.kernels import host
 
 MAGIC = b"MMIDIDX\x00\x00"
 _LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -98,6 +100,10 @@ class IndexedReader:
         self._check_documents()
         self._tokens = np.frombuffer(self._bin, self.dtype)
         self.num_tokens = len(self._tokens)
+
+    def __reduce__(self) -> tuple:
+        # Another process maps the files itself.
+        return IndexedReader, (self.prefix,)
 
     def _read_header(self) -> tuple[np.dtype, int, int]:
         path, size = self._idx_path, len(self._idx)
@@ -191,14 +197,27 @@ class IndexedReader:
             return self.num_tokens
         return int(self.pointers[sequence]) // self.dtype.itemsize
 
+    @functools.cached_property
+    def _bounds(self) -> Any:
+        """csrc/host/document_bounds.h over the arrays in the file; None where it is not compiled."""
+        compiled, sequences = host.module(), self.num_sequences
+        at = _HEADER.size + 4 * sequences
+        return compiled and compiled.DocumentBounds(
+            self._idx, at, sequences, at + 8 * sequences, len(self.documents), self.dtype.itemsize
+        )
+
     def document_at(self, token: int) -> int:
         """The document that holds a token of the flat stream."""
+        if self._bounds:
+            return self._bounds.document_at(token)
         # Not numpy's searchsorted: the arrays are unaligned in the file, and it would copy them whole.
         sequence = bisect.bisect_right(self.pointers, token * self.dtype.itemsize) - 1
         return bisect.bisect_right(self.documents, sequence) - 1
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Where the documents of tokens `start` to `stop` begin, counted from `start`: int64, ascending from 0."""
+        if self._bounds:
+            return self._bounds.starts(start, stop)
         first, last = self.document_at(start), self.document_at(stop - 1)
         sequences = self.documents[first + 1 : last + 1]
         inside = self.pointers[sequences] // self.dtype.itemsize - start

@@ -51,7 +51,7 @@ class Permutation:
     def __init__(self, n: int, *name: int | str):
         if not 1 <= n <= _LARGEST:
             raise ValueError(f"a permutation of {n} indices; 1 to 2^63 are possible")
-        self.n = n
+        self.n, self._name = n, name
         # At least two bits a side: on fewer the network reaches only a few of the permutations.
         bits = max(4, (n - 1).bit_length())
         self._low_bits = bits // 2
@@ -61,6 +61,9 @@ class Permutation:
         self._keys = list(zip(numbers[::2], numbers[1::2], strict=True))
         compiled = host.module()
         self._compiled = compiled.Permutation(n, numbers) if compiled else None
+
+    def __reduce__(self) -> tuple:
+        return Permutation, (self.n, *self._name)
 
     def _network(self, index: Index) -> Index:
         high, low = index >> self._low_bits, index & self._low_mask

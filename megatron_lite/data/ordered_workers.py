@@ -40,9 +40,9 @@ def map_in_order(make: Callable[[], Callable[[Item], Result]], items: Iterable[I
         yield from map(make(), items)
         return
     with contextlib.ExitStack() as running:
-        with _interrupts_ignored():
-            pool = [running.enter_context(_Worker(make)) for _ in range(workers)]
-        waiting: collections.deque[_Worker] = collections.deque()
+        with interrupts_ignored():
+            pool = [running.enter_context(Worker(make)) for _ in range(workers)]
+        waiting: collections.deque[Worker] = collections.deque()
         for number, item in enumerate(items):
             if len(waiting) == _IN_FLIGHT * workers:
                 yield waiting.popleft().receive()
@@ -53,7 +53,7 @@ def map_in_order(make: Callable[[], Callable[[Item], Result]], items: Iterable[I
 
 
 @contextlib.contextmanager
-def _interrupts_ignored() -> Iterator[None]:
+def interrupts_ignored() -> Iterator[None]:
     """What processes started in here inherit: an interrupt reaches all, and the parent alone answers it."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -62,7 +62,7 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-class _Worker:
+class Worker:
     """A process and this end of its pipe. It holds nothing of value and is killed when done with."""
 
     def __init__(self, make: Callable[[], Callable]):
@@ -98,7 +98,7 @@ class _Worker:
             -code if code is not None and code < 0 else None,
         )
 
-    def __enter__(self) -> _Worker:
+    def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
