@@ -22,8 +22,8 @@ import tiktoken
 import zstandard
 from tiny_run import load_tool
 
+from megatron_lite.data.byte_alphabet import unspell_bytes
 from megatron_lite.data.indexed import IndexedReader
-from megatron_lite.data.tokenizer_byte import unspell_bytes
 from megatron_lite.data.tokenizer_tiktoken import PATTERNS
 
 REPOSITORY = Path(__file__).parents[2]
