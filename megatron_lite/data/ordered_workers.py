@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -29,8 +30,13 @@ class WorkerLost(DataError):
         self.pid, self.signal_number = pid, signal_number
 
 
-def map_in_order(make: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int) -> Iterator[Result]:
+def map_in_order(
+    make: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int, copies: bool = False
+) -> Iterator[Result]:
     """`map(make(), items)` by that many processes, each of which calls `make` once; by none if it is one.
+
+    With `copies` they begin as copies of this process, where that is safe, with all it has loaded and built: at once,
+    and sharing its memory. `make` and what it makes must then not depend on threads.
 
     Item k goes to worker k mod `workers`, and at most two items a worker are in memory. Call it on the
     main thread. An error of ours is raised here as itself. Raises WorkerLost when one is lost:
@@ -41,7 +47,10 @@ def map_in_order(make: Callable[[], Callable[[Item], Result]], items: Iterable[I
         return
     with contextlib.ExitStack() as running:
         with interrupts_ignored():
-            pool = [running.enter_context(Worker(make)) for _ in range(workers)]
+            pool: list[Worker] = []
+            method = "fork" if copies and _can_be_copied() else "spawn"
+            for _ in range(workers):
+                pool.append(running.enter_context(Worker(make, method, pool)))
         waiting: collections.deque[Worker] = collections.deque()
         for number, item in enumerate(items):
             if len(waiting) == _IN_FLIGHT * workers:
@@ -50,6 +59,11 @@ def map_in_order(make: Callable[[], Callable[[Item], Result]], items: Iterable[I
             waiting.append(pool[number % workers])
         while waiting:
             yield waiting.popleft().receive()
+
+
+def _can_be_copied() -> bool:
+    """A copy has none of the threads, and waits for ever for a lock that one of them held."""
+    return sys.platform == "linux" and threading.active_count() == 1
 
 
 @contextlib.contextmanager
@@ -65,10 +79,12 @@ def interrupts_ignored() -> Iterator[None]:
 class Worker:
     """A process and this end of its pipe. It holds nothing of value and is killed when done with."""
 
-    def __init__(self, make: Callable[[], Callable]):
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, make: Callable[[], Callable], method: str = "spawn", earlier: Sequence[Worker] = ()):
+        context = multiprocessing.get_context(method)
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(make, theirs), daemon=True)
+        # Ends of pipes that a copy has but is not to keep: a worker would outlive the parent by them.
+        kept = [worker._connection for worker in (*earlier, self)] if method == "fork" else []
+        self._process = context.Process(target=_serve, args=(make, theirs, kept), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -107,8 +123,11 @@ class Worker:
         self._connection.close()
 
 
-def _serve(make: Callable[[], Callable], connection: Connection) -> None:
+def _serve(make: Callable[[], Callable], connection: Connection, of_parent: Sequence[Connection]) -> None:
     """The life of a worker: it ends when the parent's end of the pipe does, in whatever it is doing."""
+    for end in of_parent:
+        end.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     function = make()

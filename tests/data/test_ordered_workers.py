@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
 import time
 
 import psutil
@@ -19,11 +24,11 @@ def makes(function, *arguments) -> functools.partial:
     return functools.partial(functools.partial, function, *arguments)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_order_is_kept_and_little_is_taken_ahead(workers):
+@pytest.mark.parametrize(("workers", "copies"), [(1, False), (3, False), (3, True)])
+def test_order_is_kept_and_little_is_taken_ahead(workers, copies):
     taken: list[int] = []
     numbers = (taken.append(number) or number for number in range(1, 41))
-    for received, result in enumerate(map_in_order(makes(pow, 2), numbers, workers), 1):
+    for received, result in enumerate(map_in_order(makes(pow, 2), numbers, workers, copies), 1):
         assert result == 2**received
         assert len(taken) - received <= 2 * workers
     assert received == 40
@@ -71,3 +76,52 @@ def test_leaving_early_ends_the_workers():
     start = time.monotonic()
     results.close()
     assert not children() and time.monotonic() - start < 30
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="copies are for Linux")
+def test_copies_have_what_was_built_and_are_made_of_one_thread_alone():
+    built = []
+    results = map_in_order(lambda: lambda item: (len(built), item), range(2), 2, copies=True)
+    built.append("before the start")
+    assert list(results) == [(1, 0), (1, 1)]
+    release = threading.Event()
+    thread = threading.Thread(target=release.wait)
+    thread.start()
+    try:
+        # Started anew: what is made must travel, and this cannot.
+        with pytest.raises((pickle.PicklingError, AttributeError)):
+            list(map_in_order(lambda: abs, range(2), 2, copies=True))
+    finally:
+        release.set()
+        thread.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="copies are for Linux")
+def test_copies_end_with_a_parent_that_is_killed(tmp_path):
+    """Each has the ends of pipes that were there before it; none may hold another one up by them."""
+    script = """
+import os, signal, sys
+from megatron_lite.data.ordered_workers import map_in_order
+for pid in map_in_order(lambda: lambda item: os.getpid(), iter(range(3)), 3, copies=True):
+    print(pid)
+sys.stdout.flush()
+results = map_in_order(lambda: lambda item: (print(os.getpid(), flush=True), item)[1], range(9), 3, copies=True)
+next(results)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    pids = {int(pid) for pid in done.stdout.split()}
+    assert len(pids) >= 4
+    deadline = time.monotonic() + 30
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, pids))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
