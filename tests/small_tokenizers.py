@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_lite.config.data import DataConfig
-from megatron_lite.data.tokenizer_byte import unspell_bytes
+from megatron_lite.data.byte_alphabet import unspell_bytes
 
 ENGLISH = list(pydoc_data.topics.topics.values())
 HARD = [

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from megatron_lite.data.tokenizer_engines import (
+    Encode,
+    gigatoken_of_description,
+    require_byte_level,
+    tiktoken_of_description,
+)
 from megatron_lite.data.tokenizer_files import ROLE_FILES
 from megatron_lite.data.tokenizer_interface import ROLE_NAMES, Tokenizer
 from megatron_lite.errors import TokenizerError
@@ -57,6 +64,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     kind = "HuggingFaceTokenizer"
+    library = "tokenizers"
 
     def __init__(self, description: Mapping[str, Any], roles: Mapping[str, str], source: str):
         with _described_by(source):
@@ -104,6 +112,14 @@ class HuggingFaceTokenizer(Tokenizer):
         # One text a call: a batch starts a thread a core, and the processes of a corpus share the cores already.
         encode = self._library.encode_batch_fast
         return [encode([text], add_special_tokens=False)[0].ids for text in texts]
+
+    def engines(self) -> Mapping[str, Callable[[], Encode]]:
+        made_by = {"gigatoken": gigatoken_of_description, "tiktoken": tiktoken_of_description}
+        return {name: functools.partial(self._engine, make) for name, make in made_by.items()}
+
+    def _engine(self, make: Callable[[Mapping[str, Any]], Encode]) -> Encode:
+        require_byte_level(self._description)
+        return make(self._description)
 
     def _decode_ids(self, ids: list[int]) -> str:
         return self._library.decode(ids, skip_special_tokens=False)

@@ -8,11 +8,12 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
+from megatron_lite.data.tokenizer_engines import Encode
 from megatron_lite.errors import TokenizerError
 
 ROLE_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -91,6 +92,8 @@ class Tokenizer(abc.ABC):
     """
 
     kind: str
+    library: str
+    """What encodes its texts, unless `run_by` was given another one for blocks of them."""
     template: tuple[str, ...] = ()
     """Special tokens that the tokenizer's own files would put around every text; here nothing is put there."""
 
@@ -103,12 +106,24 @@ class Tokenizer(abc.ABC):
         self._base_size = base_size
         self._vocab_size = base_size
         self._earlier: list[tuple[dict[str, int], int]] = []  # special tokens and size before each addition
+        self._encode_block: Encode | None = None
         self._own_roles = {role: id for role, id in roles.items() if id is not None}
         self._specials = dict(specials)
         for role, id in self._own_roles.items():
             if role != "unk" and id not in self._specials.values():
                 self._specials[str(self._base_token(id))] = id
         self._refresh()
+
+    def engines(self) -> Mapping[str, Callable[[], Encode]]:
+        """Faster libraries that may give the same ids, the fastest first, and what makes their encoders.
+
+        That raises Unfit where a library cannot run this tokenizer, and whatever the library raises.
+        """
+        return {}
+
+    def run_by(self, encode: Encode | None) -> None:
+        """Let `encode` do the work of `encode_block`; None: this tokenizer's own library."""
+        self._encode_block = encode
 
     @abc.abstractmethod
     def _encode_texts(self, texts: Sequence[str]) -> list[Sequence[int]]:
@@ -251,7 +266,7 @@ class Tokenizer(abc.ABC):
 
     def encode_block(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts end to end (int32) and the number of ids of each (int64): the fast path."""
-        rows = self._own_ids(texts)
+        rows = self._own_ids(texts, self._encode_block)
         flat, lengths = _joined(rows)
         if self._is_guarded[flat].any():
             flat, lengths = _joined([self.encode(text) for text in texts])
@@ -326,9 +341,9 @@ class Tokenizer(abc.ABC):
             parts.append("".join(map(self._special_of.__getitem__, run)) if special else self._decode_ids(run))
         return "".join(parts)
 
-    def _own_ids(self, texts: Sequence[str]) -> list[Sequence[int]]:
+    def _own_ids(self, texts: Sequence[str], encode: Encode | None = None) -> list[Sequence[int]]:
         try:
-            return self._encode_texts(texts)
+            return (encode or self._encode_texts)(texts)
         except (UnicodeEncodeError, TypeError, RuntimeError):
             for index, text in enumerate(texts):
                 surrogate = re.search("[\ud800-\udfff]", text)

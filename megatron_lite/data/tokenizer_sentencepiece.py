@@ -22,6 +22,7 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     kind = "SentencePieceTokenizer"
+    library = "sentencepiece"
 
     def __init__(self, model: bytes, source: str):
         self._library = sentencepiece.SentencePieceProcessor()

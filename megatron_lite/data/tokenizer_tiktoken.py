@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
-from megatron_lite.data.tokenizer_byte import spell_bytes, unspell_bytes
+from megatron_lite.data.byte_alphabet import spell_bytes, unspell_bytes
+from megatron_lite.data.tokenizer_engines import GPT2_PATTERN, Encode, Unfit, gigatoken_of_ranks
 from megatron_lite.data.tokenizer_interface import MOST_IDS, Tokenizer
 from megatron_lite.errors import TokenizerError
 
@@ -22,7 +23,7 @@ _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _LEAD = r"[^\r\n\p{L}\p{N}]?"
 
 PATTERNS: Mapping[str, str] = {
-    "r50k": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "r50k": GPT2_PATTERN,
     "cl100k": (rf"{_ENGLISH}|{_LEAD}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
     "o200k": (
         rf"{_LEAD}{_ANY_CASE}*{_NO_CAPITAL}+{_SUFFIX}|{_LEAD}{_ANY_CASE}+{_NO_CAPITAL}*{_SUFFIX}"
@@ -59,6 +60,7 @@ class TiktokenTokenizer(Tokenizer):
     """
 
     kind = "TiktokenTokenizer"
+    library = "tiktoken"
 
     def __init__(
         self, ranks: Mapping[bytes, int], pattern: str, specials: Mapping[str, int], source: str, offset: int = 0
@@ -143,6 +145,16 @@ class TiktokenTokenizer(Tokenizer):
     def _encode_texts(self, texts: Sequence[str]) -> list[Sequence[int]]:
         rows = [self._library.encode_to_numpy(text, disallowed_special=()) for text in texts]
         return [row + self._offset for row in rows] if self._offset else rows
+
+    def engines(self) -> Mapping[str, Callable[[], Encode]]:
+        return {"gigatoken": self._gigatoken}
+
+    def _gigatoken(self) -> Encode:
+        scheme = next((name for name, pattern in PATTERNS.items() if pattern == self._pattern), None)
+        if scheme is None:
+            raise Unfit(f"it cuts text by none of {', '.join(PATTERNS)}")
+        encode = gigatoken_of_ranks(self._ranks, scheme)
+        return (lambda texts: [row + self._offset for row in encode(texts)]) if self._offset else encode
 
     def _decode_ids(self, ids: list[int]) -> str:
         return b"".join(map(self._token_of.__getitem__, ids)).decode(errors="replace")

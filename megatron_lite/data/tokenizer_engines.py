@@ -1,0 +1,161 @@
+"""The libraries that run a byte-level BPE, each behind the same function: texts in, an array of ids for each out."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_lite.data.byte_alphabet import BYTE_ALPHABET, unspell_bytes
+
+Encode = Callable[[Sequence[str]], list[np.ndarray]]
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_RENEWED_AFTER = 1 << 27
+"""Characters after which an encoder by gigatoken is made anew."""
+
+
+class Unfit(Exception):
+    """Why a library cannot run a tokenizer, as half a sentence."""
+
+
+class _Gigatoken:
+    """An encoder by gigatoken. It is made anew now and then: the library's cache of words has no bound."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make = make
+        self._encode, self._left = make().encode, _RENEWED_AFTER
+
+    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._left < 0:
+            self._encode, self._left = self._make().encode, _RENEWED_AFTER
+        self._left -= sum(map(len, texts))
+        return list(map(self._encode, texts))
+
+
+def gigatoken_of_ranks(ranks: Mapping[bytes, int], scheme: str) -> Encode:
+    """gigatoken for ranks 0 ... n - 1, cutting text by the scheme it knows by that name."""
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    if [ranks[token] for token in ordered] != list(range(len(ordered))):
+        raise Unfit("its ranks have holes")
+    lines = b"".join(b"%b %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(ordered))
+
+    def make() -> Any:
+        from gigatoken import Tokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "ranks.tiktoken")
+            path.write_bytes(lines)
+            return Tokenizer.from_tiktoken(path, scheme, {}).backend
+
+    return _Gigatoken(make)
+
+
+def gigatoken_of_description(description: Mapping[str, Any]) -> Encode:
+    """gigatoken for a tokenizer.json that `require_byte_level` has nothing against."""
+    content = {
+        "model": description["model"],
+        "normalizer": description.get("normalizer"),
+        "pre_tokenizer": description["pre_tokenizer"],
+        # It looks for special tokens in texts and for no others; ours are those that are no text.
+        "added_tokens": [token | {"special": True} for token in tokens_in_text(description)],
+    }
+    text = json.dumps(content)
+
+    def make() -> Any:
+        from gigatoken import Tokenizer
+
+        return Tokenizer.from_json(text).backend
+
+    return _Gigatoken(make)
+
+
+def tiktoken_of_description(description: Mapping[str, Any]) -> Encode:
+    """tiktoken for a tokenizer.json that `require_byte_level` has nothing against.
+
+    It merges whatever pair spells the token of lowest rank, not listed pairs: the same where each token comes of one
+    pair and is what its own bytes merge to.
+    """
+    import tiktoken
+
+    model = description["model"]
+    if tokens_in_text(description) or description.get("normalizer") or model.get("ignore_merges"):
+        raise Unfit("it changes the text, or looks for words in it, before it merges")
+    merged = ["".join(pair) for pair in _pairs(model)]
+    if len(set(merged)) < len(merged):
+        raise Unfit("several merges make one token")
+    ranks = {unspell_bytes(token): model["vocab"][token] for token in [*BYTE_ALPHABET, *merged]}
+    library = tiktoken.Encoding("ranks", pat_str=cut_pattern(description), mergeable_ranks=ranks, special_tokens={})
+    return lambda texts: [library.encode_to_numpy(text, disallowed_special=()) for text in texts]
+
+
+def require_byte_level(description: Mapping[str, Any]) -> None:
+    """Raise Unfit unless a tokenizer.json is a byte-level BPE of which the other libraries know every setting.
+
+    Its merges come in the order of the ids they make, out of tokens of lower ids, and without `ignore_merges` they make
+    every token: then the lowest id that can be made is the next merge.
+    """
+    model = description["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise Unfit(f"its model is {model['type']}")
+    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(setting):
+            raise Unfit(f"its {setting} is {model[setting]!r}")
+    normalizer = description.get("normalizer")
+    if normalizer not in (None, {"type": "NFC"}):
+        raise Unfit(f"its normalizer is {_kind(normalizer)}")
+    cut_pattern(description)
+    for token in tokens_in_text(description):
+        if odd := [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]:
+            raise Unfit(f"its added token {token['content']!r} has {odd[0]}")
+    vocab = model["vocab"]
+    if not vocab.keys() >= set(BYTE_ALPHABET):
+        raise Unfit("it has no token for some of the 256 bytes")
+    last, made = -1, set(BYTE_ALPHABET)
+    for left, right in _pairs(model):
+        id = vocab[left + right]
+        if id < last or vocab[left] >= id or vocab[right] >= id:
+            raise Unfit("its merges are not in the order of its ids")
+        last = id
+        made.add(left + right)
+    unmade = vocab.keys() - made - {token["content"] for token in description.get("added_tokens") or ()}
+    if unmade and not model.get("ignore_merges"):
+        raise Unfit(f"{len(unmade):,} of its tokens come of no merge, as {min(unmade)!r}")
+
+
+def tokens_in_text(description: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.json that are not special: text that spells one becomes it."""
+    return [token for token in description.get("added_tokens") or () if not token.get("special")]
+
+
+def cut_pattern(description: Mapping[str, Any]) -> str:
+    """The regular expression that cuts text into words before merging. Raises Unfit where a tokenizer.json has other
+    ways."""
+    steps = description.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    *splits, last = steps or [{}]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
+        raise Unfit(f"its pre_tokenizer is {_kind(description.get('pre_tokenizer'))}")
+    if not splits and last.get("use_regex", True):
+        return GPT2_PATTERN
+    match splits:
+        case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(pattern)}, **more}]:
+            if not more.get("invert") and not last.get("use_regex", True):
+                return pattern
+    raise Unfit(f"its pre_tokenizer is {_kind(description.get('pre_tokenizer'))}")
+
+
+def _pairs(model: Mapping[str, Any]) -> list[Sequence[str]]:
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+
+
+def _kind(part: Any) -> str:
+    """The types of a part of a tokenizer.json and of what it consists of, without their settings."""
+    kinds = re.findall(r'"type": "(\w+)"', json.dumps(part))
+    return " of ".join([kinds[0], ", ".join(kinds[1:])]) if len(kinds) > 1 else "".join(kinds) or "none"

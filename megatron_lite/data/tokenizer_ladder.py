@@ -1,0 +1,111 @@
+"""The ladder of libraries that encode a corpus: the fastest that gives the ids of the tokenizer itself."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from megatron_lite import log
+from megatron_lite.data.tokenizer_engines import Encode, Unfit
+from megatron_lite.data.tokenizer_interface import Tokenizer
+from megatron_lite.errors import TokenizerError
+
+Engine = Literal["auto", "gigatoken", "tiktoken", "tokenizers"]
+
+_LITERALS = 64
+_WORDS = 512
+_SAMPLE_TEXTS = 16
+_SAMPLE_CHARACTERS = 2048
+_HARD = (
+    "",
+    " ",
+    "\n",
+    "\t \t",
+    " leading, double  and trailing ",
+    "It's they'RE I'LL we'd 'tis don't’s ''s 's'S",
+    "tab\there\r\n\r\n  then\n\n\n   three\n\t\n end \n",
+    "no\u00a0break\u2003em\u2028line\u3000wide\u200bzero\ufeffmark\u0085next",
+    "1 12 123 1234 12345 3.14159 1,000,000 0x1F 1e-9 ½ ² ⅷ １２３ ٣٤٥",
+    "naïve café Ångström E\u0301 e\u0301\u0323 ﬁ ŉ ǅ ß İi",
+    "日本語の文。中文，测试！ 한국어 ไทย हिन्दी اَلْعَرَبِيَّةُ עִבְרִית Ελληνικά русский",
+    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 1️⃣ ☃️ 🇩🇪🇫🇷 𝔘𝔫𝔦 𐍈",
+    "def f(x: int) -> dict[str, int]:\n    return {'a': x**2, \"b\": 0}  # 12\n\n\nif __name__ == 'm':\n\tf()",
+    '<p class="a">&amp;</p> https://x.org/a?b=c&d=%20 user@host.com $x_1^{2}$ C:\\dir\\ ~/.rc ::: --- ___ ***',
+    "\x00\x01\x1b[0m\x7f\x80\x9f\ufffd\ufffe\U0010ffff",
+    "CamelCaseHTTPServer snake_case_name kebab-case SHOUTING 'quoted' \"double\" (paren) [x] {y} a/b\\c #tag @at",
+    "▁ ▁▁x Ġ Ċ <0x0A> <s> </s> <unk> <pad> [CLS] <|im_start|> <|endoftext|>",
+    "a" * 1000,
+    *(
+        "".join(f"{piece * length}x" for length in range(1, 40))
+        for piece in (" ", "\n", "\t", "-", "=", "0", "a", "ab")
+    ),
+)
+"""Texts at which implementations of the same tokenizer differ, if they do."""
+
+
+def climb(tokenizer: Tokenizer, wish: Engine, sample: Sequence[str]) -> str:
+    """Let the fastest library that gives the same ids encode the blocks of a tokenizer; its name.
+
+    `sample` is text of the corpus, of which some is tried beside texts that are hard. Raises TokenizerError if a
+    library is wished for that does not run this tokenizer.
+    """
+    own = tokenizer.library
+    others = tokenizer.engines()
+    if wish not in ("auto", own, *others):
+        raise TokenizerError(
+            f"--tokenizer-engine {wish}: a {tokenizer.kind} is run by {' or '.join([*others, own])}; choose one of "
+            "them, or auto"
+        )
+    texts = list(_trials(tokenizer, sample))
+    for name in others if wish == "auto" else [wish] if wish in others else []:
+        reason = _reason_against(tokenizer, name, texts)
+        if reason is None:
+            log.note(f"text is encoded by {name}, whose ids are those of {own} on the {len(texts):,} texts tried")
+            return name
+        if wish == name:
+            raise TokenizerError(f"--tokenizer-engine {name} cannot run this {tokenizer.kind}: {reason}; leave it out")
+        log.note(f"{name} does not encode the text: {reason}")
+    log.note(f"text is encoded by {own}")
+    return own
+
+
+def stand_on(tokenizer: Tokenizer, name: str) -> None:
+    """Let the library that `climb` has named encode the blocks of another instance of the same tokenizer."""
+    tokenizer.run_by(None if name == tokenizer.library else _made(tokenizer, name))
+
+
+def _made(tokenizer: Tokenizer, name: str) -> Encode:
+    try:
+        return tokenizer.engines()[name]()
+    except (KeyboardInterrupt, SystemExit, Unfit):
+        raise
+    except ModuleNotFoundError as error:
+        raise Unfit(f"the package {error.name} is not installed") from None
+    except BaseException as error:  # Rust's panics are no Exception
+        raise Unfit(f"{name} says: {error}") from None
+
+
+def _reason_against(tokenizer: Tokenizer, name: str, texts: Sequence[str]) -> str | None:
+    """Why a library is not to encode for this tokenizer; None if it does from now on."""
+    try:
+        tokenizer.run_by(_made(tokenizer, name))
+        for text in texts:
+            if tokenizer.encode_block([text])[0].tolist() != tokenizer.encode(text):
+                tokenizer.run_by(None)
+                return f"its ids differ from those of {tokenizer.library}, as for {text!r:.80}"
+    except Unfit as reason:
+        return str(reason)
+    return None
+
+
+def _trials(tokenizer: Tokenizer, sample: Sequence[str]) -> Iterator[str]:
+    """Hard texts, special tokens spelled out, words of the vocabulary, and pieces of the corpus."""
+    yield from _HARD
+    for token in itertools.islice(tokenizer.special_tokens, _LITERALS):
+        yield f"{token} a{token}b {token}\n{token}{token}"
+    size = tokenizer.vocab_size
+    for id in range(0, size, max(size // _WORDS, 1)):
+        yield tokenizer.decode([id])
+    for text in sample[:: max(len(sample) // _SAMPLE_TEXTS, 1)][:_SAMPLE_TEXTS]:
+        yield text[:_SAMPLE_CHARACTERS]
