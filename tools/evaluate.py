@@ -158,6 +158,8 @@ def _evaluate(command: _CommandLine) -> None:
             seq_length=seq_length,
             stride=options.stride,
             batch_size=options.micro_batch_size,
+            reset_attention_mask=opened.config.data.reset_attention_mask,
+            reset_position_ids=opened.config.data.reset_position_ids,
             on_batch=_Progress(passage.name, mesh.global_rank == 0),
         )
         for passage in passages

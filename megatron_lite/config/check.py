@@ -116,6 +116,7 @@ _AT_LEAST = {
         "context_parallel_size ddp_bucket_size "
         "loss_scale_window hysteresis min_loss_scale lr_decay_iters lr_decay_samples seq_length sample_stride "
         "micro_batch_size global_batch_size gradient_accumulation_steps train_iters train_samples train_tokens "
+        "curriculum_seq_length_min curriculum_seq_length_samples curriculum_seq_length_step curriculum_seq_length_root "
         "recompute_num_layers eval_iters early_stopping_patience check_weights_interval exit_interval save_interval "
         "keep_last keep_every log_interval log_histograms_interval"
     ),

@@ -92,9 +92,13 @@ _OVERLAP = 'communication is DeepSpeed\'s; tune it by --deepspeed_config, "zero_
 _DEEPSPEED_ZERO = 'give it in --deepspeed_config, under "zero_optimization"'
 _MMAP = "token files are always memory-mapped .bin/.idx pairs"
 _ORDER = "the order of samples is computed from the seed, so there are no index files to place or cache"
-_LATER_CURRICULUM = f"curriculum and token dropping are {_LATER}"
+_CURRICULUM = (
+    "DeepSpeed's curriculum is in its JSON; here sequences grow by --curriculum-seq-length-min (min_difficulty), "
+    "--curriculum-seq-length-samples (total_curriculum_step x the batch), --curriculum-seq-length-schedule "
+    "(schedule_type), --curriculum-seq-length-step (difficulty_step) and --curriculum-seq-length-root (root_degree)"
+)
+_LATER_DROPPING = f"token dropping and index files of samples are {_LATER}"
 _PROFILE = f"profiling is {_LATER}; DeepSpeed's flops_profiler can be set in --deepspeed_config"
-_MASKS = f"document masking is {_LATER}: documents follow one another in a sample, as by Megatron's default"
 _WSD = f"this decay style is {_LATER}"
 _COUNTED = "losses and gradients are always divided by the number of target tokens of the whole batch"
 _FP32_GRADIENTS = "gradients are always accumulated in fp32"
@@ -346,11 +350,9 @@ _DATA = [
     *_neutral("--vocab-extra-ids --tiktoken-num-special-tokens", "0", "name the tokens by --special-tokens"),
     *_refused("--train-doc-idx-path --train-sample-idx-path --train-shuffle-idx-path", _ORDER),
     *_refused("--data-args-path --per-split-data-args-path", "give the prefixes by --data-path or in a --config file"),
-    *_refused("--reset-position-ids --reset-attention-mask --eod-mask-loss", _MASKS),
-    *_refused(
-        "--data-efficiency-curriculum-learning --random-ltd --curriculum-learning-legacy --train-idx-path",
-        _LATER_CURRICULUM,
-    ),
+    *_same("--reset-position-ids --reset-attention-mask --eod-mask-loss", 0),
+    *_refused("--curriculum-learning-legacy --data-efficiency-curriculum-learning", _CURRICULUM),
+    *_refused("--random-ltd --train-idx-path", _LATER_DROPPING),
 ]
 
 _TRAINING = [

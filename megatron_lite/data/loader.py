@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from megatron_lite.data.micro_batch import MicroBatch, assemble
+from megatron_lite.data.micro_batch import Assembly, MicroBatch
 from megatron_lite.data.sample import Sample, whole
 from megatron_lite.data.stream import SampleStream
 from megatron_lite.errors import DataError
@@ -40,12 +40,14 @@ class BatchLoader:
         micro_batch_size: int,
         vocab_size: int,
         num_workers: int = 0,
+        assembly: Assembly | None = None,
     ):
         self._stream = stream
         self._data_rank, self._data_size = data_rank, data_size
         self._micro_batch_size = micro_batch_size
         self._vocab_size = vocab_size
         self._num_workers = num_workers
+        self._assemble = assembly or Assembly()
         self._pool = ThreadPoolExecutor(num_workers, "read-ahead") if num_workers else None
         self._ahead: collections.deque[tuple[int, Future[list[Sample]]]] = collections.deque()
 
@@ -60,7 +62,12 @@ class BatchLoader:
         first = consumed_samples + self._data_rank * self._micro_batch_size
         starts = range(first, first + global_batch_size, stride)
         batches = [
-            assemble(self._take(start), first_sample=start, index=j * self._data_size + self._data_rank)
+            self._assemble(
+                self._take(start),
+                first_sample=start,
+                index=j * self._data_size + self._data_rank,
+                consumed_samples=consumed_samples,
+            )
             for j, start in enumerate(starts)
         ]
         self._read_ahead(starts.stop, stride, max(len(starts), self._num_workers))

@@ -1,4 +1,4 @@
-"""What one forward pass of one data rank is fed."""
+"""What one forward pass of one data rank is fed, and how samples become that."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from megatron_lite.data.length_curriculum import LengthCurriculum
 from megatron_lite.data.sample import Sample
 
 
@@ -25,19 +26,65 @@ class MicroBatch:
     """Number of the first of the B samples, counted as consumed."""
     index: int
     """Number of the micro-batch within the global batch, over all data ranks."""
+    begins: torch.Tensor | None = None
+    """bool [B, S], the tokens that nothing before them is seen from; None: the first of each sequence alone."""
+    positions: torch.Tensor | None = None
+    """int64 [B, S], the position of each token; None: its place in the sequence."""
 
 
-def assemble(samples: Sequence[Sample], *, first_sample: int, index: int) -> MicroBatch:
-    """The micro-batch of samples of one length."""
-    block = torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64, copy=False))
-    counted = torch.ones(block.shape, dtype=torch.bool)
-    for row, sample in zip(counted, samples, strict=True):
-        if sample.counts is not None:
-            row.copy_(torch.from_numpy(sample.counts))
-    return MicroBatch(
-        tokens=block[:, :-1].contiguous(),
-        labels=block[:, 1:].contiguous(),
-        loss_mask=counted[:, 1:].contiguous(),
-        first_sample=first_sample,
-        index=index,
-    )
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """How samples become micro-batches: what the boundaries in them mean."""
+
+    reset_attention_mask: bool = False
+    """Attention does not look back behind a document's beginning."""
+    reset_position_ids: bool = False
+    """Positions count from a document's beginning."""
+    eod: int | None = None
+    """The token of which the successor is no target, if there is one."""
+    curriculum: LengthCurriculum | None = None
+    """Samples are divided further, into sequences that it says the length of."""
+
+    def __call__(
+        self, samples: Sequence[Sample], *, first_sample: int, index: int, consumed_samples: int
+    ) -> MicroBatch:
+        """The micro-batch of samples of one length, of the step that begins after `consumed_samples`."""
+        block = torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64, copy=False))
+        tokens, labels = block[:, :-1].contiguous(), block[:, 1:].contiguous()
+        counted = torch.ones(labels.shape, dtype=torch.bool)
+        for row, sample in zip(counted, samples, strict=True):
+            if sample.counts is not None:
+                row.copy_(torch.from_numpy(sample.counts[1:]))
+        if self.eod is not None:
+            counted &= tokens != self.eod
+        piece = None if self.curriculum is None else self.curriculum.length(consumed_samples)
+        begins = _begins(samples, tokens.shape[1], piece, self.reset_attention_mask)
+        restarts = _begins(samples, tokens.shape[1], piece, self.reset_position_ids)
+        return MicroBatch(
+            tokens=tokens,
+            labels=labels,
+            loss_mask=counted,
+            first_sample=first_sample,
+            index=index,
+            begins=None if begins is None else torch.from_numpy(begins),
+            positions=None if restarts is None else torch.from_numpy(places_since(restarts)),
+        )
+
+
+def _begins(samples: Sequence[Sample], length: int, piece: int | None, documents: bool) -> np.ndarray | None:
+    """bool [B, S]: where pieces of sequences begin and, if asked for, documents; None if sequences are whole."""
+    divides = piece is not None and piece < length
+    if not divides and not documents:
+        return None
+    found = np.zeros((len(samples), length), np.bool_)
+    found[:, :: piece if divides else length] = True
+    if documents:
+        for row, sample in zip(found, samples, strict=True):
+            row[sample.starts[: np.searchsorted(sample.starts, length)]] = True
+    return found
+
+
+def places_since(begins: np.ndarray) -> np.ndarray:
+    """int64 [..., S]: how many tokens ago the last one was that `begins`."""
+    places = np.arange(begins.shape[-1])
+    return places - np.maximum.accumulate(np.where(begins, places, 0), axis=-1)

@@ -51,7 +51,50 @@ def problems(config: RunConfig) -> list[str]:
             f"sample_stride={data.sample_stride} is above seq_length={data.seq_length}, so tokens between samples "
             f"would never be read; choose 1 to {data.seq_length}."
         )
-    return found
+    return [*found, *_document_problems(config), *_curriculum_problems(data)]
+
+
+def _document_problems(config: RunConfig) -> Iterator[str]:
+    data, parallel = config.data, config.parallel
+    if data.eod_mask_loss and data.tokenizer_type is None:
+        yield (
+            "--eod-mask-loss leaves out what follows an end-of-document token, and without a tokenizer nobody knows "
+            "which that is; give --tokenizer-type with its files, or leave it out."
+        )
+    if parallel.context_parallel_size > 1 and parallel.cp_comm_type == "p2p":
+        divides = {
+            "--reset-attention-mask": data.reset_attention_mask,
+            f"curriculum_seq_length_min={data.curriculum_seq_length_min}": data.curriculum_seq_length_min is not None,
+        }
+        for asked in (name for name, is_asked in divides.items() if is_asked):
+            yield (
+                f"{asked} divides sequences, which go whole round the ring of cp_comm_type=p2p; choose --cp-comm-type "
+                "a2a."
+            )
+
+
+def _curriculum_problems(data: DataConfig) -> Iterator[str]:
+    first, full, step = data.curriculum_seq_length_min, data.seq_length, data.curriculum_seq_length_step
+    if first is None:
+        defaults = DataConfig()
+        for name in ("samples", "schedule", "step", "root"):
+            field = f"curriculum_seq_length_{name}"
+            if (value := getattr(data, field)) != getattr(defaults, field):
+                yield f"{field}={value} needs a length to begin with; give --curriculum-seq-length-min too."
+        return
+    if data.curriculum_seq_length_samples is None:
+        yield (
+            f"curriculum_seq_length_min={first} grows to seq_length={full}, but nothing says when; give "
+            "--curriculum-seq-length-samples."
+        )
+    if first >= full:
+        yield f"curriculum_seq_length_min={first} is not below seq_length={full}; choose less, or leave it out."
+    elif data.curriculum_seq_length_schedule != "step" and first % step:
+        lower = first // step * step
+        yield (
+            f"curriculum_seq_length_min={first} is no multiple of curriculum_seq_length_step={step}, and nor would the "
+            f"lengths after it be; choose {f'{lower} or ' if lower else ''}{lower + step}, or another step."
+        )
 
 
 def _path_problems(entries: Sequence[str]) -> list[str]:

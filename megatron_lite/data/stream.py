@@ -26,7 +26,7 @@ from megatron_lite.data.documents import Extent, TokenWindows, parse_split, spli
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.order import Permutation, keys, scramble
 from megatron_lite.data.provenance import check_tokenizer, read_provenance
-from megatron_lite.data.sample import Sample, whole
+from megatron_lite.data.sample import Sample
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import ConfigError, DataError
 
@@ -157,7 +157,8 @@ class BlendedStream:
 class MockStream:
     """Generated samples a model can learn: each token is 1 to 4 above the one before, modulo 256.
 
-    The four are equally likely, so the loss falls to ln 4 = 1.386 nats and no further.
+    The four are equally likely, so the loss falls to ln 4 = 1.386 nats and no further. Documents, about eight to a
+    sample, run on where one ends.
     """
 
     samples_per_epoch = 1 << 16
@@ -166,6 +167,7 @@ class MockStream:
     def __init__(self, seq_length: int, vocab_size: int, *name: int | str):
         self._seq_length = seq_length
         self._modulus = min(vocab_size, 256)
+        self._document = max(2, seq_length // 8)
         self._keys = keys(3, "mock", *name)
         self._positions = np.arange(seq_length + 1, dtype=np.uint64)
         self.fingerprint = _fingerprint("mock", name, seq_length, self._modulus)
@@ -173,8 +175,11 @@ class MockStream:
     def __getitem__(self, sample: int) -> Sample:
         low, high, of_position = self._keys
         own = scramble(scramble(sample & 0xFFFFFFFF, low) ^ (sample >> 32), high)
-        steps = 1 + scramble(scramble(self._positions, of_position), own) % self._STEPS
-        return whole(((own + np.cumsum(steps)) % self._modulus).astype(np.int64))
+        drawn = scramble(scramble(self._positions, of_position), own)
+        tokens = ((own + np.cumsum(1 + drawn % self._STEPS)) % self._modulus).astype(np.int64)
+        begins = drawn // self._STEPS % self._document == 0
+        begins[0] = True
+        return Sample(tokens, np.flatnonzero(begins))
 
     def origin(self, sample: int) -> Origin:
         return Origin(None, sample // self.samples_per_epoch, [])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_lite.data.micro_batch import places_since
 from megatron_lite.errors import NonFiniteError
 from megatron_lite.eval.passage import Passage, Windows
 from megatron_lite.model.gpt import GPT
@@ -66,12 +67,15 @@ def score(
     seq_length: int,
     stride: int | None = None,
     batch_size: int = 8,
+    reset_attention_mask: bool = False,
+    reset_position_ids: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Score:
     """The score of a passage, equal on all ranks: every token but the first is predicted once.
 
     Windows of `seq_length` tokens start every `stride`, by default one behind the other; a shorter stride gives
-    each token more context and costs more passes. Batches are shared out over the data ranks. `on_batch` is told
+    each token more context and costs more passes. Documents see each other, and positions run on, but for
+    `reset_attention_mask` and `reset_position_ids`. Batches are shared out over the data ranks. `on_batch` is told
     (batches done, all batches) of this rank. Raises NonFiniteError for a loss that is not finite.
     """
     windows = Windows(passage.num_tokens, seq_length, seq_length if stride is None else stride)
@@ -79,9 +83,16 @@ def score(
     mine = starts[mesh.rank("data") :: mesh.size("data")]
     sums = torch.zeros(4, dtype=torch.float64, device=mesh.device)
     for done, start in enumerate(mine, 1):
-        batch = [windows.read(passage, i) for i in range(start, min(start + batch_size, len(windows)))]
+        numbers = range(start, min(start + batch_size, len(windows)))
+        batch = [windows.read(passage, i) for i in numbers]
         tokens_BS, labels_BS = (torch.from_numpy(np.stack(rows)).to(mesh.device) for rows in zip(*batch, strict=True))
-        loss_BS, correct_BS = model.token_losses(tokens_BS, labels_BS)
+        begins_BS = np.stack([windows.begins(passage, i) for i in numbers])
+        loss_BS, correct_BS = model.token_losses(
+            tokens_BS,
+            labels_BS,
+            begins_BS=torch.from_numpy(begins_BS) if reset_attention_mask else None,
+            positions_BS=torch.from_numpy(places_since(begins_BS)).to(mesh.device) if reset_position_ids else None,
+        )
         counted_BS = labels_BS >= 0
         sums[0] += loss_BS[counted_BS].sum(dtype=torch.float64)
         sums[1] += counted_BS.sum()

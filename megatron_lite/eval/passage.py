@@ -28,6 +28,9 @@ class Passage:
     text_bytes: Callable[[int, int], int] | None = None
     """(part, parts) -> UTF-8 bytes in one of `parts` shares of the text that all tokens but the first
     stand for; None where the text is not known."""
+    starts: Callable[[int, int], np.ndarray] | None = None
+    """Where documents begin among tokens [start, stop), counted from `start`, which is the first of them; None where
+    the tokens are one document."""
 
     def __post_init__(self) -> None:
         if self.num_tokens < 2:
@@ -80,6 +83,15 @@ class Windows:
         labels[fresh : stop - start] = both[1 + fresh :]
         return tokens, labels
 
+    def begins(self, passage: Passage, window: int) -> np.ndarray:
+        """Where documents begin among the tokens of a window, bool."""
+        found = np.zeros(min(self.length, self.num_tokens - 1), np.bool_)
+        start = window * self.stride
+        found[0] = True
+        if passage.starts is not None:
+            found[passage.starts(start, min(start + self.length, self.num_tokens - 1))] = True
+        return found
+
 
 def passage_of_documents(name: str, windows: TokenWindows, vocab_size: int, tokenizer: Tokenizer | None) -> Passage:
     """The tokens of some documents of a set.
@@ -101,7 +113,10 @@ def passage_of_documents(name: str, windows: TokenWindows, vocab_size: int, toke
     def tokens(start: int, stop: int) -> np.ndarray:
         return reader.tokens(windows.first_token + start, windows.first_token + stop)
 
-    return Passage(name, windows.num_tokens, tokens, text_bytes)
+    def starts(start: int, stop: int) -> np.ndarray:
+        return reader.document_starts(windows.first_token + start, windows.first_token + stop)
+
+    return Passage(name, windows.num_tokens, tokens, text_bytes, starts)
 
 
 @dataclasses.dataclass(frozen=True)

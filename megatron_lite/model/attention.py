@@ -6,16 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_lite import log
 from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.kernels.softmax import causal_softmax, masked_softmax
+from megatron_lite.model.documents import Attend, Documents, attend_by_lengths, attend_in_blocks
 from megatron_lite.model.forward_pass import ForwardPass, Site
 from megatron_lite.model.norm import HeadNorm
 from megatron_lite.parallel.linear import ColumnParallelLinear, RowParallelLinear, Unbiased
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import dropout, seed_device
 from megatron_lite.parallel.recompute import recomputed
-from megatron_lite.parallel.ring_attention import ring_attention
+from megatron_lite.parallel.ring_attention import has_gpu_flash, ring_attention
 
 
 class Attention(nn.Module):
@@ -96,10 +98,34 @@ class Attention(nn.Module):
         if run.context.is_ring:
             if run.drops(self._dropout):
                 raise ValueError("ring attention has no probabilities to drop")
+            if run.documents is not None:
+                raise ValueError("ring attention does not divide sequences into documents")
             return ring_attention(query_BNSD, key_BKSD, value_BKSD, run.context.group, self._backend)
         seed = run.seed(self._layer, Site.ATTENTION_PROBABILITIES, differs=True) if self._dropout else None
         attend = ATTENTION_BACKENDS[self._backend]
+        if run.documents is not None:
+            return self._within_documents(attend, query_BNSD, key_BKSD, value_BKSD, run.documents, seed)
         return attend(query_BNSD, key_BKSD, value_BKSD, run.mask, self._dropout, seed)
+
+    def _within_documents(
+        self,
+        attend: Attend,
+        query_BNSD: torch.Tensor,
+        key_BKSD: torch.Tensor,
+        value_BKSD: torch.Tensor,
+        documents: Documents,
+        seed: int | None,
+    ) -> torch.Tensor:
+        heads = query_BNSD, key_BKSD, value_BKSD
+        if self._backend != "fused_softmax" and has_gpu_flash(query_BNSD):
+            return attend_by_lengths(*heads, documents, self._dropout, seed)
+        if query_BNSD.device.type != "cpu":
+            log.once(
+                f"documents are attended to in blocks of about one length: variable-length flash attention takes no "
+                f"{query_BNSD.dtype} heads of {query_BNSD.shape[-1]} values with --attention-backend {self._backend} "
+                "on this device"
+            )
+        return attend_in_blocks(attend, *heads, documents, self._dropout, seed)
 
 
 def sdpa(

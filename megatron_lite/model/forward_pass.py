@@ -9,6 +9,7 @@ import torch
 
 from megatron_lite.kernels.bias_dropout_add import bias_dropout_add
 from megatron_lite.model.cache import KeyValueCache
+from megatron_lite.model.documents import Documents
 from megatron_lite.model.rotary import Rotation
 from megatron_lite.parallel.context import ContextAxis
 from megatron_lite.parallel.linear import TensorAxis
@@ -30,6 +31,7 @@ class ForwardPass:
 
     `dropout_seed` is the micro-batch's, None for no dropout. `rotation` is that of
     the tokens' positions. `mask` [B, 1, S, S so far] says which keys a query sees, where causality alone does not.
+    `documents`, where there are several in a sequence, are what a query sees no further than, in whole sequences.
     `context` says which tokens of a sequence this rank has.
     """
 
@@ -37,6 +39,7 @@ class ForwardPass:
     dropout_seed: int | None = None
     rotation: Rotation | None = None
     mask: torch.Tensor | None = None
+    documents: Documents | None = None
     cache: KeyValueCache | None = None
     context: ContextAxis = dataclasses.field(default_factory=ContextAxis)
 

@@ -21,6 +21,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import UserError
 from megatron_lite.model.block import Block
 from megatron_lite.model.cache import KeyValueCache
+from megatron_lite.model.documents import Documents
 from megatron_lite.model.forward_pass import ForwardPass, Site
 from megatron_lite.model.init import initialize
 from megatron_lite.model.norm import Norm
@@ -154,18 +155,22 @@ class GPT(nn.Module):
         labels_BS: torch.Tensor,
         loss_mask_BS: torch.Tensor,
         *,
+        begins_BS: torch.Tensor | None = None,
+        positions_BS: torch.Tensor | None = None,
         dropout_seed: int | None = None,
     ) -> torch.Tensor:
         """The sum of this batch's token losses where the mask is 1: an fp32 scalar, equal on all tensor ranks.
 
         Where context ranks share the sequences, it is the sum over this one's tokens, and a ValueError is raised for a
         length that 2 c chunks do not divide.
+        `begins_BS`, bool on the CPU, is true at tokens that see none before them, and `positions_BS` says their
+        positions; by default sequences are whole, and positions are places in them.
         Label smoothing, z-loss and dropout belong to training mode. `dropout_seed` is `micro_batch_seed`'s;
         None is no dropout. The caller divides by the step's number of target tokens. In a pipeline, where this is
         not what is differentiated, it is 0 on all ranks but the last stage's.
         """
-        run = self.plain_pass(tokens_BS.shape[1], dropout_seed)
-        hidden_SBH = self._relayed(tokens_BS, run)
+        run = self.plain_pass(tokens_BS.shape[1], dropout_seed, begins_BS=begins_BS, positions_BS=positions_BS)
+        hidden_SBH = self._relayed(tokens_BS, run, positions_BS=positions_BS)
         if hidden_SBH is None:
             return torch.zeros((), device=tokens_BS.device)
         return self.loss(hidden_SBH, labels_BS, loss_mask_BS, run)
@@ -194,15 +199,24 @@ class GPT(nn.Module):
         return (loss_SB * run.context.part(loss_mask_BS, 1).t()).sum()
 
     @torch.no_grad()
-    def token_losses(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def token_losses(
+        self,
+        tokens_BS: torch.Tensor,
+        labels_BS: torch.Tensor,
+        *,
+        begins_BS: torch.Tensor | None = None,
+        positions_BS: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(losses, correct) of each token, without dropout, smoothing or z-loss.
 
-        fp32 and bool [B, S], equal on all tensor ranks; `correct` says that the label has the largest logit.
+        fp32 and bool [B, S], equal on all tensor ranks; `correct` says that the label has the largest logit. The others
+        are as in `forward`.
         """
         length = tokens_BS.shape[1]
         # Lengths that cannot be shared out are gone through whole by every context rank.
-        run = self.plain_pass(length, None, self._context if self._context.splits(length) else ContextAxis())
-        hidden_SBH = self._relayed(tokens_BS, run)
+        context = self._context if self._context.splits(length) else ContextAxis()
+        run = self.plain_pass(length, None, context, begins_BS=begins_BS, positions_BS=positions_BS)
+        hidden_SBH = self._relayed(tokens_BS, run, positions_BS=positions_BS)
         labels_BS = run.context.part(labels_BS, 1)
         if hidden_SBH is None:
             judged_BS = torch.zeros_like(labels_BS, dtype=torch.float32), torch.zeros_like(labels_BS, dtype=torch.bool)
@@ -268,17 +282,35 @@ class GPT(nn.Module):
         """The logits of the true vocabulary, joined over tensor ranks."""
         return gather_vocabulary(logits_BSV, self.vocabulary, self._axis.group)
 
-    def plain_pass(self, length: int, dropout_seed: int | None, context: ContextAxis | None = None) -> ForwardPass:
-        """A pass over sequences from their beginning, of `length` tokens, of which this rank has a part."""
+    def plain_pass(
+        self,
+        length: int,
+        dropout_seed: int | None,
+        context: ContextAxis | None = None,
+        *,
+        begins_BS: torch.Tensor | None = None,
+        positions_BS: torch.Tensor | None = None,
+    ) -> ForwardPass:
+        """A pass over sequences from their beginning, of `length` tokens, of which this rank has a part.
+
+        `begins_BS` and `positions_BS` are those of whole sequences, as in `forward`.
+        """
         context = context or self._context
         # A mode of memory, not of meaning: lengths that the ranks do not divide go without it.
         axis = self._axis if length // context.size % self._axis.size == 0 else TensorAxis(self._axis.mesh)
         seed = dropout_seed if self.training else None
-        positions_BS = None
-        if context.size > 1:
-            positions_BS = context.part(torch.arange(length, device=self._axis.mesh.device).unsqueeze(0), 1)
-        rotation = self._rotation(0, length, self._axis.mesh.device, positions_BS)
-        return ForwardPass(axis, seed, rotation, context=context)
+        device = self._axis.mesh.device
+        if positions_BS is None and context.size > 1:
+            positions_BS = torch.arange(length, device=device).unsqueeze(0)
+        here_BS = None if positions_BS is None else context.part(positions_BS, 1)
+        documents = None if begins_BS is None else Documents(begins_BS, device)
+        return ForwardPass(
+            axis,
+            seed,
+            self._rotation(0, length, device, here_BS),
+            documents=documents if documents is not None and documents.is_divided else None,
+            context=context,
+        )
 
     def _rotation(
         self, start: int, stop: int, device: torch.device, positions_BS: torch.Tensor | None = None
@@ -323,7 +355,8 @@ class StageModule(nn.Module):
 
     The first stage takes token ids [B, S], the others hidden states [S, B, H] as `TensorAxis.leave` leaves them; the
     last one gives what `GPT.forward` gives, the others hidden states. Labels and loss mask, [B, S], reach every stage
-    of the last one's rank. `dropout_seed` holds the micro-batch's seed, int64 [1] on the CPU.
+    of the last one's rank. `dropout_seed` holds the micro-batch's seed, int64 [1] on the CPU; `begins_BS` and
+    `positions_BS` are as in `GPT.forward`.
     """
 
     def __init__(self, model: GPT, stage: Stage, seq_length: int):
@@ -343,11 +376,14 @@ class StageModule(nn.Module):
         *,
         labels: torch.Tensor | None = None,
         loss_mask: torch.Tensor | None = None,
+        begins_BS: torch.Tensor | None = None,
+        positions_BS: torch.Tensor | None = None,
         dropout_seed: torch.Tensor | None = None,
     ) -> torch.Tensor:
         (model,) = self._model
-        run = model.plain_pass(self._seq_length, None if dropout_seed is None else int(dropout_seed))
-        hidden_SBH = model.begin(received, run) if self._stage.is_first else received
+        seed = None if dropout_seed is None else int(dropout_seed)
+        run = model.plain_pass(self._seq_length, seed, begins_BS=begins_BS, positions_BS=positions_BS)
+        hidden_SBH = model.begin(received, run, 0, positions_BS) if self._stage.is_first else received
         hidden_SBH = model.through(self._stage, hidden_SBH, run)
         return model.loss(hidden_SBH, labels, loss_mask, run) if self._stage.is_last else hidden_SBH
 

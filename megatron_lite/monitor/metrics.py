@@ -32,6 +32,7 @@ METRICS: dict[str, Metric] = {
     "num_zeros_in_grad": Metric("elements", "gradient elements that are exactly zero"),
     "skipped_steps": Metric("steps", "steps left out so far because an fp16 gradient overflowed"),
     "global_batch_size": Metric("sequences", "sequences of this step over all ranks"),
+    "curriculum_seq_length": Metric("tokens", "length of sequences that a curriculum divides samples into"),
     "consumed_samples": Metric("sequences", "sequences trained on since the run began"),
     "consumed_tokens": Metric("tokens", "target tokens trained on since the run began"),
     "samples_crc32": Metric(

@@ -117,14 +117,19 @@ class CudaFlashBlock:
         )
 
 
+def has_gpu_flash(heads: torch.Tensor) -> bool:
+    """Whether torch has flash attention for such heads [..., D] on a GPU, called by itself."""
+    fits = heads.dtype != torch.float32 and heads.shape[-1] % 8 == 0 and heads.shape[-1] <= 256
+    return heads.device.type == "cuda" and fits and torch.cuda.get_device_capability(heads.device) >= (8, 0)
+
+
 def block_for(query: torch.Tensor, backend: str) -> Block:
     """What computes a block of heads like `query` under that --attention-backend."""
     if backend == "fused_softmax":
         return PlainBlock()
     if query.device.type == "cpu":
         return CpuFlashBlock()
-    fits = query.dtype != torch.float32 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-    if fits and torch.cuda.get_device_capability(query.device) >= (8, 0):
+    if has_gpu_flash(query):
         return CudaFlashBlock()
     log.once(
         f"ring attention of {query.dtype} heads of {query.shape[-1]} values has no flash kernel on this device, and "

@@ -13,7 +13,9 @@ from megatron_lite import log
 from megatron_lite.checkpoint import ranks
 from megatron_lite.config import check
 from megatron_lite.config.run import RunConfig
+from megatron_lite.data.length_curriculum import LengthCurriculum
 from megatron_lite.data.loader import BatchLoader, BlankStream
+from megatron_lite.data.micro_batch import Assembly
 from megatron_lite.data.stream import SampleStream, build_stream
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import ConfigError, MegatronLiteError, UserError
@@ -238,16 +240,40 @@ def open_stream(
     return stream
 
 
-def open_loader(config: RunConfig, stream: SampleStream, mesh: ProcessMesh, vocab_size: int) -> BatchLoader:
-    """The micro-batches of this data rank out of `stream`; empty ones in the middle of a pipeline."""
-    reads = mesh.size("pipe") == 1 or mesh.rank("pipe") in pipeline_plan(config).ends
+def open_loader(
+    config: RunConfig,
+    stream: SampleStream,
+    mesh: ProcessMesh,
+    vocab_size: int,
+    tokenizer: Tokenizer | None = None,
+    *,
+    split: str = "train",
+) -> BatchLoader:
+    """The micro-batches of this data rank out of `stream`, that of `split`, whose text is `tokenizer`'s.
+
+    In the middle of a pipeline they are empty, unless its layers ask where documents begin. A curriculum is for "train"
+    alone. Raises ConfigError where documents are to end in a token that the tokenizer does not have.
+    """
+    data = config.data
+    at_end = mesh.size("pipe") == 1 or mesh.rank("pipe") in pipeline_plan(config).ends
+    reads = at_end or data.reset_attention_mask or data.reset_position_ids
+    eod = tokenizer.eod if data.eod_mask_loss and tokenizer is not None else None
+    if data.eod_mask_loss and eod is None:
+        with alike():
+            raise ConfigError(
+                "--eod-mask-loss leaves out what follows an end-of-document token, and "
+                f"{data.tokenizer_type or 'a run without a tokenizer'} has none; leave it out, or name a tokenizer "
+                "that has one."
+            )
+    curriculum = LengthCurriculum.of(data) if split == "train" else None
     return BatchLoader(
-        stream if reads else BlankStream(config.data.seq_length),
+        stream if reads else BlankStream(data.seq_length),
         data_rank=mesh.rank("data"),
         data_size=mesh.size("data"),
         micro_batch_size=config.training.micro_batch_size,
         vocab_size=vocab_size,
-        num_workers=config.data.num_workers if reads else 0,
+        num_workers=data.num_workers if reads else 0,
+        assembly=Assembly(data.reset_attention_mask, data.reset_position_ids, eod, curriculum),
     )
 
 

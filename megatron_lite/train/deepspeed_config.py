@@ -67,7 +67,7 @@ REFUSED = {
     "activation_checkpointing": "set --recompute-granularity instead",
     "amp": "set --bf16 or --fp16 instead",
     "torch_autocast": "set --bf16 or --fp16 instead",
-    "curriculum_learning": "training order follows from the flags alone",
+    "curriculum_learning": "set --curriculum-seq-length-min, --curriculum-seq-length-samples, ... instead",
     "data_efficiency": "training order follows from the flags alone",
     "dataloader_drop_last": "training order follows from the flags alone",
     "checkpoint": "checkpoints are set by --save, --load, ...",

@@ -12,6 +12,7 @@ import torch
 
 from megatron_lite import log
 from megatron_lite.config.run import RunConfig
+from megatron_lite.data.length_curriculum import LengthCurriculum
 from megatron_lite.data.loader import BatchLoader
 from megatron_lite.data.micro_batch import MicroBatch
 from megatron_lite.monitor.histograms import histograms
@@ -49,6 +50,7 @@ class Run:
     schedule: Schedule
     progress: Progress
     dropout_seed: int
+    curriculum: LengthCurriculum | None
     train_loader: BatchLoader
     valid_loader: BatchLoader | None
     eval_batches: int
@@ -136,6 +138,7 @@ def _one_step(run: Run, started: float) -> str | None:
         run.keeper.settle()
     if asked:
         return next(reason for reason in mesh.gather_json(run.stop.reason) if reason)
+    _note_length(run)
     rate = run.schedule.learning_rate(progress.step, progress.consumed_samples)
     result = train_step(
         run.engine,
@@ -157,6 +160,17 @@ def _one_step(run: Run, started: float) -> str | None:
     run.metrics.record("samples_crc32", int(samples_sum) % 2**32)
     _log_step(run, result, rate, batch_size, time.perf_counter() - began)
     return None
+
+
+def _note_length(run: Run) -> None:
+    """Record how long sequences are in the step about to be taken, and say it where that is new."""
+    if run.curriculum is None:
+        return
+    step, length = run.progress.step, run.curriculum.length(run.progress.consumed_samples)
+    run.metrics.record("curriculum_seq_length", length)
+    before = run.plan.consumed_at(step - 1) if step else None
+    if before is None or run.curriculum.length(before) != length:
+        log.note(f"step {step + 1}: sequences of {length:,} tokens")
 
 
 def _look_of(run: Run, step: int) -> Callable[[Engine], None] | None:

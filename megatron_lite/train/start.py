@@ -19,9 +19,12 @@ from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.checkpoint.remote import RemoteCopies, find_newest
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
+from megatron_lite.data.length_curriculum import LengthCurriculum
+from megatron_lite.data.loader import BatchLoader
 from megatron_lite.data.stream import SampleStream
 from megatron_lite.data.tokenizer_files import FOLDER as TOKENIZER_FOLDER
 from megatron_lite.data.tokenizer_files import copy_tokenizer
+from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.data.vocabulary import resolve_vocabulary
 from megatron_lite.errors import EXIT_ERROR, CheckpointError, MegatronLiteError
 from megatron_lite.monitor import exit_file, rank_log
@@ -180,7 +183,9 @@ def _assemble(
     made_with = versions([device_name])
     run_dir = run_folder(config)
     build.together(mesh, lambda: _write_run_folders(config, made_with) if mesh.global_rank == 0 else None)
-    for line in [*data.train_stream.describe(), *plan.lines()]:
+    curriculum = LengthCurriculum.of(config.data)
+    lengths = [] if curriculum is None else [curriculum.describe()]
+    for line in [*data.train_stream.describe(), *plan.lines(), *lengths]:
         log.note(line)
     sinks = build.together(
         mesh,
@@ -206,8 +211,9 @@ def _assemble(
         schedule=start.schedule,
         progress=start.progress,
         dropout_seed=start.dropout_seed,
-        train_loader=build.open_loader(config, data.train_stream, mesh, data.vocab_size),
-        valid_loader=data.valid_stream and build.open_loader(config, data.valid_stream, mesh, data.vocab_size),
+        curriculum=curriculum,
+        train_loader=_open_loader(config, mesh, data, data.train_stream, "train"),
+        valid_loader=data.valid_stream and _open_loader(config, mesh, data, data.valid_stream, "valid"),
         eval_batches=data.eval_batches,
         sinks=sinks,
         metrics=Metrics(),
@@ -241,6 +247,7 @@ def _assemble(
 class _Data:
     """What is read, how it is cut into steps, and what identifies it."""
 
+    tokenizer: Tokenizer | None
     vocab_size: int
     train_stream: SampleStream
     valid_stream: SampleStream | None
@@ -270,7 +277,11 @@ def _open_data(config: RunConfig, mesh: ProcessMesh) -> _Data:
         "valid_data": valid_stream.fingerprint if valid_stream else None,
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
     }
-    return _Data(vocab_size, train_stream, valid_stream, eval_batches, plan, facts)
+    return _Data(tokenizer, vocab_size, train_stream, valid_stream, eval_batches, plan, facts)
+
+
+def _open_loader(config: RunConfig, mesh: ProcessMesh, data: _Data, stream: SampleStream, split: str) -> BatchLoader:
+    return build.open_loader(config, stream, mesh, data.vocab_size, data.tokenizer, split=split)
 
 
 @dataclasses.dataclass(frozen=True)

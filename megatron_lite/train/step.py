@@ -71,6 +71,7 @@ def train_step(
             pipeline.run(
                 *on_device(micro_batches, mesh),
                 None if seed is None else [micro_batch_seed(seed, step, batch.index) for batch in micro_batches],
+                told=told_of(micro_batches, mesh),
                 share=lambda loss_sum: scheduled.scaled(share(loss_sum)),
                 take_gradients=scheduled.take_gradients,
             )
@@ -94,13 +95,25 @@ def forward(engine: Engine, mesh: ProcessMesh, batch: MicroBatch, *, step: int, 
     """Sum of the token losses of one micro-batch, fp32 scalar."""
     dropout_seed = None if seed is None else micro_batch_seed(seed, step, batch.index)
     tokens, labels, loss_masks = on_device([batch], mesh)
-    return engine.forward(tokens[0], labels[0], loss_masks[0], dropout_seed=dropout_seed)
+    told = {name: tensor for name, (tensor,) in told_of([batch], mesh).items()}
+    return engine.forward(tokens[0], labels[0], loss_masks[0], **told, dropout_seed=dropout_seed)
 
 
 def on_device(batches: Sequence[MicroBatch], mesh: ProcessMesh) -> tuple[list[torch.Tensor], ...]:
     """(tokens, labels, loss masks) of micro-batches on this rank's device."""
     columns = zip(*((batch.tokens, batch.labels, batch.loss_mask) for batch in batches), strict=True)
     return tuple([tensor.to(mesh.device, non_blocking=True) for tensor in column] for column in columns)
+
+
+def told_of(batches: Sequence[MicroBatch], mesh: ProcessMesh) -> dict[str, list[torch.Tensor]]:
+    """What micro-batches say of the documents in them, as the model's `forward` takes it; empty if they say nothing."""
+    told = {}
+    if batches[0].begins is not None:
+        # The host lays attention out by them.
+        told["begins_BS"] = [batch.begins for batch in batches]
+    if batches[0].positions is not None:
+        told["positions_BS"] = [batch.positions.to(mesh.device, non_blocking=True) for batch in batches]
+    return told
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def trace(
     engine = build.build_engine(config, build.build_model_to_train(config, mesh, vocab_size), mesh)
     pipeline = build.build_pipeline(config, engine.module, mesh)
     stream = build.open_stream(config, "train", vocab_size, tokenizer)
-    loader = build.open_loader(config, stream, mesh, vocab_size)
+    loader = build.open_loader(config, stream, mesh, vocab_size, tokenizer)
     batch_size, seed = config.training.batch_size(mesh.size("data")), config.training.seed
     outputs = _Outputs(config, mesh)
     curve: list[tuple[float, float]] = []

@@ -68,24 +68,26 @@ class Pipeline:
         loss_masks: Sequence[torch.Tensor],
         seeds: Sequence[int] | None,
         *,
+        told: Mapping[str, Sequence[torch.Tensor]],
         share: Callable[[torch.Tensor], torch.Tensor],
         take_gradients: TakeGradients | None,
     ) -> None:
         """Forward and backward of all micro-batches of a step.
 
         What backward begins from is `share(loss)` of each micro-batch's loss, asked for on the last stage's rank.
-        Each stage adds its gradients to `.grad`; `take_gradients` may take them away.
+        Each stage adds its gradients to `.grad`; `take_gradients` may take them away. Every stage is `told`, by name,
+        something [B, ...] of each micro-batch.
         """
         self._share, self._take_gradients = share, take_gradients
         if self._micro_batches != len(tokens):
             self._schedule, self._micro_batches = self._make_schedule(len(tokens)), len(tokens)
         inputs: tuple[torch.Tensor, ...] = ()
-        options: dict[str, torch.Tensor] = {}
+        options = {name: torch.cat(list(tensors)) for name, tensors in told.items()}
         target = None
         if self.has_first:
             inputs = (torch.cat(list(tokens)),)
         if self.has_last:
-            options = {"labels": torch.cat(list(labels)), "loss_mask": torch.cat(list(loss_masks))}
+            options |= {"labels": torch.cat(list(labels)), "loss_mask": torch.cat(list(loss_masks))}
             target = options["labels"]
         if seeds is not None:
             # The same 64 bits as a signed number, which is what tensors hold.
