@@ -31,7 +31,8 @@ class SuperviseOptions:
     give_up_after: int = 3
     """Attempts in a row that publish no newer checkpoint, after which none follows."""
     pause_seconds: float = 5.0
-    """Before a restart; twice as long after each attempt that published no newer checkpoint, up to 120 s."""
+    """Before a restart after an attempt that published no newer checkpoint; twice as long after each further such
+    one, up to 120 s."""
 
     def problems(self) -> list[str]:
         """What cannot be, one sentence each."""

@@ -39,7 +39,11 @@ class Patience:
     fruitless: int = 3
     """Attempts in a row that publish no newer checkpoint, after which none follows."""
     pause_seconds: float = 5.0
-    """Before an attempt; twice as long after each fruitless one."""
+    """Before an attempt that follows a fruitless one; twice as long after each further one."""
+
+    def pause(self, fruitless: int) -> float:
+        """Seconds after so many fruitless attempts in a row: a run that makes progress goes on at once."""
+        return min(self.pause_seconds * 2 ** (fruitless - 1), _LONGEST_PAUSE) if fruitless else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +102,9 @@ class Supervisor:
             if reason := self._why_not_again(attempt, fruitless):
                 log.warn(f"{end.told()}. {reason}")
                 return end.code or EXIT_ERROR
-            pause = min(self._patience.pause_seconds * 2**fruitless, _LONGEST_PAUSE)
+            pause = self._patience.pause(fruitless)
             log.warn(
-                f"{end.told()}. Starting again in {pause:g} s from step {newest} "
+                f"{end.told()}. Starting again {f'in {pause:g} s' if pause else 'at once'} from step {newest} "
                 f"(restart {attempt + 1} of {self._patience.restarts})"
             )
             if self._stopped.wait(pause):

@@ -96,7 +96,9 @@ def test_values_are_read_by_the_type_of_their_field():
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("[model, data]: {}", "a key is one word, not a list"),
+        ("[model, data]: {}", "a key is one word, and no list"),
+        ("~: {}", "a key is one word, and no list, null"),
+        ("model: {true: 1}", "a key is one word, and no list, null, true"),
         ("modle: {}", "modle is not a section; perhaps you meant model"),
         ("num_layers: 3", "num_layers is not a section; it is a field, to be indented under model:"),
         ("model: {num_layer: 3}", "model.num_layer is not a known field; perhaps you meant num_layers"),

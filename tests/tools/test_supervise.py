@@ -16,6 +16,8 @@ import psutil
 import pytest
 from tiny_run import TOOLS
 
+from megatron_lite.monitor.supervisor import Patience
+
 FAKE = '''
 """A trainer that does what its next line of plan.txt says."""
 import json, os, pathlib, signal, subprocess, sys, time
@@ -76,7 +78,7 @@ def test_what_may_pass_is_tried_again_until_the_run_is_done(tmp_path):
     code, said = ended(start(tmp_path, *plan, "never"))
     assert code == 0
     assert attempts(tmp_path) == [("lost_rank", 5, 5), (None, 137, 10), ("hang", 4, 10), ("done", 0, 15)]
-    assert "lost_rank: why. Starting again in 0 s from step 5 (restart 1 of 10)" in said
+    assert "lost_rank: why. Starting again at once from step 5 (restart 1 of 10)" in said
     assert "the launcher ended with signal SIGKILL and the run left no word" in said
     assert (tmp_path / "plan.txt").read_text() == "never"
 
@@ -96,6 +98,11 @@ def test_it_gives_up_without_progress_and_after_so_many_restarts(tmp_path):
     other.mkdir()
     code, said = ended(start(other, "step=1 exit=1", "step=2 exit=1", "never", options=("--auto-restart", "1")))
     assert code == 1 and "Giving up: it was restarted 1 times (--auto-restart 1)" in said
+
+
+def test_it_waits_longer_and_longer_while_no_progress_is_made():
+    patience = Patience(restarts=9, pause_seconds=5.0)
+    assert [patience.pause(fruitless) for fruitless in (0, 1, 2, 3, 9)] == [0, 5, 10, 20, 120]
 
 
 def test_the_word_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path):
