@@ -10,7 +10,7 @@ from megatron_lite import log
 from megatron_lite.config import check, cli
 from megatron_lite.config.cli import LaunchOptions
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import ConfigError, LostRankError, MegatronLiteError
+from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.monitor import rank_log
 from megatron_lite.parallel.launch import Launch, end_process, likely_device
 from megatron_lite.parallel.launcher import command_line
@@ -42,8 +42,7 @@ def main(argv: list[str]) -> int:
         try:
             run_training(config, me, command)
         except MegatronLiteError as error:
-            is_told = isinstance(error, LostRankError) and error.is_told_elsewhere
-            tell = log.aside if is_told or (error.on_all_ranks and me.rank != 0) else log.every_rank
+            tell = log.aside if error.is_told_elsewhere or (error.on_all_ranks and me.rank != 0) else log.every_rank
             tell(f"error: {error}")
             return error.exit_code
     return 0

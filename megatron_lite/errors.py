@@ -36,6 +36,8 @@ class MegatronLiteError(Exception):
     cause = "error"
     on_all_ranks = False
     """Raised on every rank alike, so that rank 0 tells it for all."""
+    is_told_elsewhere = False
+    """Another rank tells it for all that have it."""
 
     def __init__(self, *arguments: object):
         super().__init__(*(without_credentials(a) if isinstance(a, str) else a for a in arguments))
@@ -118,5 +120,3 @@ class LostRankError(MegatronLiteError):
 
     exit_code = EXIT_LOST_RANK
     cause = "lost_rank"
-    is_told_elsewhere = False
-    """One rank tells it for all that are left."""

@@ -19,8 +19,8 @@ from megatron_lite import log
 from megatron_lite.config import cli, sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError, MegatronLiteError
-from megatron_lite.parallel.door import exit_code_of
-from megatron_lite.parallel.launch import Launch
+from megatron_lite.parallel.door import among_ranks, exit_code_of
+from megatron_lite.parallel.launch import Launch, end_process
 from megatron_lite.parallel.launcher import start_command, takes_gpus
 from megatron_lite.parallel.layout_line import parse_layout
 from megatron_lite.train.rules import problems
@@ -102,16 +102,18 @@ def be_rank(me: Launch, config: RunConfig, options: CheckOptions) -> None:
     """Train as one of the processes that `run` starts."""
     from megatron_lite.train import build
 
-    parallel = config.parallel
-    mesh = build.start_ranks(
-        me,
-        tensor=parallel.tensor_model_parallel_size,
-        pipe=parallel.pipeline_model_parallel_size,
-        context=parallel.context_parallel_size,
-        timeout_minutes=parallel.distributed_timeout_minutes,
-    )
-    train_into(Path(options.into), config, options.steps, mesh)
-    build.close_ranks()
+    parallel, timeout = config.parallel, config.parallel.distributed_timeout_minutes
+    with among_ranks(me, timeout) as store:
+        mesh = build.start_ranks(
+            me,
+            tensor=parallel.tensor_model_parallel_size,
+            pipe=parallel.pipeline_model_parallel_size,
+            context=parallel.context_parallel_size,
+            timeout_minutes=timeout,
+            store=store,
+        )
+        train_into(Path(options.into), config, options.steps, mesh)
+        build.close_ranks()
 
 
 def train_into(folder: Path, config: RunConfig, steps: int, mesh: ProcessMesh) -> None:
@@ -217,4 +219,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

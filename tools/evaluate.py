@@ -18,8 +18,8 @@ from megatron_lite import log
 from megatron_lite.config.command_line import read
 from megatron_lite.config.opening import OpeningConfig
 from megatron_lite.errors import ConfigError
-from megatron_lite.parallel.door import exit_code_of
-from megatron_lite.parallel.launch import Launch
+from megatron_lite.parallel.door import among_ranks, exit_code_of
+from megatron_lite.parallel.launch import Launch, end_process
 from megatron_lite.publish import insist_on_place, publish
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -118,7 +118,7 @@ def _table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def _evaluate(command: _CommandLine) -> None:
+def _evaluate(me: Launch, store, command: _CommandLine) -> None:
     from megatron_lite.eval.loss import score
     from megatron_lite.eval.selection import select_passages
     from megatron_lite.train.build import close_ranks, together
@@ -127,6 +127,8 @@ def _evaluate(command: _CommandLine) -> None:
     opening, options = command.opening, command.evaluate
     opened = open_model(
         opening.load,
+        me,
+        store,
         ckpt_step=opening.ckpt_step,
         tensor_size=opening.tensor_model_parallel_size,
         pipe_size=opening.pipeline_model_parallel_size,
@@ -200,10 +202,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if problems := command.evaluate.problems():
             raise ConfigError(problems)
-        _evaluate(command)
+        with among_ranks(me) as store:
+            _evaluate(me, store, command)
 
     return exit_code_of(evaluate)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

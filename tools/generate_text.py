@@ -20,8 +20,8 @@ from megatron_lite import log
 from megatron_lite.config.command_line import read
 from megatron_lite.config.opening import OpeningConfig
 from megatron_lite.errors import ConfigError, TokenizerError, UserError
-from megatron_lite.parallel.door import exit_code_of
-from megatron_lite.parallel.launch import Launch
+from megatron_lite.parallel.door import among_ranks, exit_code_of
+from megatron_lite.parallel.launch import Launch, end_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _given_prompts(options: GenerateOptions) -> list[str] | None:
 class _Session:
     """An opened model that answers prompts, all ranks alike; rank 0 reads and prints."""
 
-    def __init__(self, command: _CommandLine):
+    def __init__(self, me: Launch, store, command: _CommandLine):
         from megatron_lite.generate.sampling import Sampling
         from megatron_lite.train.open import open_model
 
@@ -122,6 +122,8 @@ class _Session:
         )
         self.opened = open_model(
             opening.load,
+            me,
+            store,
             ckpt_step=opening.ckpt_step,
             tensor_size=opening.tensor_model_parallel_size,
             pipe_size=opening.pipeline_model_parallel_size,
@@ -226,18 +228,19 @@ def _piped() -> list[str] | None:
     return prompts
 
 
-def _generate(command: _CommandLine) -> None:
+def _generate(me: Launch, command: _CommandLine) -> None:
     prompts = _given_prompts(command.generate)
     from megatron_lite.train.build import close_ranks
 
-    session = _Session(command)
-    if prompts is None:
-        prompts = session.read(_piped)
-    if prompts is None:
-        session.talk()
-    else:
-        session.answer(prompts)
-    close_ranks()
+    with among_ranks(me) as store:
+        session = _Session(me, store, command)
+        if prompts is None:
+            prompts = session.read(_piped)
+        if prompts is None:
+            session.talk()
+        else:
+            session.answer(prompts)
+        close_ranks()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -253,10 +256,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if problems := command.generate.problems():
             raise ConfigError(problems)
-        _generate(command)
+        _generate(me, command)
 
     return exit_code_of(generate)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -348,6 +349,21 @@ def end_process(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def watch_launcher(gone: Callable[[], object], over: threading.Event) -> bool:
+    """Whether this rank has a launcher; a thread calls `gone` once it has one no more, unless it is `over` before."""
+    chain = launcher_chain()
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            if any(parent_of(pid) != parent for pid, parent in chain):
+                gone()
+                return
+
+    if chain:
+        threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
+    return bool(chain)
+
+
 class StopRequest:
     """Whether this rank was asked to stop: by SIGTERM or SIGINT, or by the death of its launcher.
 
@@ -366,11 +382,8 @@ class StopRequest:
         """Install the signal handlers and watch the launcher. Call from the main thread."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        watched = launcher_chain()
-        if watched:
-            if self._grace_seconds is None:
-                self._grace_seconds = GRACE_SECONDS
-            threading.Thread(target=self._watch, args=(watched,), daemon=True, name="launcher-watch").start()
+        if watch_launcher(lambda: self.ask("the launcher is gone", pressing=True), self._watch_over):
+            self._grace_seconds = GRACE_SECONDS if self._grace_seconds is None else self._grace_seconds
 
     def deadline(self) -> float | None:
         """When a save on the way out must be over, on the monotonic clock; None if nobody presses."""
@@ -402,9 +415,3 @@ class StopRequest:
         if impatient:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-
-    def _watch(self, chain: list[tuple[int, int]]) -> None:
-        while not self._watch_over.wait(0.5):
-            if any(parent_of(pid) != parent for pid, parent in chain):
-                self.ask("the launcher is gone", pressing=True)
-                return

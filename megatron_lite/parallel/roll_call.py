@@ -101,6 +101,13 @@ class RollCall:
             return self._without_store()
         return {int(rank): Lost(*known) for rank, known in (found or {}).items()}, tells
 
+    def named(self, seen: LostRankError) -> tuple[LostRankError, dict[int, Lost]]:
+        """What to raise for `seen` once all ranks were asked, by `who_is_lost`; and the lost ranks."""
+        lost, tells = self.who_is_lost()
+        error = seen if not lost and self.can_ask else lost_rank(lost, str(seen), self.can_ask)
+        error.is_told_elsewhere = not tells
+        return error, lost
+
     @property
     def can_ask(self) -> bool:
         """False once the store is gone through which ranks are asked."""

@@ -24,6 +24,7 @@ from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.init import initial_value
 from megatron_lite.parallel import launch
+from megatron_lite.parallel.door import MINUTES
 from megatron_lite.parallel.pipeline import rules
 from megatron_lite.parallel.pipeline.rules import pipeline_plan
 from megatron_lite.parallel.process_mesh import ProcessMesh
@@ -46,6 +47,8 @@ class OpenedModel:
 
 def open_model(
     load_dir: str | Path,
+    me: launch.Launch,
+    store=None,
     *,
     ckpt_step: int | None = None,
     tensor_size: int | None = None,
@@ -53,14 +56,15 @@ def open_model(
     dtype: str | None = None,
     overrides: sources.Overrides | None = None,
 ) -> OpenedModel:
-    """Start the ranks that were launched and open a model on them, as `open_on` does.
+    """Start the ranks that were launched, of which this is `me`, and open a model on them, as `open_on` does.
+
+    `store` is that of `door.among_ranks`.
 
     `tensor_size` ranks share each of `pipe_size` stages of the model (default: all that are left). Raises what
     `open_on` does.
     """
-    me = launch.Launch.from_environment()
     tensor = tensor_size or max(1, me.world_size // pipe_size)
-    mesh = build.start_ranks(me, tensor=tensor, pipe=pipe_size, timeout_minutes=10)
+    mesh = build.start_ranks(me, tensor=tensor, pipe=pipe_size, timeout_minutes=MINUTES, store=store)
     return open_on(mesh, load_dir, ckpt_step=ckpt_step, dtype=dtype, overrides=overrides)
 
 

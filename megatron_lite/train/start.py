@@ -34,6 +34,7 @@ from megatron_lite.monitor.pace import Pace
 from megatron_lite.monitor.sinks import open_sinks
 from megatron_lite.monitor.versions import versions
 from megatron_lite.optim.schedule import Schedule, schedule
+from megatron_lite.parallel.failure import in_a_line, tell_traceback
 from megatron_lite.parallel.launch import Launch, StopRequest, open_store
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.roll_call import RollCall, this_place
@@ -43,7 +44,7 @@ from megatron_lite.publish import publish
 from megatron_lite.train import agreement, build, checkpoint_fit
 from megatron_lite.train.batch_plan import BatchPlan
 from megatron_lite.train.dry_run import planned_peak
-from megatron_lite.train.ending import Ending, in_a_line, tell_traceback
+from megatron_lite.train.ending import Ending
 from megatron_lite.train.engine import load_libraries
 from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.huggingface import begin_with

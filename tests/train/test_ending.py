@@ -36,12 +36,13 @@ from megatron_lite.errors import (
 )
 from megatron_lite.monitor import rank_log
 from megatron_lite.monitor.sinks import Sinks
+from megatron_lite.parallel.failure import explained
 from megatron_lite.parallel.launch import Launch, StopRequest
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.roll_call import Lost, RollCall, lost_rank
 from megatron_lite.train import loop, start
-from megatron_lite.train.ending import Ending, explained
+from megatron_lite.train.ending import Ending
 from megatron_lite.train.keeper import Keeper
 
 
