@@ -13,6 +13,9 @@ DeepSpeed-Ulysses (Jacobs et al. 2023).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
@@ -133,76 +136,23 @@ class _ReduceFrom(torch.autograd.Function):
         return gradient, None
 
 
-class _ScatterTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, group, dim):
-        ctx.group, ctx.dim = group, dim
-        return my_part(tensor, group, dim).contiguous()
+class _Conjugate(torch.autograd.Function):
+    """One exchange forward and another one backward, each a function of a tensor and its group."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return all_gather(gradient, ctx.group, ctx.dim), None, None
-
-
-class _GatherFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, group, dim):
-        ctx.group, ctx.dim = group, dim
-        return all_gather(tensor, group, dim)
+    def forward(ctx, tensor, group, there, back):
+        ctx.group, ctx.back = group, back
+        return there(tensor, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        return my_part(gradient, ctx.group, ctx.dim).contiguous(), None, None
+        return ctx.back(gradient, ctx.group), None, None, None
 
 
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
-        return all_gather(tensor, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return reduce_scatter(gradient, ctx.group), None
-
-
-class _ReduceScatterSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group = group
-        return reduce_scatter(tensor, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return all_gather(gradient, ctx.group), None
-
-
-class _SequenceToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, part, group):
-        ctx.group = group
-        return _all_tokens(part, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return _all_heads(gradient, ctx.group), None
-
-
-class _HeadsToSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, whole, group):
-        ctx.group = group
-        return _all_heads(whole, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return _all_tokens(gradient, ctx.group), None
+def _along(dim: int) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """Keeping my part along `dim`, and gathering all."""
+    return (lambda tensor, group: my_part(tensor, group, dim).contiguous()), partial(all_gather, dim=dim)
 
 
 def _all_tokens(part_SBND: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -230,19 +180,19 @@ def scatter_to(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
 
     Raises ValueError when the group does not divide the dim.
     """
-    return tensor if group is None else _ScatterTo.apply(tensor, group, dim)
+    return tensor if group is None else _Conjugate.apply(tensor, group, *_along(dim))
 
 
 def gather_from(tensor: torch.Tensor, group: Group, dim: int) -> torch.Tensor:
     """The ranks' parts joined along `dim`, equal on all of them; each keeps its part of the gradient,
     which is equal on all ranks too."""
-    return tensor if group is None else _GatherFrom.apply(tensor, group, dim)
+    return tensor if group is None else _Conjugate.apply(tensor, group, *reversed(_along(dim)))
 
 
 def gather_sequence(tensor: torch.Tensor, group: Group) -> torch.Tensor:
     """The whole sequence from its parts along dim 0, as the input of something the ranks share; its
     gradient is summed and split."""
-    return tensor if group is None else _GatherSequence.apply(tensor, group)
+    return tensor if group is None else _Conjugate.apply(tensor, group, all_gather, reduce_scatter)
 
 
 def reduce_scatter_sequence(tensor: torch.Tensor, group: Group) -> torch.Tensor:
@@ -250,15 +200,15 @@ def reduce_scatter_sequence(tensor: torch.Tensor, group: Group) -> torch.Tensor:
 
     Raises ValueError when the group does not divide the dim.
     """
-    return tensor if group is None else _ReduceScatterSequence.apply(tensor, group)
+    return tensor if group is None else _Conjugate.apply(tensor, group, reduce_scatter, all_gather)
 
 
 def sequence_to_heads(part_SBND: torch.Tensor, group: Group) -> torch.Tensor:
     """All ranks' parts of the sequence, one behind the other, of this rank's share of the heads:
     [S, B, N, D] -> [S c, B, N / c, D] over c ranks, which divide N."""
-    return part_SBND if group is None else _SequenceToHeads.apply(part_SBND, group)
+    return part_SBND if group is None else _Conjugate.apply(part_SBND, group, _all_tokens, _all_heads)
 
 
 def heads_to_sequence(whole_SBND: torch.Tensor, group: Group) -> torch.Tensor:
     """This rank's part of the sequence, of all heads: the inverse of `sequence_to_heads`."""
-    return whole_SBND if group is None else _HeadsToSequence.apply(whole_SBND, group)
+    return whole_SBND if group is None else _Conjugate.apply(whole_SBND, group, _all_heads, _all_tokens)

@@ -21,6 +21,14 @@ COUNTS = {4: 8, 8: 4}
 """Layouts that are trained, by their number of ranks."""
 REFUSED = 12
 BATCH = 8
+ADAMW_WEIGHTS = 1e-4
+"""How far apart weights may be after steps of AdamW, relative to their norm.
+
+It divides a gradient by its own size, so one that is mostly rounding, as some of these models have, is a step as long
+as any other: in 15 such layouts weights were up to 7.1e-6 apart and gradients 2.3e-6, and 1.4e-5 has been seen of
+weights. Losses, gradient norms and gradients say what is wrong with a layout, and are held to what rounding is; so are
+weights after SGD.
+"""
 
 
 def factors(ranks: int, parts: int, source: random.Random) -> list[int]:
@@ -111,4 +119,4 @@ def test_layouts_drawn_at_random_equal_serial_or_are_refused(source, tmp_path, c
                 told = capsys.readouterr().err
                 assert all(problem in told for problem in found), f"{case}: {told}"
                 refused += bool(found)
-        assert_equals_serial(ranks, cases, run_serially(cases))
+        assert_equals_serial(ranks, cases, run_serially(cases), adamw_weights=ADAMW_WEIGHTS)
