@@ -29,7 +29,7 @@ class DataConfig(TokenizerFiles):
     mock_data: bool = False
     """Generated tokens instead of files, to try a configuration."""
     num_workers: int = 0
-    """Threads that read the next step's samples ahead; the order does not depend on it."""
+    """Processes of each rank that read the next step's training samples ahead; the order does not depend on it."""
     reset_attention_mask: bool = False
     """A token attends to its own document alone."""
     reset_position_ids: bool = False

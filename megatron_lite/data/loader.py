@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import collections
-from concurrent.futures import Future, ThreadPoolExecutor
-
 import numpy as np
 
 from megatron_lite.data.micro_batch import Assembly, MicroBatch
+from megatron_lite.data.read_ahead import ReadAhead, SampleReader, Samples
 from megatron_lite.data.sample import Sample, whole
-from megatron_lite.data.stream import SampleStream
-from megatron_lite.errors import DataError
 
 
 class BlankStream:
@@ -27,13 +23,14 @@ class BatchLoader:
     """The micro-batches of one data rank out of a stream.
 
     Micro-batch j of data rank r in a step that begins at `consumed` samples holds the `micro_batch_size`
-    samples from consumed + (j * data_size + r) * micro_batch_size on. With `num_workers` threads the next
-    step's micro-batches are read while this one runs; what a step gets does not depend on it.
+    samples from consumed + (j * data_size + r) * micro_batch_size on. With `num_workers` processes the next
+    step's samples are read while this one runs; what a step gets does not depend on it. With `pin_memory`
+    micro-batches lie where a GPU copies from while the CPU goes on.
     """
 
     def __init__(
         self,
-        stream: SampleStream | BlankStream,
+        stream: Samples,
         *,
         data_rank: int,
         data_size: int,
@@ -41,77 +38,64 @@ class BatchLoader:
         vocab_size: int,
         num_workers: int = 0,
         assembly: Assembly | None = None,
+        pin_memory: bool = False,
     ):
-        self._stream = stream
+        self._reader = SampleReader(stream, vocab_size)
         self._data_rank, self._data_size = data_rank, data_size
         self._micro_batch_size = micro_batch_size
-        self._vocab_size = vocab_size
         self._num_workers = num_workers
         self._assemble = assembly or Assembly()
-        self._pool = ThreadPoolExecutor(num_workers, "read-ahead") if num_workers else None
-        self._ahead: collections.deque[tuple[int, Future[list[Sample]]]] = collections.deque()
+        self._pin_memory = pin_memory
+        self._ahead: ReadAhead | None = None
 
     def step(self, consumed_samples: int, global_batch_size: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that begins after `consumed_samples`.
 
-        Raises DataError, naming the sample, for one that cannot be read or leaves the vocabulary.
+        Raises DataError, naming the sample, for one that cannot be read or leaves the vocabulary, and naming
+        the process for one that reads ahead no more.
         """
         stride = self._data_size * self._micro_batch_size
         if global_batch_size % stride:
             raise ValueError(f"a global batch of {global_batch_size} samples is no multiple of {stride}")
         first = consumed_samples + self._data_rank * self._micro_batch_size
         starts = range(first, first + global_batch_size, stride)
-        batches = [
-            self._assemble(
-                self._take(start),
-                first_sample=start,
-                index=j * self._data_size + self._data_rank,
-                consumed_samples=consumed_samples,
-            )
-            for j, start in enumerate(starts)
-        ]
-        self._read_ahead(starts.stop, stride, max(len(starts), self._num_workers))
+        batches = [self._take(start, stride, consumed_samples) for start in starts]
+        if self._num_workers:
+            # A rank's starts are `stride` apart within a step and across steps, whatever the batch size becomes.
+            self._read_ahead(len(starts), batches[0].tokens.shape[1] + 1).ask(starts.stop, stride)
         return batches
 
-    def _take(self, start: int) -> list[Sample]:
-        if self._ahead and self._ahead[0][0] == start:
-            return self._ahead.popleft()[1].result()
-        self._drop_ahead()
-        return self._read(start)
+    def _take(self, start: int, stride: int, consumed_samples: int) -> MicroBatch:
+        if self._ahead is not None and self._ahead.holds(start):
+            with self._ahead.take() as samples:
+                return self._batch(samples, start, consumed_samples)
+        return self._batch(self._reader.read(start, self._micro_batch_size), start, consumed_samples)
 
-    def _read_ahead(self, start: int, stride: int, count: int) -> None:
-        # A rank's starts are `stride` apart within a step and across steps, whatever the batch size becomes.
-        if self._pool is None:
-            return
-        for next_start in range(start + len(self._ahead) * stride, start + count * stride, stride):
-            self._ahead.append((next_start, self._pool.submit(self._read, next_start)))
+    def _batch(self, samples: list[Sample], start: int, consumed_samples: int) -> MicroBatch:
+        batch = self._assemble(
+            samples,
+            first_sample=start,
+            index=(start - consumed_samples) // self._micro_batch_size,
+            consumed_samples=consumed_samples,
+        )
+        return batch.pinned() if self._pin_memory else batch
 
-    def _read(self, start: int) -> list[Sample]:
-        """Samples `start` to `start` + B."""
-        return [self._sample(start + i) for i in range(self._micro_batch_size)]
-
-    def _sample(self, number: int) -> Sample:
-        try:
-            sample = self._stream[number]
-        except (DataError, OSError) as error:
-            raise DataError(f"sample {number:,} cannot be read: {error}") from error
-        except Exception as error:
-            error.add_note(f"while sample {number} was read")
-            raise
-        low, high = int(sample.tokens.min()), int(sample.tokens.max())
-        if low < 0 or high >= self._vocab_size:
-            raise DataError(
-                f"sample {number:,} holds token id {low if low < 0 else high:,} and the vocabulary has ids 0 to "
-                f"{self._vocab_size - 1:,}: the data were made with another tokenizer."
+    def _read_ahead(self, micro_batches: int, length: int) -> ReadAhead:
+        """The processes, with room for a step of that many micro-batches and for two with each of them."""
+        places = max(micro_batches, 2 * self._num_workers)
+        if self._ahead is None or self._ahead.places < places:
+            self.close()
+            self._ahead = ReadAhead(
+                self._reader,
+                num_workers=self._num_workers,
+                count=self._micro_batch_size,
+                length=length,
+                places=places,
             )
-        return sample
-
-    def _drop_ahead(self) -> None:
-        while self._ahead:
-            self._ahead.popleft()[1].cancel()
+        return self._ahead
 
     def close(self) -> None:
-        """Stop reading ahead."""
-        self._drop_ahead()
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        """End the processes that read ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None

@@ -31,6 +31,11 @@ class MicroBatch:
     positions: torch.Tensor | None = None
     """int64 [B, S], the position of each token; None: its place in the sequence."""
 
+    def pinned(self) -> MicroBatch:
+        """The same, what goes to a GPU in memory that it copies from while the CPU goes on."""
+        names = ("tokens", "labels", "loss_mask", *(() if self.positions is None else ("positions",)))
+        return dataclasses.replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
@@ -49,8 +54,10 @@ class Assembly:
         self, samples: Sequence[Sample], *, first_sample: int, index: int, consumed_samples: int
     ) -> MicroBatch:
         """The micro-batch of samples of one length, of the step that begins after `consumed_samples`."""
-        block = torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64, copy=False))
-        tokens, labels = block[:, :-1].contiguous(), block[:, 1:].contiguous()
+        tokens, labels = (
+            torch.from_numpy(np.stack([sample.tokens[cut] for sample in samples], dtype=np.int64))
+            for cut in (slice(None, -1), slice(1, None))
+        )
         counted = torch.ones(labels.shape, dtype=torch.bool)
         for row, sample in zip(counted, samples, strict=True):
             if sample.counts is not None:

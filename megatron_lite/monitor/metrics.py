@@ -39,6 +39,7 @@ METRICS: dict[str, Metric] = {
         "", "checksum of the numbers and tokens of the samples of this step, the same on every layout"
     ),
     "iteration_time": Metric("s", "wall time of the step"),
+    "data_wait_share": Metric("", "share of it that passed until every rank had its samples, as rank 0 saw it"),
     "tokens_per_second": Metric("tokens/s", "tokens of the step over all ranks per second"),
     "model_tflops": Metric("TFLOP/s", "model FLOPs per second of one rank; recompute and padding not counted"),
     "mfu": Metric("", "model_tflops over the dense peak of the device; absent where the peak is not known"),

@@ -251,8 +251,9 @@ def open_loader(
 ) -> BatchLoader:
     """The micro-batches of this data rank out of `stream`, that of `split`, whose text is `tokenizer`'s.
 
-    In the middle of a pipeline they are empty, unless its layers ask where documents begin. A curriculum is for "train"
-    alone. Raises ConfigError where documents are to end in a token that the tokenizer does not have.
+    In the middle of a pipeline they are empty, unless its layers ask where documents begin. A curriculum and processes
+    that read ahead are for "train" alone. Raises ConfigError where documents are to end in a token that the tokenizer
+    does not have.
     """
     data = config.data
     at_end = mesh.size("pipe") == 1 or mesh.rank("pipe") in pipeline_plan(config).ends
@@ -272,8 +273,9 @@ def open_loader(
         data_size=mesh.size("data"),
         micro_batch_size=config.training.micro_batch_size,
         vocab_size=vocab_size,
-        num_workers=data.num_workers if reads else 0,
+        num_workers=data.num_workers if reads and split == "train" else 0,
         assembly=Assembly(data.reset_attention_mask, data.reset_position_ids, eod, curriculum),
+        pin_memory=mesh.device.type == "cuda",
     )
 
 

@@ -15,6 +15,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.data.length_curriculum import LengthCurriculum
 from megatron_lite.data.loader import BatchLoader
 from megatron_lite.data.micro_batch import MicroBatch
+from megatron_lite.monitor.data_wait import DataWait
 from megatron_lite.monitor.histograms import histograms
 from megatron_lite.monitor.memory import MemoryMeter
 from megatron_lite.monitor.metrics import Metrics, throughput
@@ -58,6 +59,7 @@ class Run:
     metrics: Metrics
     memory: MemoryMeter
     pace: Pace
+    data_wait: DataWait
     keeper: Keeper
     stop: StopRequest
     flops_per_token: float
@@ -131,9 +133,11 @@ def _one_step(run: Run, started: float) -> str | None:
         fed = (count_targets(batches, mesh), checksum(batches, mesh))
         return [*fed, run.stop.reason is not None, run.keeper.has_ended]
 
+    asked_at = time.perf_counter()
     micro_batches, (target_tokens, samples_sum, asked, saves_ended) = read(
         run.train_loader, mesh, progress.consumed_samples, batch_size, count
     )
+    waited = time.perf_counter() - asked_at
     if saves_ended == mesh.world_size:
         run.keeper.settle()
     if asked:
@@ -158,7 +162,9 @@ def _one_step(run: Run, started: float) -> str | None:
     progress.skipped_steps += result.outcome.skipped
     run.memory.note_step()
     run.metrics.record("samples_crc32", int(samples_sum) % 2**32)
-    _log_step(run, result, rate, batch_size, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    run.metrics.record("data_wait_share", run.data_wait.share(waited, seconds))
+    _log_step(run, result, rate, batch_size, seconds)
     return None
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 
-import numpy as np
-
 from megatron_lite.data.loader import BatchLoader
 from megatron_lite.data.micro_batch import MicroBatch
 from megatron_lite.parallel.process_mesh import ProcessMesh
@@ -50,7 +48,7 @@ def checksum(batches: list[MicroBatch], mesh: ProcessMesh) -> int:
     if not _tells(mesh):
         return 0
     return sum(
-        zlib.crc32(np.append(tokens, label[-1]), batch.first_sample + i & 0xFFFFFFFF)
+        zlib.crc32(label[-1:], zlib.crc32(tokens, batch.first_sample + i & 0xFFFFFFFF))
         for batch in batches
         for i, (tokens, label) in enumerate(zip(batch.tokens.numpy(), batch.labels.numpy(), strict=True))
     )

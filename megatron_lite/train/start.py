@@ -28,6 +28,7 @@ from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.data.vocabulary import resolve_vocabulary
 from megatron_lite.errors import EXIT_ERROR, CheckpointError, MegatronLiteError
 from megatron_lite.monitor import exit_file, rank_log
+from megatron_lite.monitor.data_wait import DataWait
 from megatron_lite.monitor.memory import MemoryMeter
 from megatron_lite.monitor.metrics import Metrics
 from megatron_lite.monitor.pace import Pace
@@ -224,6 +225,7 @@ def _assemble(
             mesh.gather_json,
             config.logging.log_interval,
         ),
+        data_wait=DataWait(config.data.num_workers),
         keeper=Keeper(
             root=Path(config.checkpoint.save) if config.checkpoint.save else None,
             claim=claim,
