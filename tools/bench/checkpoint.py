@@ -2,9 +2,10 @@
 """Saving and loading: seconds that training waits, seconds until durable, bytes, and seconds to restore.
 
 Ours, waited for and beside training, against `save_checkpoint` and `load_checkpoint` of DeepSpeed and
-`torch.distributed.checkpoint` (`save`, `async_save`, `load`), of the same fp32 masters and AdamW moments of one rank's
-part of a model, in turns. Ours computes checksums and waits for the disk (fsync), the others do neither unless
-`--sync-theirs` adds an fsync of what they wrote, which is then counted as a part of their save.
+`torch.distributed.checkpoint` (`save`, `async_save`, `load`), of the same fp32 masters and AdamW moments, sharded over
+`--ranks` by `--zero-stage`, in turns; of several ranks the slowest counts. Ours computes checksums and waits for the
+disk (fsync), the others do neither unless `--sync-theirs` adds an fsync of what they wrote, which is then counted as a
+part of their save.
 
     OMP_NUM_THREADS=1 python tools/bench/checkpoint.py --parameters 30000000 --folder FOLDER --output results.json
 """
@@ -13,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -27,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from rank_cases.ranks import on_ranks, write  # noqa: E402
 from torch import distributed as dist  # noqa: E402
 from torch.distributed import checkpoint as theirs  # noqa: E402
 
@@ -36,7 +36,6 @@ from megatron_lite.checkpoint.host_copies import HostCopies  # noqa: E402
 from megatron_lite.checkpoint.piece import Piece  # noqa: E402
 from megatron_lite.config import sources  # noqa: E402
 from megatron_lite.config.run import RunConfig  # noqa: E402
-from megatron_lite.monitor.versions import versions  # noqa: E402
 from megatron_lite.parallel.mesh_shape import MeshShape  # noqa: E402
 from megatron_lite.parallel.process_mesh import ProcessMesh  # noqa: E402
 from megatron_lite.train import build  # noqa: E402
@@ -58,7 +57,7 @@ class Ours:
         began = time.perf_counter()
 
         def write(pieces: list[Piece]) -> Path:
-            return save.save(folder, 1, pieces, {}, self._mesh, layout="one rank", config={}, versions={})
+            return save.save(folder, 1, pieces, {}, self._mesh, layout=str(self._mesh.shape), config={}, versions={})
 
         if self._copies is None:
             write(self._pieces)
@@ -126,8 +125,8 @@ class Distributed:
         theirs.load(self._tensors, checkpoint_id=str(folder))
 
 
-def trained_engine(parameters: int, mesh: ProcessMesh) -> tuple[Any, float]:
-    """An engine of ZeRO 1 in bf16 after a step, of about so many parameters, and the seconds of that step's passes."""
+def trained_engine(parameters: int, mesh: ProcessMesh, zero_stage: int) -> tuple[Any, float]:
+    """An engine in bf16 after a step, of about so many parameters, and the seconds of that step's passes."""
     layers, hidden = 8, max(64, int((parameters / (12 * 8)) ** 0.5) // 64 * 64)
     config = sources.override(
         RunConfig(),
@@ -136,19 +135,20 @@ def trained_engine(parameters: int, mesh: ProcessMesh) -> tuple[Any, float]:
                 "num_layers": layers, "hidden_size": hidden, "num_attention_heads": hidden // 64, "vocab_size": 1024,
                 "max_position_embeddings": 128, "hidden_dropout": 0.0, "attention_dropout": 0.0,
             },
+            "parallel": {"zero_stage": zero_stage},
             "precision": {"bf16": True},
             "data": {"mock_data": True, "seq_length": 128},
-            "training": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": 1},
+            "training": {"train_iters": 1, "micro_batch_size": 1, "global_batch_size": mesh.world_size},
         },
     )  # fmt: skip
     engine = build.build_engine(config, build.build_model_to_train(config, mesh, 1024), mesh)
     stream = build.open_stream(config, "train", 1024)
-    batches = build.open_loader(config, stream, mesh, 1024).step(0, 1)
+    batches = build.open_loader(config, stream, mesh, 1024).step(0, mesh.world_size)
     marks: list[float] = []
     for step in (1, 2):
         began = time.perf_counter()
         train_step(
-            engine, mesh, batches, target_tokens=128, step=step, seed=None, learning_rate=1e-4,
+            engine, mesh, batches, target_tokens=128 * mesh.world_size, step=step, seed=None, learning_rate=1e-4,
             before_change=lambda: marks.append(time.perf_counter()),
         )  # fmt: skip
     return engine, marks[-1] - began
@@ -162,22 +162,22 @@ def _named(pieces: list[Piece]) -> dict[str, torch.Tensor]:
     return {f"{piece.name}{piece.rectangle}": piece.tensor for piece in pieces}
 
 
-def sync(folder: Path) -> None:
-    """Write all files in a folder through to the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+def sync(folder: Path, mesh: ProcessMesh) -> None:
+    """Write this rank's share of the files in a folder through to the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files[mesh.global_rank :: mesh.world_size]:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
-def measure(contender: Any, folder: Path, sync_theirs: bool) -> Timing:
+def measure(contender: Any, folder: Path, mesh: ProcessMesh, sync_theirs: bool) -> Timing:
     """One save into an empty folder and one load from it, with the files still in the page cache."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    dist.barrier()
     timing = contender.save(folder)
+    dist.barrier()
     if sync_theirs and not isinstance(contender, Ours):
         began = time.perf_counter()
-        sync(folder)
+        sync(folder, mesh)
         timing = {
             "waits": timing["waits"] + (0 if "async" in contender.name else time.perf_counter() - began),
             "durable": timing["durable"] + time.perf_counter() - began,
@@ -186,45 +186,63 @@ def measure(contender: Any, folder: Path, sync_theirs: bool) -> Timing:
     before = {name: tensor.clone() for name, tensor in contender.tensors().items()}
     for tensor in contender.tensors().values():
         tensor.fill_(float("nan"))
+    dist.barrier()
     began = time.perf_counter()
     contender.load(folder)
     timing["load"] = time.perf_counter() - began
     wrong = [name for name, tensor in contender.tensors().items() if not tensor.equal(before[name])]
     if wrong:
         raise SystemExit(f"{contender.name} did not give back {wrong[:3]}")
-    shutil.rmtree(folder)
+    dist.barrier()
+    if mesh.global_rank == 0:
+        shutil.rmtree(folder)
     return timing
+
+
+def measure_all(
+    rank: int, ranks: int, zero_stage: int, parameters: int, turns: int, folder: str, sync_theirs: bool
+) -> dict[str, Any]:
+    """This rank's times of each contender and turn, the bytes of its state, and the seconds of its passes."""
+    mesh = ProcessMesh.create(MeshShape.of_world(ranks))
+    engine, pass_seconds = trained_engine(parameters, mesh, zero_stage)
+    pieces = engine.pieces()
+    Ours.pass_seconds = pass_seconds
+    contenders = [
+        Ours(pieces, mesh, beside=False),
+        Ours(pieces, mesh, beside=True),
+        DeepSpeed(trained_engine(parameters, mesh, zero_stage)[0]),
+        Distributed(_named(pieces), beside=False),
+        Distributed(_named(pieces), beside=True),
+    ]
+    found: dict[str, list[Timing]] = {contender.name: [] for contender in contenders}
+    for turn in range(turns):
+        for number, contender in enumerate(contenders):
+            found[contender.name].append(measure(contender, Path(folder, f"{turn}-{number}"), mesh, sync_theirs))
+    return {"turns": found, "state_bytes": sum(piece.nbytes for piece in pieces), "pass_seconds": pass_seconds}
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=30_000_000)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--zero-stage", type=int, choices=(1, 2, 3), default=1)
     parser.add_argument("--turns", type=int, default=5, help="saves and loads of each, taken in turns")
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's for temporary files")
     parser.add_argument("--sync-theirs", action="store_true", help="theirs is durable too before it counts as saved")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args(argv)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    dist.init_process_group("cpu:gloo", store=dist.HashStore(), rank=0, world_size=1)
-    mesh = ProcessMesh.create(MeshShape())
-    engine, pass_seconds = trained_engine(options.parameters, mesh)
-    pieces = engine.pieces()
-    Ours.pass_seconds = pass_seconds
-    tensors = _named(pieces)
-    state_bytes = sum(piece.nbytes for piece in pieces)
-    contenders = [
-        Ours(pieces, mesh, beside=False),
-        Ours(pieces, mesh, beside=True),
-        DeepSpeed(trained_engine(options.parameters, mesh)[0]),
-        Distributed(tensors, beside=False),
-        Distributed(tensors, beside=True),
-    ]
-    found: dict[str, list[Timing]] = {contender.name: [] for contender in contenders}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        for _ in range(options.turns):
-            for contender in contenders:
-                found[contender.name].append(measure(contender, Path(folder) / "saved", options.sync_theirs))
+        size = (options.ranks, options.zero_stage, options.parameters, options.turns)
+        told = on_ranks(options.ranks, measure_all, *size, folder, options.sync_theirs)
+    state_bytes = sum(each["state_bytes"] for each in told)
+    pass_seconds = max(each["pass_seconds"] for each in told)
+    found = {
+        name: [
+            {key: max(each["turns"][name][turn][key] for each in told) for key in told[0]["turns"][name][turn]}
+            for turn in range(options.turns)
+        ]
+        for name in told[0]["turns"]
+    }
     # The best turn: whatever else runs on the machine can only add to a time.
     best = {name: {key: min(turn[key] for turn in turns) for key in turns[0]} for name, turns in found.items()}
     print(f"{state_bytes / 1e6:.0f} MB of state, a pass of {pass_seconds:.2f} s, the best of {options.turns} turns")
@@ -248,17 +266,16 @@ def main(argv: list[str]) -> None:
     if options.output:
         record = {
             "benchmark": "checkpoint",
-            "device": f"CPU {platform.machine().replace('_', '-')}, {os.cpu_count()} cores",
+            "ranks": options.ranks,
+            "zero_stage": options.zero_stage,
             "state_bytes": state_bytes,
             "theirs_synced": options.sync_theirs,
             "pass_seconds": pass_seconds,
             "turns": found,
             "best": best,
             "ratios": ratios,
-            "versions": versions(),
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(record, indent=2) + "\n")
+        write(options.output, record)
 
 
 if __name__ == "__main__":

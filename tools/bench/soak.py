@@ -323,11 +323,24 @@ def _losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+def told(counts: Counter, broken: int) -> str:
+    """What was done, and what came of it, on one line."""
+    return (
+        f"{counts['kills']} kills, {counts['stops']} stops, {counts['refusals']} refusals of the disk and "
+        f"{counts['bit flips']} bit flips: {counts['checks']} checkpoints found and right, {counts['runs']} runs "
+        f"through with the losses of an undisturbed one, {counts['not saved']} checkpoints lost aloud, {broken} "
+        f"promises broken"
+    )
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="kills in all")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further run after so long")
-    parser.add_argument("--cases", type=int, nargs="+", choices=range(len(CASES)), default=range(len(CASES)))
+    names = "; ".join(f"{number}: {case.name}" for number, case in enumerate(CASES))
+    parser.add_argument(
+        "--cases", type=int, nargs="+", choices=range(len(CASES)), default=range(len(CASES)), help=names
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args(argv)
@@ -359,13 +372,9 @@ def main(argv: list[str]) -> int:
                 break
     total, failures = sum((soak.counts for soak in soaks), Counter()), [text for s in soaks for text in s.failures]
     minutes = (time.monotonic() - began) / 60
-    summary = (
-        f"{total['kills']} kills, {total['stops']} stops, {total['refusals']} refusals of the disk and "
-        f"{total['bit flips']} bit flips in {minutes:.1f} minutes: {total['checks']} checkpoints found and right, "
-        f"{total['runs']} runs through with the losses of an undisturbed one, {total['not saved']} checkpoints lost "
-        f"aloud, {len(failures)} promises broken"
-    )
-    print("\n".join([*failures, summary]))
+    summary = f"in {minutes:.1f} minutes {told(total, len(failures))}"
+    lines = [f"{soak.case.name}: {told(soak.counts, len(soak.failures))}" for soak in soaks]
+    print("\n".join([*failures, *lines, summary]))
     if options.output:
         record = {
             "benchmark": "soak",
