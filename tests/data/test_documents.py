@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_lite.data.documents import SPLITS, TokenWindows, parse_split, split_documents
 from megatron_lite.data.indexed import IndexedReader, IndexedWriter
+from megatron_lite.data.provenance import Provenance, write_provenance
 from megatron_lite.errors import ConfigError, DataError
 
 
@@ -85,6 +86,14 @@ def test_a_negative_id_is_found(tmp_path):
     (tmp_path / "set.bin").write_bytes(np.array([1, -5, 3], "<i4").tobytes())
     with pytest.raises(DataError, match="a negative token id"):
         TokenWindows(IndexedReader(reader.prefix), 2).check_vocabulary(70_000)
+
+
+def test_ids_that_a_manifest_vouches_for_are_not_read_again(tmp_path):
+    windows = TokenWindows(write(tmp_path / "set", [[1, 2, 3], [4, 700, 5]]), 2)
+    write_provenance(tmp_path / "set", Provenance("ByteTokenizer", "f", 600, False, 2, 6, 9, 1.0, {}, "a test"))
+    windows.check_vocabulary(600)
+    with pytest.raises(DataError, match=r"token id 700 and the vocabulary has ids 0 to 598"):
+        windows.check_vocabulary(599)
 
 
 def test_a_very_large_set_is_checked_in_blocks_spread_evenly(tmp_path, monkeypatch, capsys):
