@@ -10,18 +10,20 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def published(path: str | os.PathLike) -> Iterator[Path]:
+def published(path: str | os.PathLike, synced: bool = True) -> Iterator[Path]:
     """The temporary path to write a file to, in a folder that is made; it becomes `path` when the block ends well.
 
-    Its bytes are on disk before it has its name. After an error nothing is left. Raises OSError.
+    Its bytes are on disk before it has its name, if it is `synced`: without, it is whole after a kill, but not after a
+    loss of power. After an error nothing is left. Raises OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if synced:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,15 +13,18 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
+import tyro
+
 from megatron_lite import log
 from megatron_lite.config.command_line import read
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.megatron_flags import BY_NAME
 from megatron_lite.config.tokenizer import TokenizerFiles
+from megatron_lite.data.corpus_job import CorpusJob
 from megatron_lite.data.provenance import Provenance
 from megatron_lite.data.text_blocks import parse_limit
 from megatron_lite.data.text_input import TxtDocuments, format_problems
-from megatron_lite.data.tokenize_corpus import CorpusJob, tokenize_corpus
+from megatron_lite.data.tokenize_corpus import tokenize_corpus
 from megatron_lite.errors import EXIT_INTERRUPTED, ConfigError, MegatronLiteError
 
 
@@ -34,7 +37,7 @@ class PreprocessOptions(TokenizerFiles):
     hf:NAME:CONFIG:SPLIT or hf:FOLDER for Hugging Face data sets, source:NAME for a named one; .gz, .zst, .bz2 and .xz
     are unpacked."""
     output_prefix: str
-    """Written are OUTPUT_PREFIX_KEY_document.bin, .idx and .meta.json for each of --json-keys."""
+    """Written are OUTPUT_PREFIX_KEY_document.bin, .idx and .manifest.json for each of --json-keys."""
     tokenizer_type: str
     """GPT2BPETokenizer, SentencePieceTokenizer, HuggingFaceTokenizer, TiktokenTokenizer or ByteTokenizer."""
     vocab_size: int | None = None
@@ -50,12 +53,28 @@ class PreprocessOptions(TokenizerFiles):
     jsonl."""
     txt_documents: TxtDocuments = "file"
     """What a document of plain text is; paragraphs are parted by blank lines."""
+    recipe: str | None = None
+    """Clean, filter and deduplicate before: web, code, books, none, or a YAML file of stages, as in
+    tools/refine_data.py. What was dropped and why is in OUTPUT_PREFIX.refine/report.html."""
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """STAGE.OPTION=VALUE in place of the recipe's; may be given again and again."""
+    shuffle_seed: int | None = None
+    """Put the documents in an order that follows from this number; default: the order they are read in."""
+    score_key: str | None = None
+    """Key (or dotted path) of a number of each document, or a score that the recipe notes, to write as
+    OUTPUT_PREFIX_KEY_document.scores.npy."""
     limit: str | None = None
     """Read this much at most, of all inputs together: 10000 documents, or 500MB or 2GiB of unpacked input."""
     on_error: Literal["stop", "skip"] = "stop"
     """At a bad line (invalid JSON or UTF-8, no such key, not a string): stop, or leave it out and count it."""
     workers: int = 1
     """Processes that tokenize; the output does not depend on it."""
+    max_memory_mb: int = 2048
+    """MiB that the stages of --recipe, all processes together, or --shuffle-seed may take."""
+    longest_document_mb: int = 8
+    """MiB; longer documents are dropped by --recipe."""
+    overwrite: bool = False
+    """Begin anew, whatever an earlier run has left in OUTPUT_PREFIX.work."""
     log_interval: int = 10_000
     """Documents between progress lines where there is no terminal."""
     partitions: int = 1
@@ -70,7 +89,7 @@ class PreprocessOptions(TokenizerFiles):
     def problems(self) -> list[str]:
         """What cannot be, one sentence each."""
         found = []
-        for name in ("workers", "log_interval"):
+        for name in ("workers", "log_interval", "max_memory_mb", "longest_document_mb"):
             if getattr(self, name) < 1:
                 found.append(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1; give 1 or more.")
         if not self.json_keys:
@@ -83,6 +102,8 @@ class PreprocessOptions(TokenizerFiles):
             found.append(f"--tokenizer-type {self.tokenizer_type} is refused: {reason}.")
         if self.partitions != 1:
             found.append(f"--partitions {self.partitions} is refused: --workers share all files already, in order.")
+        if self.set and self.recipe is None:
+            found.append("--set changes a --recipe, and none is given.")
         if self.dataset_impl not in ("mmap", "infer"):
             found.append(f"--dataset-impl {self.dataset_impl} is refused: token sets are memory-mapped, leave it out.")
         if self.split_sentences:
@@ -99,9 +120,12 @@ class PreprocessOptions(TokenizerFiles):
             "inputs": self.input,
             "limit": parse_limit(self.limit),
             "tokenizer": tokenizer,
+            "recipe_changes": self.set,
+            "max_memory": self.max_memory_mb << 20,
+            "longest_document": self.longest_document_mb << 20,
             "prepend_bos": self.prepend_bos or self.tokenizer_type == "Llama2Tokenizer",
         }
-        shared = {field.name for field in dataclasses.fields(CorpusJob)} - {"block_bytes", *own}
+        shared = {field.name for field in dataclasses.fields(CorpusJob)} - {"block_bytes", "unit_bytes", *own}
         return CorpusJob(**own, **{name: getattr(self, name) for name in shared})
 
 
@@ -133,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        log.note("stopped; nothing was written")
+        log.note("stopped; no token set was written. The same command goes on from here, unless it reads a pipe")
         return EXIT_INTERRUPTED
     return 0
 

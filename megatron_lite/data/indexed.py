@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import hashlib
 import mmap
 import os
 import secrets
@@ -276,21 +277,28 @@ class IndexedWriter:
             self._bounds = tempfile.TemporaryFile(dir=folder, buffering=_CHUNK)  # noqa: SIM115
             self._bin = open(self._bin_temporary, "xb", buffering=_CHUNK)  # noqa: SIM115
         self._files = (self._bin, self._lengths, self._bounds)
+        self._bin_hash = hashlib.sha256()
+        self.files: dict[str, dict[str, int | str]] = {}
+        """Once closed: bytes and SHA-256 of "bin" and of "idx"."""
 
     def add_document(self, ids: IdArray, sequence_lengths: IdArray | None = None) -> None:
         """Append one document of one sequence, or of consecutive sequences of the given lengths."""
-        array = self._checked(ids)
-        lengths = self._checked_lengths([len(array)] if sequence_lengths is None else sequence_lengths, len(array))
-        self._append(array, lengths)
-        self._append_bounds(np.asarray([self.num_sequences]))
+        lengths = [len(ids)] if sequence_lengths is None else sequence_lengths
+        self.add_many(ids, lengths, [len(lengths)])
 
-    def add_many(self, flat_ids: IdArray, lengths: IdArray) -> None:
-        """Append many documents of one sequence each, laid end to end in `flat_ids`."""
+    def add_many(self, flat_ids: IdArray, sequence_lengths: IdArray, sequences: IdArray | None = None) -> None:
+        """Append many documents, their sequences laid end to end in `flat_ids`.
+
+        `sequences` says how many of them each document has, which may be none; by default one.
+        """
         array = self._checked(flat_ids)
-        checked = self._checked_lengths(lengths, len(array))
-        first = self.num_sequences
-        self._append(array, checked)
-        self._append_bounds(np.arange(first + 1, self.num_sequences + 1))
+        lengths = self._checked_lengths(sequence_lengths, len(array))
+        counts = np.ones(len(lengths), np.int64) if sequences is None else np.asarray(sequences, np.int64)
+        if int(counts.sum()) != len(lengths) or (counts < 0).any():
+            raise ValueError(f"documents of {int(counts.sum())} sequences and {len(lengths)} lengths")
+        bounds = np.cumsum(counts) + self.num_sequences
+        self._append(array, lengths)
+        self._append_bounds(bounds)
 
     def _checked(self, ids: IdArray) -> np.ndarray:
         array = np.asarray(ids)
@@ -318,8 +326,10 @@ class IndexedWriter:
         return array.astype("<i4")
 
     def _append(self, array: np.ndarray, lengths: np.ndarray) -> None:
+        tokens = np.ascontiguousarray(array).data
+        self._bin_hash.update(tokens)
         with _refused(self._bin_path, "written"):
-            self._bin.write(np.ascontiguousarray(array).data)
+            self._bin.write(tokens)
             self._lengths.write(lengths.data)
         self.num_tokens += len(array)
         self.num_sequences += len(lengths)
@@ -335,8 +345,12 @@ class IndexedWriter:
             return
         try:
             with _refused(self._bin_path, "written"):
+                idx_hash = hashlib.sha256()
                 with open(self._idx_temporary, "xb", buffering=_CHUNK) as index:
-                    self._write_index(index)
+                    for block in self._index_blocks():
+                        index.write(block)
+                        idx_hash.update(block)
+                    idx_size = index.tell()
                     _sync(index)
                 _sync(self._bin)
                 for file in self._files:
@@ -346,24 +360,26 @@ class IndexedWriter:
                 os.replace(self._bin_temporary, self._bin_path)
                 os.replace(self._idx_temporary, self._idx_path)
                 _sync_folder(self._bin_path.parent)
+            self.files = {
+                "bin": {"bytes": self.num_tokens * self.dtype.itemsize, "sha256": self._bin_hash.hexdigest()},
+                "idx": {"bytes": idx_size, "sha256": idx_hash.hexdigest()},
+            }
         except BaseException:
             self.abort()
             raise
 
-    def _write_index(self, index) -> None:
+    def _index_blocks(self) -> Iterator[bytes | memoryview]:
         code = _CODE_OF_DTYPE[self.dtype]
-        index.write(_HEADER.pack(MAGIC, 1, code, self.num_sequences, self.num_documents + 1))
-        for block in _replay(self._lengths):
-            index.write(block)
+        yield _HEADER.pack(MAGIC, 1, code, self.num_sequences, self.num_documents + 1)
+        yield from _replay(self._lengths)
         end = 0
         for block in _replay(self._lengths):
             sizes = np.frombuffer(block, "<i4").astype("<i8") * self.dtype.itemsize
             ends = np.cumsum(sizes) + end
-            index.write((ends - sizes).data)
+            yield (ends - sizes).data
             end = int(ends[-1])
-        index.write(struct.pack("<q", 0))
-        for block in _replay(self._bounds):
-            index.write(block)
+        yield struct.pack("<q", 0)
+        yield from _replay(self._bounds)
 
     def abort(self) -> None:
         """Close and remove what was written under temporary names."""

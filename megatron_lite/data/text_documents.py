@@ -44,12 +44,9 @@ class Record:
         """The text under a key, or under a dotted path of keys."""
         if self.text is not None:
             return self.text
-        value: Any = self.fields
-        for name in (key,) if key in self.fields else key.split("."):
-            if not isinstance(value, Mapping) or name not in value:
-                has = ", ".join(map(repr, list(self.fields)[:8])) or "none"
-                return BadDocument(self.line, "missing key", f"no key {key!r}; the keys are {has}")
-            value = value[name]
+        value = self._value(key)
+        if isinstance(value, BadDocument):
+            return value
         if not isinstance(value, str):
             return BadDocument(self.line, "not a string", f"{key!r} is of type {type(value).__name__}")
         if not _is_utf8(value):
@@ -58,11 +55,30 @@ class Record:
             )
         return value
 
+    def number_of(self, key: str) -> float | BadDocument:
+        """The number under a key or a dotted path."""
+        value = self._value(key)
+        if isinstance(value, BadDocument) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            return value
+        return BadDocument(self.line, "not a number", f"{key!r} is of type {type(value).__name__}")
 
-def parse_block(block: Block, keys: Sequence[str]) -> Iterator[tuple[str, ...] | BadDocument]:
+    def _value(self, key: str) -> Any:
+        value: Any = self.fields
+        for name in (key,) if key in self.fields else key.split("."):
+            if not isinstance(value, Mapping) or name not in value:
+                has = ", ".join(map(repr, list(self.fields)[:8])) or "none"
+                return BadDocument(self.line, "missing key", f"no key {key!r}; the keys are {has}")
+            value = value[name]
+        return value
+
+
+def parse_block(
+    block: Block, keys: Sequence[str], number_keys: Sequence[str] = ()
+) -> Iterator[tuple[Any, ...] | BadDocument]:
     """The texts of each document of a block under each key (plain text has one), or what is wrong with it.
 
-    Blank lines and blank paragraphs are no documents. The key of a source's own, where it has one, stands for "text".
+    Behind the texts stand the numbers under `number_keys`. Blank lines and blank paragraphs are no documents. The key
+    of a source's own, where it has one, stands for "text".
     """
     own = block.source.text_key
     keys = [own if own and key == "text" else key for key in keys]
@@ -70,9 +86,9 @@ def parse_block(block: Block, keys: Sequence[str]) -> Iterator[tuple[str, ...] |
         if isinstance(record, BadDocument):
             yield record
             continue
-        texts = tuple(record.text_of(key) for key in keys)
-        bad = next((text for text in texts if isinstance(text, BadDocument)), None)
-        yield texts if bad is None else bad
+        values = (*map(record.text_of, keys), *map(record.number_of, number_keys))
+        bad = next((value for value in values if isinstance(value, BadDocument)), None)
+        yield values if bad is None else bad
 
 
 def parse_records(block: Block) -> Iterator[Record | BadDocument]:

@@ -1,260 +1,209 @@
-"""Text files to token sets: blocks of documents are encoded by worker processes and written in order."""
+"""Text to token sets: units of the input are encoded by worker processes, kept until all are done, and put together.
+
+Units that are done lie in PREFIX.work, so that a killed run goes on. When the last one is, they are put end to end or
+shuffled, and the sets are published.
+"""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
+import hashlib
 import itertools
-from typing import Literal
-
-import numpy as np
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_lite import log
-from megatron_lite.config.data import DataConfig
-from megatron_lite.data.indexed import IndexedWriter
+from megatron_lite.data.corpus_job import TEXT_KEY, CorpusJob, InputUnfit
+from megatron_lite.data.indexed import IndexedReader, paths
+from megatron_lite.data.input_ledger import InputLedger
 from megatron_lite.data.ordered_workers import map_in_order
-from megatron_lite.data.provenance import Provenance, meta_path, write_provenance
-from megatron_lite.data.text_blocks import BLOCK_BYTES, NO_LIMIT, Block, Limit, limited, read_blocks
-from megatron_lite.data.text_documents import BadDocument, parse_block
-from megatron_lite.data.text_input import KEYLESS, Source, TxtDocuments, find_sources, warn_of_pages
+from megatron_lite.data.provenance import Provenance, manifest_path, read_provenance
+from megatron_lite.data.text_blocks import NO_LIMIT, Limit, limited, read_blocks
+from megatron_lite.data.text_input import Source, find_sources
 from megatron_lite.data.text_progress import TextProgress
+from megatron_lite.data.token_assembly import assemble
+from megatron_lite.data.tokenize_units import TokenUnit, UnitTokenizer, crc_of, grouped
 from megatron_lite.data.tokenizer import build_tokenizer
-from megatron_lite.data.tokenizer_interface import Tokenizer
-from megatron_lite.errors import DataError, TokenizerError
+from megatron_lite.data.unit_file import open_unit, unit_path
+from megatron_lite.data.work_folder import claimed, clear, insist_on_job, job_facts
+from megatron_lite.errors import DataError
+from megatron_lite.publish import publish
 
-_EXAMPLES = 3
-"""Places named for each kind of skipped document."""
+if TYPE_CHECKING:
+    from megatron_lite.data.corpus_recipe import CorpusRecipe
 
-
-@dataclasses.dataclass(frozen=True)
-class CorpusJob:
-    """What is read, how it is tokenized and where it goes.
-
-    A document gives one token set for each of `json_keys`, `{output_prefix}_{key}_document`. With
-    `on_error` "skip" a bad document is left out of all of them and counted.
-    """
-
-    inputs: tuple[str, ...]
-    output_prefix: str
-    tokenizer: DataConfig
-    json_keys: tuple[str, ...] = ("text",)
-    format: str = "auto"
-    txt_documents: TxtDocuments = "file"
-    limit: Limit = NO_LIMIT
-    prepend_bos: bool = False
-    append_eod: bool = False
-    vocab_size: int | None = None
-    workers: int = 1
-    on_error: Literal["stop", "skip"] = "stop"
-    log_interval: int = 10_000
-    block_bytes: int = BLOCK_BYTES
-
-    def prefix(self, key: str) -> str:
-        """The token set of a key, named as Megatron names it."""
-        return f"{self.output_prefix}_{key}_document"
-
-
-@dataclasses.dataclass(frozen=True)
-class _EncodedTexts:
-    """The documents of one block under one key: ids end to end, ids of each, and their UTF-8 bytes."""
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    text_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _EncodedBlock:
-    source: Source
-    read: int
-    documents: int
-    by_key: list[_EncodedTexts]
-    bad: list[BadDocument]
-
-
-class _BlockEncoder:
-    """What a worker does to a block."""
-
-    def __init__(self, job: CorpusJob):
-        self._keys = job.json_keys
-        self._tokenizer = build_tokenizer(job.tokenizer)
-        self._bos = self._tokenizer.bos if job.prepend_bos else None
-        self._eod = self._tokenizer.eod if job.append_eod else None
-        self._stops = job.on_error == "stop"
-
-    def __call__(self, block: Block) -> _EncodedBlock:
-        documents: list[tuple[str, ...]] = []
-        bad: list[BadDocument] = []
-        for document in parse_block(block, self._keys):
-            if isinstance(document, BadDocument):
-                bad.append(document)
-                if self._stops:
-                    break
-            else:
-                documents.append(document)
-        by_key = [self._encode([document[i] for document in documents]) for i in range(len(self._keys))]
-        return _EncodedBlock(block.source, block.read, len(documents), by_key, bad)
-
-    def _encode(self, texts: list[str]) -> _EncodedTexts:
-        ids, lengths = self._tokenizer.encode_block(texts)
-        if self._bos is not None:
-            ids = np.insert(ids, np.cumsum(lengths) - lengths, self._bos)
-            lengths = lengths + 1
-        if self._eod is not None:
-            # As in Megatron, a document without tokens gets no end.
-            filled = lengths > 0
-            ids = np.insert(ids, np.cumsum(lengths)[filled], self._eod)
-            lengths = lengths + filled
-        return _EncodedTexts(ids, lengths, sum(len(text.encode()) for text in texts))
-
-
-class _TokenSet:
-    """One token set in the making, with the counts its provenance needs."""
-
-    def __init__(self, writer: IndexedWriter, vocab_size: int):
-        self.writer = writer
-        self.text_bytes = 0
-        self._counts = np.zeros(vocab_size, dtype=np.int64)
-
-    def add(self, texts: _EncodedTexts) -> None:
-        self._counts += np.bincount(texts.ids, minlength=len(self._counts))
-        self.text_bytes += texts.text_bytes
-        # Megatron writes a document without tokens as one without sequences.
-        empty = np.flatnonzero(texts.lengths == 0)
-        bounds = np.concatenate([[0], np.cumsum(texts.lengths)])
-        for start, stop in itertools.pairwise([-1, *empty, len(texts.lengths)]):
-            if start >= 0:
-                self.writer.add_document([], [])
-            self.writer.add_many(
-                texts.ids[bounds[start + 1] : bounds[stop]],
-                texts.lengths[start + 1 : stop],
-            )
-
-    def unigram_entropy(self) -> float:
-        share = self._counts[self._counts > 0] / self._counts.sum()
-        return float((share * -np.log(share)).sum()) + 0.0
-
-
-class _Skipped:
-    """Documents that were left out, counted by reason, with the first places."""
-
-    def __init__(self) -> None:
-        self.counts: collections.Counter[str] = collections.Counter()
-        self._places: dict[str, list[str]] = collections.defaultdict(list)
-
-    def add(self, source: Source, bad: BadDocument) -> None:
-        self.counts[bad.reason] += 1
-        if self.counts[bad.reason] <= _EXAMPLES:
-            self._places[bad.reason].append(f"{source.name}:{bad.line}")
-
-    def __str__(self) -> str:
-        parts = []
-        for reason, count in self.counts.most_common():
-            more = ", ..." if count > _EXAMPLES else ""
-            parts.append(f"{count:,} {reason} ({', '.join(self._places[reason])}{more})")
-        return f"skipped {self.counts.total():,} bad documents: " + "; ".join(parts)
-
-
-def _checked_tokenizer(job: CorpusJob) -> tuple[Tokenizer, int]:
-    """The tokenizer and the vocabulary size the files are written for."""
-    tokenizer = build_tokenizer(job.tokenizer)
-    if job.append_eod and tokenizer.eod is None:
-        raise TokenizerError(
-            f"--append-eod: this {tokenizer.kind} has no token that ends a document; add one by "
-            "--special-tokens '<|endoftext|>', here and in training"
-        )
-    if job.prepend_bos and tokenizer.bos is None:
-        raise TokenizerError(
-            f"--prepend-bos: this {tokenizer.kind} has no token that begins a text; add one by --special-tokens '<s>', "
-            "here and in training"
-        )
-    if tokenizer.template and not job.prepend_bos:
-        log.note(
-            f"this {tokenizer.kind} would put {' '.join(tokenizer.template)} around a text, as Megatron lets it; "
-            "documents are written without, --prepend-bos begins each with its begin-of-text token"
-        )
-    if job.vocab_size is not None and job.vocab_size < tokenizer.vocab_size:
-        raise TokenizerError(
-            f"--vocab-size {job.vocab_size} is less than the {tokenizer.vocab_size} ids of the tokenizer; "
-            "leave it out or give at least that"
-        )
-    return tokenizer, job.vocab_size or tokenizer.vocab_size
+FORMAT = 1
+"""Of the work folder."""
 
 
 def tokenize_corpus(job: CorpusJob) -> dict[str, Provenance]:
-    """Write the token sets of a job and return the facts of each by its prefix.
+    """Write the token sets of a job, or what is left of it, and return the facts of each by its prefix.
 
-    Memory does not grow with the corpus. All files are published at the end; an error or an interrupt
-    leaves none behind. Raises DataError for bad input, naming file and line, and for a lost worker.
+    Memory does not grow with the corpus. All files are published at the end. Raises InputUnfit for a bad document,
+    naming file and line, after which nothing is left, and DataError for a lost worker or a full disk, after which the
+    same job goes on.
     """
-    tokenizer, vocab_size = _checked_tokenizer(job)
-    sources = find_sources(job.inputs, job.format, job.txt_documents)
-    plain = next((source.name for source in sources if source.documents in KEYLESS), None)
-    if plain is not None and len(job.json_keys) > 1:
-        raise DataError(f"--json-keys {' '.join(job.json_keys)}: {plain} has no keys; give one")
-    warn_of_pages(sources)
-    if not job.append_eod:
-        log.note("documents run into one another unmarked; --append-eod ends each with a token")
-    progress, skipped = TextProgress(sources, job.log_interval), _Skipped()
-    blocks = itertools.chain.from_iterable(read_blocks(source, job.block_bytes, job.json_keys) for source in sources)
-    blocks = limited(blocks, job.limit)
-    with contextlib.closing(progress), contextlib.ExitStack() as writers:
-        sets = {
-            job.prefix(key): _TokenSet(
-                writers.enter_context(IndexedWriter(job.prefix(key), vocab_size=vocab_size)), vocab_size
-            )
-            for key in job.json_keys
-        }
-        with contextlib.closing(map_in_order(functools.partial(_BlockEncoder, job), blocks, job.workers)) as encoded:
-            for block in encoded:
-                for bad in block.bad:
-                    if job.on_error == "stop":
-                        raise DataError(
-                            f"{block.source.place(bad.line)}: {bad.reason}: {bad.detail}. Mend it, or leave "
-                            "such documents out and count them by --on-error skip"
-                        )
-                    skipped.add(block.source, bad)
-                for token_set, texts in zip(sets.values(), block.by_key, strict=True):
-                    token_set.add(texts)
-                tokens = sum(len(texts.ids) for texts in block.by_key)
-                text_bytes = sum(texts.text_bytes for texts in block.by_key)
-                progress.add(block.read, block.documents, text_bytes, tokens)
-        for prefix, token_set in sets.items():
-            if token_set.writer.num_tokens == 0:
-                found = f"; {skipped}" if skipped.counts else ""
-                raise DataError(f"there is no text for {prefix} in {', '.join(job.inputs)}{found}; nothing was written")
-        for prefix in sets:
-            meta_path(prefix).unlink(missing_ok=True)
-    log.note(progress.summary())
-    if skipped.counts:
-        log.warn(str(skipped))
-    facts = {prefix: _provenance(job, tokenizer, token_set, skipped) for prefix, token_set in sets.items()}
-    for prefix, provenance in facts.items():
-        write_provenance(prefix, provenance)
-    return facts
+    run = _Run(job)
+    if (known := run.known()) is not None:
+        log.note(f"{', '.join(known)}: made by the same job already; --overwrite makes it again")
+        run.clean()
+        return known
+    with claimed(run.work, str(run.work)):
+        try:
+            run.begin()
+            made = run.assembled(run.units())
+        except BaseException as error:
+            if not run.can_go_on or isinstance(error, InputUnfit):
+                run.clean()
+            raise
+        run.clean()
+    return made
 
 
-def _created_by() -> str:
-    try:
-        return f"megatron_lite {importlib.metadata.version('megatron_lite')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "megatron_lite, not installed"
+class _Run:
+    """One run of a job: what it is to make, how far it is, and what tells it from other jobs."""
+
+    def __init__(self, job: CorpusJob):
+        self._job = job
+        self._tokenizer = build_tokenizer(job.tokenizer)
+        self._vocab_size = job.ids_for(self._tokenizer)
+        self._sources = find_sources(job.inputs, job.format, job.txt_documents)
+        job.check_sources(self._sources)
+        self._recipe = _recipe(job)
+        self._facts = self._stated()
+        self._digest = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()
+        self.work = Path(f"{job.output_prefix}.work")
+        self.can_go_on = all(source.is_repeatable for source in self._sources)
+
+    def _stated(self) -> dict[str, Any]:
+        """What decides the output."""
+        job = self._job
+        options = ("json_keys", "score_key", "shuffle_seed", "prepend_bos", "append_eod", "block_bytes", "unit_bytes")
+        facts = job_facts(
+            self._sources,
+            format=FORMAT,
+            tokenizer=self._tokenizer.fingerprint,
+            vocab_size=self._vocab_size,
+            limit=dataclasses.asdict(job.limit),
+            recipe=self._recipe and [self._recipe.plain, job.longest_document],
+            **{name: getattr(job, name) for name in options},
+        )
+        return json.loads(json.dumps(facts))
+
+    def known(self) -> dict[str, Provenance] | None:
+        """The facts of the sets, if this very job has made all of them of files that are here to be compared."""
+        if self._job.overwrite or any(source.size is None for source in self._sources):
+            return None
+        found = {}
+        for prefix in self._job.prefixes:
+            if not all(path.exists() for path in (manifest_path(prefix), *paths(prefix))):
+                return None
+            facts = read_provenance(prefix, IndexedReader(prefix).num_tokens)
+            if facts is None or facts.job != self._digest:
+                return None
+            found[prefix] = facts
+        return found
+
+    def begin(self) -> None:
+        """Claim the work folder for this job, with what is done of it. Raises DataError if it has another's."""
+        stated = self.work / "job.json"
+        if not self.can_go_on:
+            log.note("what comes through a pipe cannot be read again: a run that is killed has to begin anew")
+        if self._job.overwrite or not self.can_go_on:
+            clear(self.work)
+        elif stated.exists():
+            insist_on_job(json.loads(stated.read_bytes()), self._facts, str(self.work))
+            log.note(f"{self.work} has work of this job, which goes on")
+        publish(stated, json.dumps(self._facts))
+
+    def units(self) -> _Units:
+        """All units, those that are left made."""
+        done, folder = self.work / "units.json", self.work / "units"
+        if not done.exists():
+            folder.mkdir(exist_ok=True)
+            publish(done, json.dumps(self._make_units(folder)))
+        count, inputs, recipe = json.loads(done.read_bytes())
+        return _Units([unit_path(folder, number) for number in range(count)], inputs, recipe)
+
+    def _make_units(self, folder: Path) -> tuple[int, list[dict[str, Any]], dict[str, Any] | None]:
+        """How many there are, what was read of sources for them, and what the recipe did."""
+        job, ledger = self._job, InputLedger()
+        if self._recipe is None:
+            count = self._tokenize(self._sources, job.json_keys, job.limit, ledger, folder)
+            return count, ledger.entries(), None
+        refined = self._recipe.refined(job.overwrite or not self.can_go_on)
+        count = self._tokenize(refined.sources, (TEXT_KEY,), NO_LIMIT, ledger, folder)
+        return count, refined.inputs, refined.facts
+
+    def _tokenize(
+        self, sources: Sequence[Source], keys: Sequence[str], limit: Limit, ledger: InputLedger, folder: Path
+    ) -> int:
+        job = self._job
+        fields = keys if job.score_key is None else (*keys, job.score_key)
+        blocks = limited(
+            itertools.chain.from_iterable(read_blocks(source, job.block_bytes, fields) for source in sources), limit
+        )
+        count = 0
+
+        def left() -> Iterator[TokenUnit]:
+            nonlocal count
+            for group in grouped(ledger.watch(blocks), job.unit_bytes):
+                path = unit_path(folder, count)
+                count += 1
+                if not path.exists():
+                    yield TokenUnit(path, group)
+                elif open_unit(path).head["input_crc32"] != crc_of(group):
+                    raise DataError(
+                        f"{group[0].source.place(group[0].first_line)}: the input is not what it was when {self.work} "
+                        "was begun; --overwrite begins anew"
+                    )
+
+        make = functools.partial(UnitTokenizer, job, keys, self._vocab_size)
+        with (
+            contextlib.closing(TextProgress(sources, job.log_interval)) as progress,
+            contextlib.closing(map_in_order(make, left(), job.workers)) as outcomes,
+        ):
+            for outcome in outcomes:
+                if outcome.bad is not None:
+                    source, bad = outcome.bad
+                    raise InputUnfit(
+                        f"{source.place(bad.line)}: {bad.reason}: {bad.detail}. Mend it, or leave such documents out "
+                        "and count them by --on-error skip"
+                    )
+                progress.add(outcome.read, outcome.documents, outcome.text_bytes, outcome.tokens)
+        log.note(progress.summary())
+        return count
+
+    def assembled(self, units: _Units) -> dict[str, Provenance]:
+        """Publish the sets and their facts."""
+        more = {"inputs": units.inputs, "recipe": units.recipe, "job": self._digest}
+        return assemble(self._job, self._tokenizer, self._vocab_size, units.paths, self.work, more)
+
+    def clean(self) -> None:
+        """Leave of the work what users look at."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        if self._recipe is not None:
+            self._recipe.clean()
 
 
-def _provenance(job: CorpusJob, tokenizer: Tokenizer, token_set: _TokenSet, skipped: _Skipped) -> Provenance:
-    return Provenance(
-        tokenizer_type=tokenizer.kind,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        append_eod=job.append_eod,
-        prepend_bos=job.prepend_bos,
-        documents=token_set.writer.num_documents,
-        tokens=token_set.writer.num_tokens,
-        text_bytes=token_set.text_bytes,
-        unigram_entropy=token_set.unigram_entropy(),
-        skipped=dict(skipped.counts),
-        created_by=_created_by(),
-    )
+@dataclasses.dataclass(frozen=True)
+class _Units:
+    """The files of all units, and what was done to make them."""
+
+    paths: list[Path]
+    inputs: list[dict[str, Any]]
+    recipe: dict[str, Any] | None
+
+
+def _recipe(job: CorpusJob) -> CorpusRecipe | None:
+    if job.recipe is None:
+        return None
+    # The refinery's stages take a while to load.
+    from megatron_lite.data.corpus_recipe import CorpusRecipe
+
+    return CorpusRecipe(job)

@@ -15,10 +15,11 @@ import pytest
 import tokenizers
 
 from megatron_lite.config.data import DataConfig
-from megatron_lite.data import tokenize_corpus as module
+from megatron_lite.data.corpus_job import CorpusJob
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.provenance import read_provenance
-from megatron_lite.data.tokenize_corpus import CorpusJob, tokenize_corpus
+from megatron_lite.data.tokenize_corpus import tokenize_corpus
+from megatron_lite.data.tokenize_units import UnitOutcome, UnitTokenizer
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.errors import DataError, TokenizerError
 
@@ -75,7 +76,7 @@ def test_bytes_are_those_of_megatron(tmp_path, eod):
         "a.jsonl",
         "out_text_document.bin",
         "out_text_document.idx",
-        "out_text_document.meta.json",
+        "out_text_document.manifest.json",
     ]
 
 
@@ -84,8 +85,8 @@ def test_output_does_not_depend_on_workers_or_blocks(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     for name, settings in {
         "one": {},
-        "small": {"block_bytes": 100},
-        "many": {"workers": 3, "block_bytes": 997},
+        "small": {"block_bytes": 100, "unit_bytes": 1},
+        "many": {"workers": 3, "block_bytes": 997, "unit_bytes": 2000},
     }.items():
         tokenize_corpus(CorpusJob((source,), str(tmp_path / name), BYTES, append_eod=True, **settings))
         assert written(tmp_path / f"{name}_text_document") == expected(texts)
@@ -113,7 +114,7 @@ def test_facts(tmp_path):
     assert read_provenance(prefix, tokens=7) == facts
     assert read_provenance(prefix, tokens=8) is None
     assert read_provenance(tmp_path / "other", tokens=7) is None
-    (tmp_path / "out_text_document.meta.json").write_text("{")
+    (tmp_path / "out_text_document.manifest.json").write_text("{")
     assert read_provenance(prefix, tokens=7) is None
     assert IndexedReader(prefix).num_tokens == 7
 
@@ -126,7 +127,8 @@ def test_bad_line_stops_with_file_and_line_and_leaves_nothing(tmp_path, workers)
     lines[300], lines[390] = b'{"text": "cut\n', b"nothing\n"
     (tmp_path / "b.jsonl").write_bytes(b"".join(lines))
     folder = tmp_path / "out"
-    job = CorpusJob((good, str(tmp_path / "b.jsonl")), f"{folder}/c", BYTES, workers=workers, block_bytes=512)
+    inputs = (good, str(tmp_path / "b.jsonl"))
+    job = CorpusJob(inputs, f"{folder}/c", BYTES, workers=workers, block_bytes=512, unit_bytes=512)
     with pytest.raises(DataError, match=r"b\.jsonl, line 301: invalid JSON: .*--on-error skip"):
         tokenize_corpus(job)
     assert not list(folder.iterdir())
@@ -146,7 +148,7 @@ def test_an_earlier_set_survives_a_failed_run(tmp_path):
     with pytest.raises(DataError):
         tokenize_corpus(job)
     assert written(tmp_path / "out_text_document") == before
-    assert (tmp_path / "out_text_document.meta.json").exists()
+    assert (tmp_path / "out_text_document.manifest.json").exists()
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
@@ -165,15 +167,20 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     feeder = threading.Thread(target=feed, daemon=True)
     feeder.start()
     lead = []
-    original = module._TokenSet.add
+    done = 0
+    original = UnitTokenizer.__call__
 
-    def add(self, texts) -> None:
-        original(self, texts)
-        lead.append(sent - self.text_bytes)
+    def call(self, unit) -> UnitOutcome:
+        nonlocal done
+        outcome = original(self, unit)
+        done += outcome.text_bytes
+        lead.append(sent - done)
+        return outcome
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._TokenSet, "add", add)
-        tokenize_corpus(CorpusJob((str(fifo),), str(tmp_path / "out"), BYTES, block_bytes=1 << 16))
+        patch.setattr(UnitTokenizer, "__call__", call)
+        job = CorpusJob((str(fifo),), str(tmp_path / "out"), BYTES, block_bytes=1 << 16, unit_bytes=1 << 18)
+        tokenize_corpus(job)
     feeder.join()
     assert sent == 20_000 * len(line)
     assert max(lead) < 2_000_000

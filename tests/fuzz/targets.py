@@ -231,19 +231,28 @@ def config(folder: Path, seeds: Iterable[int]) -> Iterator[bool]:
 
 
 def provenance(folder: Path, seeds: Iterable[int]) -> Iterator[bool]:
-    """PREFIX.meta.json, which is used or said to be of no use."""
-    from megatron_lite.data.provenance import Provenance, check_tokenizer, meta_path, read_provenance, write_provenance
+    """PREFIX.manifest.json, which is used or said to be of no use."""
+    from megatron_lite.data.provenance import (
+        Provenance,
+        check_tokenizer,
+        manifest_path,
+        read_provenance,
+        write_provenance,
+    )
     from megatron_lite.data.tokenizer_byte import ByteTokenizer
 
-    facts = Provenance("ByteTokenizer", "0" * 32, 257, True, 3, 40, 100, 1.5, {"empty": 1}, "test")
+    inputs = [{"name": "a.jsonl", "size": 10, "read": 10, "sha256": "0"}]
+    facts = Provenance(
+        "ByteTokenizer", "0" * 32, 257, True, 3, 40, 100, 1.5, {"empty": 1}, "test", inputs=inputs, parts=inputs
+    )
     write_provenance(folder / "set", facts)
-    path = meta_path(folder / "set")
+    path = manifest_path(folder / "set")
     content = json.loads(path.read_bytes())
 
     def use() -> None:
         found = read_provenance(folder / "set", 40)
         check_tokenizer(folder / "set", found, ByteTokenizer())
-        if found is not None:
+        if found is not None and found.text_bytes is not None:
             assert found.bytes_per_token == found.text_bytes / 40
 
     for seed in seeds:

@@ -63,7 +63,7 @@ def test_gpt2_by_megatrons_flags(tmp_path):
     expected = [id for text in texts for id in [*oracle.encode_ordinary(text), 50256]]
     assert reader.tokens(0, reader.num_tokens).tolist() == expected
     assert reader.dtype == np.uint16 and reader.num_documents == 3
-    facts = json.loads((tmp_path / "out_text_document.meta.json").read_bytes())
+    facts = json.loads((tmp_path / "out_text_document.manifest.json").read_bytes())
     assert facts["tokens"] == len(expected) and facts["text_bytes"] == sum(len(text.encode()) for text in texts)
     assert f"3 documents, {len(expected)} tokens".encode() in done.stdout
     assert b"tokens/s" in done.stderr
@@ -105,7 +105,7 @@ def test_bad_line(tmp_path):
         (("--tokenizer-type", "Llama2Tokenizer"), "--tokenizer-type SentencePieceTokenizer needs --tokenizer-model"),
         (("--tokenizer-type", "WordTokenizer"), "choose one of GPT2BPETokenizer"),
         (("--input", "missing.jsonl"), "missing.jsonl: no such file"),
-        (("--output-prefix", "/proc/none/x"), "/proc/none/x_text_document.bin cannot be written"),
+        (("--output-prefix", "/proc/none/x"), "/proc/none/x.work cannot be written"),
         (("--wokers", "2"), "error: --wokers is not a known flag; perhaps you meant --workers."),
         (("--on-error", "ignore"), "error: --on-error is 'ignore', but should be one of stop, skip."),
         (("--json-keys", "text", "id", "text"), "error: --json-keys names text more than once"),
@@ -172,7 +172,7 @@ def running(folder: Path) -> Iterator[subprocess.Popen]:
     limit.start()
     children = []
     try:
-        text = lines(["x" * 1000] * 8000)
+        text = lines(["x" * 1000] * 40_000)
         process.stdin.write(text)
         process.stdin.flush()
         while b"MB/s" not in process.stderr.readline():
@@ -203,7 +203,7 @@ def test_a_signal_leaves_nothing_behind(tmp_path, number):
         process.send_signal(number)
         error = process.stderr.read()
         assert process.wait(timeout=30) == 130
-    assert b"nothing was written" in error and b"Traceback" not in error
+    assert b"no token set was written" in error and b"Traceback" not in error
     assert not list(tmp_path.iterdir())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import itertools
 import json
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_lite import log
+from megatron_lite.data.input_ledger import InputLedger
 from megatron_lite.data.ordered_workers import WorkerLost, map_in_order
 from megatron_lite.data.refine.crashes import blame, read_crashes
 from megatron_lite.data.refine.output import OutputFormat
@@ -25,10 +25,11 @@ from megatron_lite.data.refine.passes import ALL_METADATA, Pass, RefineSettings,
 from megatron_lite.data.refine.recipe import plain_recipe
 from megatron_lite.data.refine.report import Report, gather
 from megatron_lite.data.refine.stage import ABSENT, KEPT, CorpusStage, DocumentStage, Stage
-from megatron_lite.data.refine.unit_file import open_unit, unit_path
 from megatron_lite.data.text_blocks import NO_LIMIT, Limit, limited, read_blocks
 from megatron_lite.data.text_input import STANDARD_INPUT, Source, TxtDocuments, find_sources
 from megatron_lite.data.text_progress import TextProgress
+from megatron_lite.data.unit_file import open_unit, unit_path
+from megatron_lite.data.work_folder import claimed, clear, insist_on_job, job_facts
 from megatron_lite.errors import DataError
 from megatron_lite.publish import publish, published
 
@@ -106,7 +107,7 @@ def refine(job: RefineJob) -> Report:
         run.prepare()
         for this in plan(job.stages):
             run.do(this, sources)
-        report = gather(job.stages, run.finished, fingerprint)
+        report = gather(job.stages, run.finished, fingerprint, run.inputs)
         _assemble(job, run.finished, output)
         report.write(output)
         shutil.rmtree(work)
@@ -120,21 +121,15 @@ def _settings(job: RefineJob, work: Path) -> RefineSettings:
 
 def _fingerprint(job: RefineJob, sources: Sequence[Source]) -> dict[str, Any]:
     """What decides the output: another job in the same folder is told by it."""
-    stated = []
-    for source in sources:
-        stat = os.stat(source.path) if os.path.isfile(source.path) else None
-        stated.append(
-            dataclasses.asdict(source) | ({"size": stat.st_size, "modified": stat.st_mtime_ns} if stat else {})
-        )
     options = ("text_key", "keep_metadata", "output_format", "shard_bytes", "save_dropped", "longest_document")
-    facts = {
-        "format": FORMAT,
-        "recipe": plain_recipe(job.stages),
-        "sources": stated,
-        "limit": dataclasses.asdict(job.limit),
-        "unit_bytes": job.unit_bytes,
+    facts = job_facts(
+        sources,
+        format=FORMAT,
+        recipe=plain_recipe(job.stages),
+        limit=dataclasses.asdict(job.limit),
+        unit_bytes=job.unit_bytes,
         **{name: getattr(job, name) for name in options},
-    }
+    )
     return json.loads(json.dumps(facts))
 
 
@@ -147,37 +142,28 @@ def _claimed(output: Path, fingerprint: dict[str, Any], overwrite: bool) -> Iter
         raise DataError(f"--output {output} is a file; give a folder")
     if output.is_dir() and not ours and any(output.iterdir()):
         raise DataError(f"--output {output} holds other files; give a folder that is empty or not there")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        with open(work / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"--output {output} is being written by another process; wait for it") from None
-            if overwrite:
-                _clear(output)
-            known = _known_fingerprint(output)
-            if known is not None and known != fingerprint:
-                raise DataError(
-                    f"--output {output} is of another job ({_difference(known, fingerprint)} differ); give another "
-                    "folder, or --overwrite to begin anew"
-                )
-            publish(work / "job.json", json.dumps(fingerprint))
-            is_complete = (output / "report.json").is_file()
-            yield is_complete
+    with claimed(work, f"--output {output}"):
+        if overwrite:
+            clear(work)
+            remove_documents(output)
+            for name in ("report.json", "report.html", "quarantine.jsonl", "dropped.jsonl.zst"):
+                (output / name).unlink(missing_ok=True)
+        insist_on_job(_known_fingerprint(output), fingerprint, f"--output {output}")
+        publish(work / "job.json", json.dumps(fingerprint))
+        is_complete = (output / "report.json").is_file()
+        yield is_complete
         if is_complete:
             shutil.rmtree(work)
-    except OSError as error:
-        raise DataError(f"--output {output} cannot be written: {error.strerror or error}") from None
 
 
-def _clear(output: Path) -> None:
-    for path in (output / _WORK).iterdir():
-        if path.name != "lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(output / "documents", ignore_errors=True)
-    for name in ("report.json", "report.html", "quarantine.jsonl", "dropped.jsonl.zst"):
-        (output / name).unlink(missing_ok=True)
+def remove_documents(output: str | os.PathLike) -> None:
+    """Leave of a finished job its report and what was dropped or set aside."""
+    shutil.rmtree(documents_folder(output), ignore_errors=True)
+
+
+def documents_folder(output: str | os.PathLike) -> Path:
+    """Where the documents of a job's output are."""
+    return Path(output) / "documents"
 
 
 def _known_fingerprint(output: Path) -> dict[str, Any] | None:
@@ -187,17 +173,14 @@ def _known_fingerprint(output: Path) -> dict[str, Any] | None:
     return json.loads(path.read_bytes()) if path.is_file() else None
 
 
-def _difference(known: dict[str, Any], wanted: dict[str, Any]) -> str:
-    return ", ".join(name for name in sorted({*known, *wanted}) if known.get(name) != wanted.get(name))
-
-
 class _Run:
-    """The passes of a job as they are done; `finished` has the unit files of each, in order."""
+    """The passes of a job as they are done; `finished` has the unit files of each, in order, `inputs` what was read."""
 
     def __init__(self, job: RefineJob, work: Path, settings: RefineSettings):
         self._job, self._work, self._settings = job, work, settings
         self._compared: dict[int, Path] = {}
         self.finished: list[list[Path]] = []
+        self.inputs: list[dict[str, Any]] = []
 
     def prepare(self) -> None:
         """What stages need ready, once."""
@@ -215,17 +198,21 @@ class _Run:
         done = folder / "done.json"
         if not done.exists():
             publish(done, json.dumps(self._refine_all(this, folder, sources)))
-        self.finished.append([unit_path(folder, number) for number in range(json.loads(done.read_bytes()))])
+        count, inputs = json.loads(done.read_bytes())
+        self.finished.append([unit_path(folder, number) for number in range(count)])
+        self.inputs += inputs
         self._compared = {}
         for number in this.sign:
             self._compared[number] = self._verdicts(number, folder)
 
-    def _refine_all(self, this: Pass, folder: Path, sources: Sequence[Source]) -> int:
-        """All units, again after a document has killed its worker: that one is set aside. The number of units."""
+    def _refine_all(self, this: Pass, folder: Path, sources: Sequence[Source]) -> tuple[int, list[dict[str, Any]]]:
+        """All units, again after a document has killed its worker: that one is set aside. The number of units, and
+        what was read of sources for them."""
         while True:
-            units = self._of_last_pass(folder) if self.finished else self._of_input(folder, sources)
+            ledger = InputLedger()
+            units = self._of_last_pass(folder) if self.finished else self._of_input(folder, sources, ledger)
             try:
-                return self._refine(this, units, sources)
+                return self._refine(this, units, sources), ledger.entries()
             except WorkerLost as lost:
                 if not blame(folder, lost):
                     raise
@@ -259,7 +246,7 @@ class _Run:
         log.note(f"pass {this.number + 1}: {progress.summary()}")
         return count
 
-    def _of_input(self, folder: Path, sources: Sequence[Source]) -> Iterator[Unit | None]:
+    def _of_input(self, folder: Path, sources: Sequence[Source], ledger: InputLedger) -> Iterator[Unit | None]:
         job = self._job
         fields = None
         if ALL_METADATA not in job.keep_metadata:
@@ -268,7 +255,7 @@ class _Run:
             read_blocks(source, job.unit_bytes, fields, job.longest_document) for source in sources
         )
         crashes = read_crashes(folder)
-        for number, block in enumerate(limited(blocks, job.limit)):
+        for number, block in enumerate(ledger.watch(limited(blocks, job.limit))):
             path = unit_path(folder, number)
             if not path.exists():
                 yield Unit(path, block, crashes=crashes.get(number, {}))
@@ -348,8 +335,8 @@ def _assemble(job: RefineJob, finished: Sequence[Sequence[Path]], output: Path) 
                     break
                 piece = next(pieces, None)
         shards += 1
-    shutil.rmtree(output / "documents", ignore_errors=True)
-    os.replace(making, output / "documents")
+    remove_documents(output)
+    os.replace(making, documents_folder(output))
     for section, name in (("quarantine", "quarantine.jsonl"), ("dropped", "dropped.jsonl.zst")):
         with published(output / name) as temporary, open(temporary, "wb") as file:
             for units in finished:

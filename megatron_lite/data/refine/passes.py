@@ -21,9 +21,9 @@ from megatron_lite.data.refine.document import Document, Drop
 from megatron_lite.data.refine.output import OutputFormat, json_line, packed, unpacked_values
 from megatron_lite.data.refine.stage import CorpusStage, DocumentStage, Stage
 from megatron_lite.data.refine.tally import StageTally
-from megatron_lite.data.refine.unit_file import UnitFile, open_unit, unit_number, write_unit
 from megatron_lite.data.text_blocks import Block
 from megatron_lite.data.text_documents import BadDocument, parse_records
+from megatron_lite.data.unit_file import UnitFile, open_unit, unit_number, write_unit
 from megatron_lite.errors import MegatronLiteError
 
 READ = "read"

@@ -12,7 +12,7 @@ from megatron_lite.data.refine.passes import READ
 from megatron_lite.data.refine.report_page import page
 from megatron_lite.data.refine.stage import Stage
 from megatron_lite.data.refine.tally import StageTally
-from megatron_lite.data.refine.unit_file import open_unit
+from megatron_lite.data.unit_file import open_unit
 from megatron_lite.errors import DataError
 from megatron_lite.publish import publish
 
@@ -34,10 +34,11 @@ class StageReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """`job` is what decided the output, `stages` what each did, reading first."""
+    """`job` is what decided the output, `stages` what each did, reading first, `inputs` what was read of sources."""
 
     job: dict[str, Any]
     stages: list[StageReport]
+    inputs: list[dict[str, Any]]
 
     @property
     def documents(self) -> int:
@@ -75,7 +76,7 @@ class Report:
             tally["samples"] = dict(sorted(tally["samples"].items()))
             stages.append({"name": stage.name, "options": stage.options, **tally})
         counts = {name: getattr(self, name) for name in ("documents", "kept", "dropped", "quarantined")}
-        return {**counts, "stages": stages, "cost": cost, "job": self.job}
+        return {**counts, "stages": stages, "cost": cost, "inputs": self.inputs, "job": self.job}
 
     def write(self, output: Path) -> None:
         """Publish report.html, then report.json, which says that the job is done."""
@@ -93,12 +94,14 @@ class Report:
                 tally = StageTally()
                 tally.add(stage | cost)
                 stages.append(StageReport(stage["name"], stage["options"], tally))
-            return cls(content["job"], stages)
+            return cls(content["job"], stages, content["inputs"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is no report of the refinery: {error}; --overwrite begins anew") from None
 
 
-def gather(stages: Sequence[Stage], finished: Sequence[Sequence[Path]], job: dict[str, Any]) -> Report:
+def gather(
+    stages: Sequence[Stage], finished: Sequence[Sequence[Path]], job: dict[str, Any], inputs: list[dict[str, Any]]
+) -> Report:
     """The report of a job out of the unit files of its passes."""
     tallies = {READ: StageTally(), **{str(number): StageTally() for number in range(len(stages))}}
     for units in finished:
@@ -108,4 +111,4 @@ def gather(stages: Sequence[Stage], finished: Sequence[Sequence[Path]], job: dic
     reports = [StageReport(READ, {}, tallies[READ])]
     for number, stage in enumerate(stages):
         reports.append(StageReport(stage.name, dataclasses.asdict(stage), tallies[str(number)]))
-    return Report(job, reports)
+    return Report(job, reports, inputs)

@@ -1,7 +1,7 @@
-"""What became of one unit of the input in one pass: a file of sections that is there whole or not at all.
+"""What became of one unit of a job's input: a file of sections that is there whole or not at all.
 
 A unit is a block of the input. Its file begins with a little-endian u64, the length of a JSON head, which gives the
-bytes of each section and the counts of the report; the sections follow in that order.
+bytes of each section and what the job notes of the unit; the sections follow in that order.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from megatron_lite.errors import DataError
 from megatron_lite.publish import published
 
 _LENGTH = struct.Struct("<Q")
+
+Section = bytes | memoryview
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,10 @@ class UnitFile:
             file.seek(start)
             return file.read(size)
 
+    def size(self, name: str) -> int:
+        """The bytes that a section has."""
+        return self._places.get(name, (0, 0))[1]
+
 
 def unit_path(folder: Path, unit: int) -> Path:
     """Where the file of a unit is."""
@@ -45,14 +51,18 @@ def unit_number(path: Path) -> int:
     return int(path.stem)
 
 
-def write_unit(path: Path, head: Mapping[str, Any], sections: Mapping[str, bytes]) -> None:
-    """Publish a unit's file: when it has its name it is complete."""
-    sizes = {name: len(data) for name, data in sections.items()}
+def write_unit(path: Path, head: Mapping[str, Any], sections: Mapping[str, Section], synced: bool = True) -> None:
+    """Publish a unit's file, as `published` does: when it has its name it is complete. Raises DataError if it cannot be
+    written."""
+    sizes = {name: memoryview(data).nbytes for name, data in sections.items()}
     packed = json.dumps({"sections": sizes, "head": head}).encode()
-    with published(path) as temporary, open(temporary, "wb") as file:
-        file.write(_LENGTH.pack(len(packed)))
-        file.write(packed)
-        file.writelines(sections.values())
+    try:
+        with published(path, synced) as temporary, open(temporary, "wb") as file:
+            file.write(_LENGTH.pack(len(packed)))
+            file.write(packed)
+            file.writelines(sections.values())
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}; the same command goes on from there") from None
 
 
 def open_unit(path: Path) -> UnitFile:
