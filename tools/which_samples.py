@@ -18,7 +18,8 @@ from pathlib import Path
 from megatron_lite import log
 from megatron_lite.config import sources
 from megatron_lite.config.command_line import read
-from megatron_lite.data.stream import SampleStream, build_stream
+from megatron_lite.data.feed import build_stream
+from megatron_lite.data.stream import SampleStream
 from megatron_lite.data.tokenizer_files import tokenizer_of_training
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import EXIT_DONE, ConfigError, DataError, MegatronLiteError

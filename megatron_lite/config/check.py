@@ -118,7 +118,7 @@ _AT_LEAST = {
         "micro_batch_size global_batch_size gradient_accumulation_steps train_iters train_samples train_tokens "
         "curriculum_seq_length_min curriculum_seq_length_samples curriculum_seq_length_step curriculum_seq_length_root "
         "recompute_num_layers eval_iters early_stopping_patience check_weights_interval exit_interval save_interval "
-        "keep_last keep_every log_interval log_histograms_interval"
+        "keep_last keep_every log_interval log_histograms_interval curriculum_difficulty_samples"
     ),
     0: (
         "init_method_std z_loss min_lr lr_warmup_iters lr_warmup_samples lr_warmup_init weight_decay clip_grad "
@@ -128,7 +128,7 @@ _AT_LEAST = {
 _ABOVE_ZERO = (
     "norm_epsilon rotary_base rope_scaling_factor rope_scaling_low_freq_factor rope_scaling_high_freq_factor "
     "distributed_timeout_minutes loss_scale initial_loss_scale lr adam_eps train_epochs exit_duration_in_mins "
-    "exit_signal_grace_seconds"
+    "exit_signal_grace_seconds data_blend_temperature data_blend_unimax data_max_epochs"
 )
 _FRACTIONS = "hidden_dropout attention_dropout label_smoothing lr_warmup_fraction adam_beta1 adam_beta2 sgd_momentum"
 

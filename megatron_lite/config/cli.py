@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, TypeVar
 
 from megatron_lite.config import command_line, huggingface, megatron_argv, sources
+from megatron_lite.config.data_args import with_paths_of_files
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
 
@@ -96,6 +97,7 @@ def load(
         shown=shown,
     )
     config = RunConfig(**{section: getattr(command, section) for section in sections})
+    config = dataclasses.replace(config, data=with_paths_of_files(config.data))
     if config.checkpoint.load_hf and (found := huggingface.contradictions(config.model, config.checkpoint.load_hf)):
         raise ConfigError(found)
     return config, command.options

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from megatron_lite.config.mixture import MixtureConfig
 from megatron_lite.config.tokenizer import TokenizerFiles, TokenizerType
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(TokenizerFiles):
+class DataConfig(MixtureConfig, TokenizerFiles):
     """Which tokens are read, in what order, and what text they stand for."""
 
     data_path: tuple[str, ...] = ()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import itertools
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 
@@ -54,60 +56,58 @@ class Extent:
     tokens: int
 
 
-class TokenWindows:
-    """The samples of some whole documents: windows of `seq_length` + 1 tokens, `stride` apart.
+class WindowsOfDocuments(abc.ABC):
+    """The samples of some whole documents of a token set, numbered; there may be none, `len()` is 0.
 
-    Documents run into one another, as in Megatron: what parts them is the end-of-document token written
-    by preprocessing. Window p is tokens p * stride to p * stride + seq_length + 1 of the documents, in the
-    file's dtype, the last token of it only a target. The windows are the same in every epoch, and up to `stride` tokens
-    at the end that no longer fill a window are left out. There may be none: `len()` is 0.
+    `mask`, a set of as many tokens, is 0 where a token is no target.
     """
 
     def __init__(
         self,
         reader: IndexedReader,
         seq_length: int,
-        stride: int | None = None,
         documents: tuple[int, int] | None = None,
+        mask: IndexedReader | None = None,
     ):
         self.reader = reader
+        self.mask = mask
         self.seq_length = seq_length
-        self.stride = stride or seq_length
         self.documents = documents or (0, reader.num_documents)
         self.first_token, self.last_token = (reader.document_token(document) for document in self.documents)
         self.num_tokens = self.last_token - self.first_token
-        self._count = max(0, (self.num_tokens - 1 - seq_length) // self.stride + 1)
 
-    def __len__(self) -> int:
-        return self._count
+    @property
+    def identity(self) -> list:
+        """What differs, JSON-able, where samples differ."""
+        return [
+            self.reader.fingerprint,
+            self.documents,
+            self.seq_length,
+            *([self.mask.fingerprint] if self.mask else []),
+        ]
 
-    def __getitem__(self, window: int) -> Sample:
-        if not 0 <= window < self._count:
-            raise IndexError(f"window {window} of {self._count}")
-        start = self.first_token + window * self.stride
-        stop = start + self.seq_length + 1
-        return Sample(self.reader.tokens(start, stop), self.reader.document_starts(start, stop))
+    @property
+    @abc.abstractmethod
+    def targets(self) -> Fraction:
+        """Tokens that a sample trains on, on average, loss masks aside."""
 
-    def extents(self, window: int) -> list[Extent]:
-        """The stretches of documents that a window is made of, in order; empty documents are left out."""
-        start = self.first_token + window * self.stride
-        stop = start + self.seq_length + 1
-        found = []
-        document = self.reader.document_at(start)
-        while start < stop:
-            first, end = self.reader.document_token(document), self.reader.document_token(document + 1)
-            if end > start:
-                found.append(Extent(document, start - first, min(end, stop) - start))
-                start = min(end, stop)
-            document += 1
-        return found
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def __getitem__(self, number: int) -> Sample: ...
+
+    @abc.abstractmethod
+    def extents(self, number: int) -> list[Extent]:
+        """The stretches of documents that a sample is made of, in order; empty documents are left out."""
 
     def describe(self) -> str:
+        """A line for the log."""
         first, last = self.documents
-        overlap = f", stride {self.stride:,}" if self.stride != self.seq_length else ""
+        masked = " with a loss mask" if self.mask else ""
         return (
-            f"{self.reader.prefix}: documents {first:,} to {last:,} of {self.reader.num_documents:,}, "
-            f"{self.num_tokens:,} tokens = {self._count:,} samples of {self.seq_length:,}{overlap}"
+            f"{self.reader.prefix}{masked}: documents {first:,} to {last:,} of {self.reader.num_documents:,}, "
+            f"{self.num_tokens:,} tokens = {len(self):,} "
         )
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -140,3 +140,61 @@ class TokenWindows:
                 f"vocabulary has ids 0 to {vocab_size - 1:,}: it was made with another tokenizer. Give that tokenizer, "
                 "or preprocess the text again with this one."
             )
+
+
+class TokenWindows(WindowsOfDocuments):
+    """Windows of `seq_length` + 1 tokens, `stride` apart.
+
+    Documents run into one another, as in Megatron: what parts them is the end-of-document token written
+    by preprocessing. Window p is tokens p * stride to p * stride + seq_length + 1 of the documents, in the
+    file's dtype, the last token of it only a target. The windows are the same in every epoch, and up to `stride` tokens
+    at the end that no longer fill a window are left out.
+    """
+
+    def __init__(
+        self,
+        reader: IndexedReader,
+        seq_length: int,
+        stride: int | None = None,
+        documents: tuple[int, int] | None = None,
+        mask: IndexedReader | None = None,
+    ):
+        super().__init__(reader, seq_length, documents, mask)
+        self.stride = stride or seq_length
+        self._count = max(0, (self.num_tokens - 1 - seq_length) // self.stride + 1)
+
+    @property
+    def identity(self) -> list:
+        return [*super().identity, self.stride]
+
+    @property
+    def targets(self) -> Fraction:
+        return Fraction(self.seq_length)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, window: int) -> Sample:
+        if not 0 <= window < self._count:
+            raise IndexError(f"window {window} of {self._count}")
+        start = self.first_token + window * self.stride
+        stop = start + self.seq_length + 1
+        counts = None if self.mask is None else self.mask.tokens(start, stop) != 0
+        return Sample(self.reader.tokens(start, stop), self.reader.document_starts(start, stop), counts)
+
+    def extents(self, window: int) -> list[Extent]:
+        start = self.first_token + window * self.stride
+        stop = start + self.seq_length + 1
+        found = []
+        document = self.reader.document_at(start)
+        while start < stop:
+            first, end = self.reader.document_token(document), self.reader.document_token(document + 1)
+            if end > start:
+                found.append(Extent(document, start - first, min(end, stop) - start))
+                start = min(end, stop)
+            document += 1
+        return found
+
+    def describe(self) -> str:
+        overlap = f", stride {self.stride:,}" if self.stride != self.seq_length else ""
+        return f"{super().describe()}samples of {self.seq_length:,}{overlap}"

@@ -207,6 +207,14 @@ class IndexedReader:
             self._idx, at, sequences, at + 8 * sequences, len(self.documents), self.dtype.itemsize
         )
 
+    def document_tokens(self, first: int, last: int) -> np.ndarray:
+        """Positions in the flat stream, int64 [last - first + 1], at which documents start, and the end of the last."""
+        sequences = self.documents[first : last + 1]
+        inside = sequences < self.num_sequences
+        starts = np.full(len(sequences), self.num_tokens, np.int64)
+        starts[inside] = self.pointers[sequences[inside]] // self.dtype.itemsize
+        return starts
+
     def document_at(self, token: int) -> int:
         """The document that holds a token of the flat stream."""
         if self._bounds:

@@ -10,6 +10,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.data.data_path import prefixes_of
 from megatron_lite.data.documents import parse_split
 from megatron_lite.data.indexed import paths
+from megatron_lite.data.mixture_rules import mixture_problems
 from megatron_lite.data.stream import parse_skip_ranges
 from megatron_lite.data.tokenizer_files import FILES_IN_A_COPY
 from megatron_lite.errors import ConfigError
@@ -44,6 +45,7 @@ def problems(config: RunConfig) -> list[str]:
     for entries in (data.data_path, *own_paths.values()):
         found += _path_problems(entries)
     found += _tokenizer_problems(data)
+    found += mixture_problems(config)
     found += _said_by(parse_split, data.split)
     found += _said_by(parse_skip_ranges, config.training.skip_samples)
     if data.sample_stride is not None and data.sample_stride > data.seq_length:

@@ -18,16 +18,15 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_lite import log
-from megatron_lite.config.data import DataConfig
-from megatron_lite.data.blend import Blend
-from megatron_lite.data.data_path import parse_data_path
-from megatron_lite.data.documents import Extent, TokenWindows, parse_split, split_documents
-from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.data.documents import Extent, WindowsOfDocuments
 from megatron_lite.data.order import Permutation, keys, scramble
+<<<<<<< /tmp/d/head/megatron_lite/data/stream.py
+from megatron_lite.data.sample import Sample, whole
+=======
 from megatron_lite.data.provenance import check_tokenizer, read_provenance
 from megatron_lite.data.sample import Sample
 from megatron_lite.data.tokenizer_interface import Tokenizer
+>>>>>>> /tmp/d/n
 from megatron_lite.errors import ConfigError, DataError
 
 
@@ -46,6 +45,8 @@ class SampleStream(Protocol):
     """Endless numbered samples: `stream[k]` is the same on whatever rank asks."""
 
     samples_per_epoch: int
+    ends_after: int | None
+    """Samples after which the data are exhausted and are not to be repeated; None if they go on for ever."""
 
     @property
     def fingerprint(self) -> str:
@@ -62,19 +63,26 @@ class SampleStream(Protocol):
         """Lines for the log, derived numbers as sums."""
         ...
 
+    def changes(self, first: int, stop: int) -> list[str]:
+        """Lines for the log about what the samples `first` to `stop` changed: epochs that began, other weights."""
+        ...
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError if the data hold a token id that the vocabulary has not."""
         ...
 
 
-def _fingerprint(*parts: object) -> str:
+def fingerprint_of(*parts: object) -> str:
+    """A short hash of JSON-able parts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 class ShuffledWindows:
     """The windows of one or more token sets, all of them once an epoch, in an order of each epoch's own."""
 
-    def __init__(self, sets: Sequence[TokenWindows], *name: int | str):
+    ends_after = None
+
+    def __init__(self, sets: Sequence[WindowsOfDocuments], *name: int | str):
         self._sets = sets
         self._ends = list(itertools.accumulate(len(windows) for windows in sets))
         self._name = name
@@ -83,9 +91,7 @@ class ShuffledWindows:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return _fingerprint(
-            self._name, [(s.reader.fingerprint, s.documents, s.seq_length, s.stride) for s in self._sets]
-        )
+        return fingerprint_of(self._name, [windows.identity for windows in self._sets])
 
     def __getitem__(self, sample: int) -> Sample:
         windows, window = self._window(*divmod(sample, self.samples_per_epoch))
@@ -96,7 +102,7 @@ class ShuffledWindows:
         windows, window = self._window(epoch, at)
         return Origin(windows.reader.prefix, epoch, windows.extents(window))
 
-    def _window(self, epoch: int, at: int) -> tuple[TokenWindows, int]:
+    def _window(self, epoch: int, at: int) -> tuple[WindowsOfDocuments, int]:
         """A token set and the number of its window."""
         ordered, order = self._order
         if ordered != epoch:
@@ -105,6 +111,17 @@ class ShuffledWindows:
         window = order(at)
         member = bisect.bisect_right(self._ends, window)
         return self._sets[member], window - (self._ends[member - 1] if member else 0)
+
+    @property
+    def prefixes(self) -> str:
+        """The names of the sets, for the log."""
+        return ", ".join(windows.reader.prefix for windows in self._sets)
+
+    def changes(self, first: int, stop: int) -> list[str]:
+        epoch = (stop - 1) // self.samples_per_epoch
+        if stop == first or epoch == (first - 1) // self.samples_per_epoch or not epoch:
+            return []
+        return [f"{self.prefixes}: epoch {epoch + 1} begins, after {epoch * self.samples_per_epoch:,} samples of it"]
 
     def describe(self) -> list[str]:
         lines = [windows.describe() for windows in self._sets]
@@ -118,42 +135,6 @@ class ShuffledWindows:
             windows.check_vocabulary(vocab_size)
 
 
-class BlendedStream:
-    """Several streams drawn from in proportion to their weights, to within one sample at any moment.
-
-    Each goes through its own epochs. An epoch of the blend is as many draws as they hold samples together.
-    """
-
-    def __init__(self, members: Sequence[SampleStream], blend: Blend):
-        self._members = members
-        self._blend = blend
-        self.samples_per_epoch = sum(member.samples_per_epoch for member in members)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        return _fingerprint(self._blend.counts, [member.fingerprint for member in self._members])
-
-    def __getitem__(self, sample: int) -> Sample:
-        member, number = self._blend(sample)
-        return self._members[member][number]
-
-    def origin(self, sample: int) -> Origin:
-        member, number = self._blend(sample)
-        return self._members[member].origin(number)
-
-    def describe(self) -> list[str]:
-        period = self._blend.period
-        return [
-            f"{count / period:.4%} = {count:,} of {period:,} draws from {line}"
-            for count, member in zip(self._blend.counts, self._members, strict=True)
-            for line in member.describe()
-        ]
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        for member in self._members:
-            member.check_vocabulary(vocab_size)
-
-
 class MockStream:
     """Generated samples a model can learn: each token is 1 to 4 above the one before, modulo 256.
 
@@ -162,6 +143,7 @@ class MockStream:
     """
 
     samples_per_epoch = 1 << 16
+    ends_after = None
     _STEPS = 4
 
     def __init__(self, seq_length: int, vocab_size: int, *name: int | str):
@@ -170,7 +152,7 @@ class MockStream:
         self._document = max(2, seq_length // 8)
         self._keys = keys(3, "mock", *name)
         self._positions = np.arange(seq_length + 1, dtype=np.uint64)
-        self.fingerprint = _fingerprint("mock", name, seq_length, self._modulus)
+        self.fingerprint = fingerprint_of("mock", name, seq_length, self._modulus)
 
     def __getitem__(self, sample: int) -> Sample:
         low, high, of_position = self._keys
@@ -183,6 +165,9 @@ class MockStream:
 
     def origin(self, sample: int) -> Origin:
         return Origin(None, sample // self.samples_per_epoch, [])
+
+    def changes(self, first: int, stop: int) -> list[str]:
+        return []
 
     def describe(self) -> list[str]:
         return [
@@ -204,6 +189,12 @@ class SkippingStream:
         self.samples_per_epoch = stream.samples_per_epoch
 
     @property
+    def ends_after(self) -> int | None:
+        if (end := self._stream.ends_after) is None:
+            return None
+        return end - sum(max(0, min(stop, end) - first) for first, stop in self._ranges)
+
+    @property
     def fingerprint(self) -> str:
         """The stream's own: a range added on resume does not make it other data."""
         return self._stream.fingerprint
@@ -213,6 +204,12 @@ class SkippingStream:
 
     def origin(self, sample: int) -> Origin:
         return self._stream.origin(stream_position(sample, self._ranges))
+
+    def changes(self, first: int, stop: int) -> list[str]:
+        if first == stop:
+            return []
+        begin, last = stream_position(first, self._ranges), stream_position(stop - 1, self._ranges)
+        return self._stream.changes(begin, last + 1)
 
     def describe(self) -> list[str]:
         skipped = [f"samples {first:,} to {stop - 1:,} are left out" for first, stop in self._ranges]
@@ -254,67 +251,3 @@ def stream_position(consumed: int, ranges: Sequence[tuple[int, int]]) -> int:
             break
         position += stop - first
     return position
-
-
-def build_stream(
-    data: DataConfig,
-    *,
-    seed: int,
-    split: str,
-    vocab_size: int,
-    tokenizer: Tokenizer | None = None,
-    skip_samples: Sequence[str] = (),
-) -> SampleStream:
-    """The stream of "train", "valid" or "test" samples a configuration asks for.
-
-    Several prefixes without weights are shuffled together; with weights they are blended. Raises
-    DataError for a damaged set, one made with another tokenizer than `tokenizer`, an empty split and a set
-    shorter than one sequence; ConfigError for a path, split or range that cannot be read.
-    """
-    if data.mock_data:
-        stream: SampleStream = MockStream(data.seq_length, vocab_size, seed, split)
-    else:
-        stream = _file_stream(data, seed, split, tokenizer)
-    ranges = parse_skip_ranges(skip_samples)
-    return SkippingStream(stream, ranges) if ranges else stream
-
-
-def _file_stream(data: DataConfig, seed: int, split: str, tokenizer: Tokenizer | None) -> SampleStream:
-    own_path = {"train": data.train_data_path, "valid": data.valid_data_path, "test": data.test_data_path}[split]
-    entries = own_path or data.data_path
-    if not entries:
-        raise DataError(f"no data for {split}: give --data-path or --{split}-data-path.")
-    parsed = parse_data_path(entries)
-    prefixes = [prefix for entry in parsed for prefix in entry.prefixes]
-    weights = None if parsed[0].weight is None else [entry.weight for entry in parsed]
-    shares = None if own_path else parse_split(data.split)
-    sets = []
-    for prefix in prefixes:
-        reader = IndexedReader(prefix)
-        check_tokenizer(prefix, read_provenance(prefix, reader.num_tokens), tokenizer)
-        documents = shares and split_documents(reader.num_documents, shares, split)
-        sets.append(TokenWindows(reader, data.seq_length, data.sample_stride, documents))
-    if weights is not None:
-        for windows in sets:
-            if not len(windows):
-                raise _no_sample(windows, split)
-        members = [ShuffledWindows([windows], "order", seed, split, i) for i, windows in enumerate(sets)]
-        return members[0] if len(members) == 1 else BlendedStream(members, Blend(weights))
-    filled = [windows for windows in sets if len(windows)]
-    if not filled:
-        raise _no_sample(sets[0], split)
-    for windows in sets:
-        if not len(windows):
-            log.warn(f"{windows.describe()}: too short for one {split} sample, it is left out")
-    return ShuffledWindows(filled, "order", seed, split, 0)
-
-
-def _no_sample(windows: TokenWindows, split: str) -> DataError:
-    first, last = windows.documents
-    way_out = "; to train without validation, set eval_interval to 0" if split == "valid" else ""
-    return DataError(
-        f"{windows.reader.prefix} holds no {split} sample: {split} gets {last - first:,} of its "
-        f"{windows.reader.num_documents:,} documents, with {windows.num_tokens:,} tokens, and one sample is seq_length "
-        f"+ 1 = {windows.seq_length + 1:,}. Add documents, give {split} a larger share in split, or shorten "
-        f"seq_length{way_out}."
-    )

@@ -58,12 +58,17 @@ class BatchPlan:
 
     @classmethod
     def of(
-        cls, training: TrainingConfig, data_size: int, seq_length: int, samples_per_epoch: int | None = None
+        cls,
+        training: TrainingConfig,
+        data_size: int,
+        seq_length: int,
+        samples_per_epoch: int | None = None,
+        available: int | None = None,
     ) -> BatchPlan:
         """The plan of a training section that `config/check.py` found sound on `data_size` data ranks.
 
-        `samples_per_epoch` is needed when the length is given in epochs. Raises ConfigError for a run
-        shorter than one step.
+        `samples_per_epoch` is needed when the length is given in epochs. The run ends before the data do, which
+        have `available` samples (None: no end). Raises ConfigError for a run shorter than one step.
         """
         per_micro_step = training.micro_batch_size * data_size
         stages = _stages(training, training.batch_size(data_size))
@@ -71,6 +76,9 @@ class BatchPlan:
         plan = cls(training.micro_batch_size, data_size, seq_length, stages, 0, 0)
         asked = _samples_asked(training, seq_length, samples_per_epoch)
         iterations = plan.iteration_of(asked) if training.train_iters is None else training.train_iters
+        if available is not None:
+            iterations = min(iterations, plan.iteration_of(available))
+            asked = min(asked, available)
         if iterations < 1:
             raise ConfigError(
                 f"The run is {asked:,} samples long, but one step takes {stages[0].batch_size:,}; "
@@ -130,6 +138,11 @@ class BatchPlan:
                 f"{last.first_sample:,} samples = {last.first_iteration:,} steps",
             )
         return lines
+
+
+def samples_of_run(training: TrainingConfig, data_size: int, seq_length: int) -> int | None:
+    """The length of a run in samples as it is configured; None where it is in epochs of data not opened yet."""
+    return None if training.train_epochs is not None else BatchPlan.of(training, data_size, seq_length).total_samples
 
 
 def _samples_asked(training: TrainingConfig, seq_length: int, samples_per_epoch: int | None) -> int:

@@ -13,10 +13,16 @@ from megatron_lite import log
 from megatron_lite.checkpoint import ranks
 from megatron_lite.config import check
 from megatron_lite.config.run import RunConfig
+<<<<<<< /tmp/d/head/megatron_lite/train/build.py
+from megatron_lite.data.feed import build_stream
+from megatron_lite.data.loader import BatchLoader, BlankStream
+from megatron_lite.data.stream import SampleStream
+=======
 from megatron_lite.data.length_curriculum import LengthCurriculum
 from megatron_lite.data.loader import BatchLoader, BlankStream
 from megatron_lite.data.micro_batch import Assembly
 from megatron_lite.data.stream import SampleStream, build_stream
+>>>>>>> /tmp/d/n
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import ConfigError, MegatronLiteError, UserError
 from megatron_lite.kernels import extension
@@ -223,10 +229,16 @@ def _shared_weight(config: RunConfig, model: GPT, mesh: ProcessMesh) -> SharedWe
 
 
 def open_stream(
-    config: RunConfig, split: str, vocab_size: int, tokenizer: Tokenizer | None = None, *, scan: bool = True
+    config: RunConfig,
+    split: str,
+    vocab_size: int,
+    tokenizer: Tokenizer | None = None,
+    *,
+    scan: bool = True,
+    total_samples: int | None = None,
 ) -> SampleStream:
-    """The samples of "train", "valid" or "test", made with that tokenizer; with `scan` their ids are looked through
-    for any beyond the vocabulary, which one rank can do for all."""
+    """The samples of "train", "valid" or "test", made with that tokenizer, of a run of `total_samples`; with `scan`
+    their ids are looked through for any beyond the vocabulary, which one rank can do for all."""
     stream = build_stream(
         config.data,
         seed=config.training.seed,
@@ -234,6 +246,7 @@ def open_stream(
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         skip_samples=config.training.skip_samples if split == "train" else (),
+        total_samples=total_samples,
     )
     if scan:
         stream.check_vocabulary(vocab_size)

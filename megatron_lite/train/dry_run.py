@@ -5,13 +5,13 @@ from __future__ import annotations
 from megatron_lite import log
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.stream import build_stream
+from megatron_lite.data.feed import build_stream
 from megatron_lite.data.vocabulary import resolve_vocabulary
 from megatron_lite.optim.schedule import schedule
 from megatron_lite.plan.memory import Moment, peak
 from megatron_lite.plan.report import dry_run_report
 from megatron_lite.train import deepspeed_config
-from megatron_lite.train.batch_plan import BatchPlan
+from megatron_lite.train.batch_plan import BatchPlan, samples_of_run
 
 
 def dry_run(config: RunConfig, world_size: int, device_type: str) -> list[str]:
@@ -22,7 +22,7 @@ def dry_run(config: RunConfig, world_size: int, device_type: str) -> list[str]:
     """
     tokenizer, vocab_size = resolve_vocabulary(config)
     data_size = world_size // config.parallel.model_parallel_size
-    samples_per_epoch = None
+    samples_per_epoch = available = None
     if config.data.mock_data or config.data.data_path or config.data.train_data_path:
         stream = build_stream(
             config.data,
@@ -31,9 +31,10 @@ def dry_run(config: RunConfig, world_size: int, device_type: str) -> list[str]:
             vocab_size=vocab_size,
             tokenizer=tokenizer,
             skip_samples=config.training.skip_samples,
+            total_samples=samples_of_run(config.training, data_size, config.data.seq_length),
         )
-        samples_per_epoch = stream.samples_per_epoch
-    plan = BatchPlan.of(config.training, data_size, config.data.seq_length, samples_per_epoch)
+        samples_per_epoch, available = stream.samples_per_epoch, stream.ends_after
+    plan = BatchPlan.of(config.training, data_size, config.data.seq_length, samples_per_epoch, available)
     config = plan.resolve(config, vocab_size)
     curve = schedule(config.optimizer, plan.total_iterations, plan.total_samples, config.model.hidden_size)
     if shortfall := curve.shortfall(plan.total_iterations, plan.total_samples):

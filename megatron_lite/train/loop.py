@@ -15,7 +15,11 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.data.length_curriculum import LengthCurriculum
 from megatron_lite.data.loader import BatchLoader
 from megatron_lite.data.micro_batch import MicroBatch
+<<<<<<< /tmp/d/head/megatron_lite/train/loop.py
+from megatron_lite.data.stream import SampleStream
+=======
 from megatron_lite.monitor.data_wait import DataWait
+>>>>>>> /tmp/d/n
 from megatron_lite.monitor.histograms import histograms
 from megatron_lite.monitor.memory import MemoryMeter
 from megatron_lite.monitor.metrics import Metrics, throughput
@@ -51,7 +55,11 @@ class Run:
     schedule: Schedule
     progress: Progress
     dropout_seed: int
+<<<<<<< /tmp/d/head/megatron_lite/train/loop.py
+    train_stream: SampleStream
+=======
     curriculum: LengthCurriculum | None
+>>>>>>> /tmp/d/n
     train_loader: BatchLoader
     valid_loader: BatchLoader | None
     eval_batches: int
@@ -156,6 +164,8 @@ def _one_step(run: Run, started: float) -> str | None:
         look=_look_of(run, progress.step + 1),
         before_change=run.keeper.allow_change,
     )
+    for line in run.train_stream.changes(progress.consumed_samples, progress.consumed_samples + batch_size):
+        log.note(line)
     progress.step += 1
     progress.consumed_samples += batch_size
     progress.consumed_tokens += int(target_tokens)

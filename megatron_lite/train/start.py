@@ -43,7 +43,7 @@ from megatron_lite.plan.devices import dense_peak_flops
 from megatron_lite.plan.flops import flops_per_token
 from megatron_lite.publish import publish
 from megatron_lite.train import agreement, build, checkpoint_fit
-from megatron_lite.train.batch_plan import BatchPlan
+from megatron_lite.train.batch_plan import BatchPlan, samples_of_run
 from megatron_lite.train.dry_run import planned_peak
 from megatron_lite.train.ending import Ending
 from megatron_lite.train.engine import load_libraries
@@ -213,9 +213,15 @@ def _assemble(
         schedule=start.schedule,
         progress=start.progress,
         dropout_seed=start.dropout_seed,
+<<<<<<< /tmp/d/head/megatron_lite/train/start.py
+        train_stream=data.train_stream,
+        train_loader=build.open_loader(config, data.train_stream, mesh, data.vocab_size),
+        valid_loader=data.valid_stream and build.open_loader(config, data.valid_stream, mesh, data.vocab_size),
+=======
         curriculum=curriculum,
         train_loader=_open_loader(config, mesh, data, data.train_stream, "train"),
         valid_loader=data.valid_stream and _open_loader(config, mesh, data, data.valid_stream, "valid"),
+>>>>>>> /tmp/d/n
         eval_batches=data.eval_batches,
         sinks=sinks,
         metrics=Metrics(),
@@ -262,8 +268,15 @@ class _Data:
 def _open_data(config: RunConfig, mesh: ProcessMesh) -> _Data:
     tokenizer, vocab_size = resolve_vocabulary(config)
     first = mesh.global_rank == 0
-    train_stream = build.open_stream(config, "train", vocab_size, tokenizer, scan=first)
-    plan = BatchPlan.of(config.training, mesh.size("data"), config.data.seq_length, train_stream.samples_per_epoch)
+    length = config.training, mesh.size("data"), config.data.seq_length
+    total_samples = samples_of_run(*length)
+    train_stream = build.open_stream(config, "train", vocab_size, tokenizer, scan=first, total_samples=total_samples)
+    plan = BatchPlan.of(*length, train_stream.samples_per_epoch, train_stream.ends_after)
+    if total_samples is not None and plan.total_samples < total_samples:
+        log.note(
+            f"the run ends after {plan.total_samples:,} samples instead of {total_samples:,}: the data are exhausted "
+            f"then (--when-exhausted {config.data.when_exhausted})"
+        )
     valid_stream, eval_batches = None, config.training.eval_iters
     if config.training.eval_interval and eval_batches:
         valid_stream = build.open_stream(config, "valid", vocab_size, tokenizer, scan=first)

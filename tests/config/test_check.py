@@ -291,6 +291,7 @@ def test_every_number_has_a_range():
     }
     ranged = {name for names in check._AT_LEAST.values() for name in names.split()}
     ranged |= {*check._ABOVE_ZERO.split(), *check._FRACTIONS.split(), "rotary_percent", "zero_stage"}
+    ranged |= {"fim_rate", "fim_spm_rate"}
     assert numbers == ranged
 
 

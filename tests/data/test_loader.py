@@ -12,9 +12,15 @@ import torch
 from numbered_stream import SEQ, Numbered
 
 from megatron_lite.config.data import DataConfig
+from megatron_lite.data.feed import build_stream
 from megatron_lite.data.loader import BatchLoader
+<<<<<<< /tmp/d/head/tests/data/test_loader.py
+from megatron_lite.data.sample import whole
+from megatron_lite.data.stream import MockStream
+=======
 from megatron_lite.data.micro_batch import Assembly
 from megatron_lite.data.stream import MockStream, build_stream
+>>>>>>> /tmp/d/n
 from megatron_lite.errors import DataError
 
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_lite.config.data import DataConfig
+from megatron_lite.data.feed import build_stream
 from megatron_lite.data.indexed import IndexedWriter
-from megatron_lite.data.stream import build_stream, parse_skip_ranges, stream_position
+from megatron_lite.data.stream import parse_skip_ranges, stream_position
 from megatron_lite.errors import ConfigError, DataError
 
 SEQ = 4

@@ -9,7 +9,7 @@ from transformers_models import gpt2, llama, load_serial, serial
 
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
-from megatron_lite.data.stream import build_stream
+from megatron_lite.data.feed import build_stream
 from megatron_lite.optim.schedule import schedule
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
