@@ -349,7 +349,6 @@ _DATA = [
     *_neutral("--dataloader-type", "single", "a run reads every sample of an epoch once, in an order of its own"),
     *_neutral("--vocab-extra-ids --tiktoken-num-special-tokens", "0", "name the tokens by --special-tokens"),
     *_refused("--train-doc-idx-path --train-sample-idx-path --train-shuffle-idx-path", _ORDER),
-<<<<<<< /tmp/d/head/megatron_lite/config/megatron_flags.py
     *_same("--data-args-path --per-split-data-args-path"),
     Flag(
         "--fim-data",
@@ -362,17 +361,9 @@ _DATA = [
     *_same("--fim-rate --fim-spm-rate --fim-prefix-token --fim-middle-token --fim-suffix-token"),
     *_notice("--fim-pad-token --fim-eod-token", "nothing is padded, and the tokenizer says what ends a document", 1),
     *_refused("--fim-split-sample --fim-fragment-rate --fim-no-prefix", "documents are permuted whole; leave it out"),
-    *_refused("--reset-position-ids --reset-attention-mask --eod-mask-loss", _MASKS),
-    *_refused(
-        "--data-efficiency-curriculum-learning --random-ltd --curriculum-learning-legacy --train-idx-path",
-        _LATER_CURRICULUM,
-    ),
-=======
-    *_refused("--data-args-path --per-split-data-args-path", "give the prefixes by --data-path or in a --config file"),
     *_same("--reset-position-ids --reset-attention-mask --eod-mask-loss", 0),
     *_refused("--curriculum-learning-legacy --data-efficiency-curriculum-learning", _CURRICULUM),
     *_refused("--random-ltd --train-idx-path", _LATER_DROPPING),
->>>>>>> /tmp/d/n
 ]
 
 _TRAINING = [

@@ -20,13 +20,7 @@ import numpy as np
 
 from megatron_lite.data.documents import Extent, WindowsOfDocuments
 from megatron_lite.data.order import Permutation, keys, scramble
-<<<<<<< /tmp/d/head/megatron_lite/data/stream.py
-from megatron_lite.data.sample import Sample, whole
-=======
-from megatron_lite.data.provenance import check_tokenizer, read_provenance
 from megatron_lite.data.sample import Sample
-from megatron_lite.data.tokenizer_interface import Tokenizer
->>>>>>> /tmp/d/n
 from megatron_lite.errors import ConfigError, DataError
 
 

@@ -13,16 +13,11 @@ from megatron_lite import log
 from megatron_lite.checkpoint import ranks
 from megatron_lite.config import check
 from megatron_lite.config.run import RunConfig
-<<<<<<< /tmp/d/head/megatron_lite/train/build.py
 from megatron_lite.data.feed import build_stream
-from megatron_lite.data.loader import BatchLoader, BlankStream
-from megatron_lite.data.stream import SampleStream
-=======
 from megatron_lite.data.length_curriculum import LengthCurriculum
 from megatron_lite.data.loader import BatchLoader, BlankStream
 from megatron_lite.data.micro_batch import Assembly
-from megatron_lite.data.stream import SampleStream, build_stream
->>>>>>> /tmp/d/n
+from megatron_lite.data.stream import SampleStream
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import ConfigError, MegatronLiteError, UserError
 from megatron_lite.kernels import extension

@@ -15,11 +15,8 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.data.length_curriculum import LengthCurriculum
 from megatron_lite.data.loader import BatchLoader
 from megatron_lite.data.micro_batch import MicroBatch
-<<<<<<< /tmp/d/head/megatron_lite/train/loop.py
 from megatron_lite.data.stream import SampleStream
-=======
 from megatron_lite.monitor.data_wait import DataWait
->>>>>>> /tmp/d/n
 from megatron_lite.monitor.histograms import histograms
 from megatron_lite.monitor.memory import MemoryMeter
 from megatron_lite.monitor.metrics import Metrics, throughput
@@ -55,11 +52,8 @@ class Run:
     schedule: Schedule
     progress: Progress
     dropout_seed: int
-<<<<<<< /tmp/d/head/megatron_lite/train/loop.py
-    train_stream: SampleStream
-=======
     curriculum: LengthCurriculum | None
->>>>>>> /tmp/d/n
+    train_stream: SampleStream
     train_loader: BatchLoader
     valid_loader: BatchLoader | None
     eval_batches: int

@@ -213,15 +213,10 @@ def _assemble(
         schedule=start.schedule,
         progress=start.progress,
         dropout_seed=start.dropout_seed,
-<<<<<<< /tmp/d/head/megatron_lite/train/start.py
-        train_stream=data.train_stream,
-        train_loader=build.open_loader(config, data.train_stream, mesh, data.vocab_size),
-        valid_loader=data.valid_stream and build.open_loader(config, data.valid_stream, mesh, data.vocab_size),
-=======
         curriculum=curriculum,
+        train_stream=data.train_stream,
         train_loader=_open_loader(config, mesh, data, data.train_stream, "train"),
         valid_loader=data.valid_stream and _open_loader(config, mesh, data, data.valid_stream, "valid"),
->>>>>>> /tmp/d/n
         eval_batches=data.eval_batches,
         sinks=sinks,
         metrics=Metrics(),

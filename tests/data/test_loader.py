@@ -14,13 +14,8 @@ from numbered_stream import SEQ, Numbered
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data.feed import build_stream
 from megatron_lite.data.loader import BatchLoader
-<<<<<<< /tmp/d/head/tests/data/test_loader.py
-from megatron_lite.data.sample import whole
-from megatron_lite.data.stream import MockStream
-=======
 from megatron_lite.data.micro_batch import Assembly
-from megatron_lite.data.stream import MockStream, build_stream
->>>>>>> /tmp/d/n
+from megatron_lite.data.stream import MockStream
 from megatron_lite.errors import DataError
 
 
@@ -191,7 +186,7 @@ def test_close_ends_the_processes(opened):
 RANK = """
 import sys, time, psutil
 from megatron_lite.data.loader import BatchLoader
-from megatron_lite.data.stream import MockStream, build_stream
+from megatron_lite.data.stream import MockStream
 if __name__ == "__main__":
     each = BatchLoader(
         MockStream(6, 100), data_rank=0, data_size=1, micro_batch_size=2, vocab_size=100, num_workers=2
