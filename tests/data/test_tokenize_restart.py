@@ -1,0 +1,280 @@
+"""Preprocessing that is killed and run again, shuffled, scored: the same bytes, whatever the workers and the memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_lite.config.data import DataConfig
+from megatron_lite.data.corpus_job import CorpusJob
+from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.data.provenance import read_manifest
+from megatron_lite.data.text_blocks import Limit
+from megatron_lite.data.tokenize_corpus import tokenize_corpus
+from megatron_lite.errors import DataError
+
+BYTES = DataConfig(tokenizer_type="ByteTokenizer")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def write_corpus(path: Path, documents: int = 60) -> Path:
+    draw = random.Random(3)
+    lines = [
+        json.dumps(
+            {"text": f"{number} " + "word " * draw.randrange(40), "title": f"title {number}", "by": {"n": number}}
+        )
+        for number in range(documents)
+    ]
+    lines[documents // 3] = "{bad"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "a.jsonl")
+
+
+def job_of(corpus: Path, prefix: Path, **changes) -> CorpusJob:
+    job = CorpusJob(
+        (str(corpus),),
+        str(prefix),
+        BYTES,
+        json_keys=("text", "title"),
+        append_eod=True,
+        on_error="skip",
+        score_key="by.n",
+        shuffle_seed=11,
+        block_bytes=512,
+        unit_bytes=1500,
+    )
+    return dataclasses.replace(job, **changes)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def expected(corpus, tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("expected")
+    tokenize_corpus(job_of(corpus, folder / "out"))
+    return contents(folder)
+
+
+def test_all_sets_are_shuffled_alike_and_scored(corpus, expected, tmp_path):
+    sets = [f"out_{key}_document" for key in ("text", "title")]
+    assert sorted(expected) == sorted(
+        f"{name}.{kind}" for name in sets for kind in ("bin", "idx", "manifest.json", "scores.npy")
+    )
+    for name, content in expected.items():
+        (tmp_path / name).write_bytes(content)
+    orders = []
+    for name, begins in zip(sets, (b"%d ", b"title %d"), strict=True):
+        reader = IndexedReader(tmp_path / name)
+        scores = np.load(tmp_path / f"{name}.scores.npy")
+        assert scores.dtype == np.float32 and len(scores) == reader.num_documents == 59
+        for document, score in enumerate(scores):
+            start = reader.document_token(document)
+            begin = begins % int(score)
+            assert bytes(reader.tokens(start, start + len(begin)).astype(np.uint8)) == begin
+        orders.append(scores.tolist())
+    assert orders[0] == orders[1] != sorted(orders[0])
+    assert sorted(orders[0]) == [number for number in range(60) if number != 20]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"workers": 2}, {"block_bytes": 100, "unit_bytes": 1}, {"max_memory": 2000}, {"unit_bytes": 1 << 20}],
+    ids=str,
+)
+def test_the_bytes_do_not_depend_on_workers_units_or_memory(corpus, expected, tmp_path, changes):
+    tokenize_corpus(job_of(corpus, tmp_path / "out", **changes))
+    found = contents(tmp_path)
+    assert found.keys() == expected.keys()
+    for name, content in found.items():
+        if name.endswith("manifest.json"):
+            one, other = json.loads(content), json.loads(expected[name])
+            # The job says how the work is cut, which decides what of it can be used again.
+            assert one | {"job": ""} == other | {"job": ""}
+        else:
+            assert content == expected[name], name
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+import test_tokenize_restart as tests
+from megatron_lite.data.tokenize_corpus import tokenize_corpus
+
+WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
+
+def killed_at(event, job, folder):
+    "Whether a run of the job was killed before its event of that number that changes something in a folder."
+    child = os.fork()
+    if child == 0:
+        seen = 0
+        def hook(name, arguments):
+            nonlocal seen
+            if name not in WATCHED or not str(arguments[0]).startswith(folder):
+                return
+            if name == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                return
+            if seen == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
+        sys.addaudithook(hook)
+        tokenize_corpus(job)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+corpus, top = map(Path, sys.argv[1:])
+event = 0
+while True:
+    folder = top / str(event)
+    folder.mkdir()
+    job = tests.job_of(corpus, folder / "out")
+    if not killed_at(event, job, str(folder)):
+        break
+    # Killed once more on its way, and then not.
+    killed_at(event // 2, job, str(folder))
+    assert not killed_at(10**9, job, str(folder)), event
+    event += 1
+print(event)
+"""
+
+
+def test_killed_anywhere_and_run_again_the_bytes_are_the_same(corpus, expected, tmp_path):
+    script = KILLER.format(tests=str(Path(__file__).parent))
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(corpus), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    events = int(done.stdout)
+    assert events > 40
+    for event in range(events + 1):
+        assert contents(tmp_path / str(event)) == expected, f"killed at event {event}"
+
+
+class Stop(Exception):
+    """What ends a run in the midst of it."""
+
+
+@pytest.fixture
+def begun(corpus, tmp_path, monkeypatch) -> CorpusJob:
+    """A job that was stopped when a part of its units were done."""
+    copied = tmp_path / "copy.jsonl"
+    copied.write_bytes(corpus.read_bytes())
+    job = job_of(copied, tmp_path / "out")
+    from megatron_lite.data import tokenize_corpus as module
+
+    original, count = module.UnitTokenizer.__call__, 0
+
+    def call(self, unit):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise Stop
+        return original(self, unit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.UnitTokenizer, "__call__", call)
+        with pytest.raises(Stop):
+            tokenize_corpus(job)
+    assert len(list((tmp_path / "out.work" / "units").iterdir())) == 2
+    assert not list(tmp_path.glob("out_*"))
+    return job
+
+
+def test_work_of_another_job_is_refused(begun, expected, tmp_path):
+    with pytest.raises(
+        DataError, match=r"out\.work is of another job \(append_eod, shuffle_seed differ\).*--overwrite"
+    ):
+        tokenize_corpus(dataclasses.replace(begun, shuffle_seed=12, append_eod=False))
+    tokenize_corpus(dataclasses.replace(begun, shuffle_seed=12, append_eod=False, overwrite=True))
+    assert (
+        read_manifest(
+            tmp_path / "out_text_document", IndexedReader(tmp_path / "out_text_document").num_tokens
+        ).shuffle_seed
+        == 12
+    )
+
+
+def test_input_that_has_changed_is_refused(begun, tmp_path):
+    copied = Path(begun.inputs[0])
+    before = copied.stat()
+    copied.write_text(copied.read_text().replace("word", "WORD"))
+    with pytest.raises(DataError, match=r"copy\.jsonl has changed since.*--overwrite"):
+        tokenize_corpus(begun)
+    # Nor does it help to hide that.
+    os.utime(copied, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DataError, match=r"copy\.jsonl, line 1: the input is not what it was"):
+        tokenize_corpus(begun)
+
+
+def test_what_is_made_already_is_not_made_again(corpus, tmp_path, capsys):
+    job = job_of(corpus, tmp_path / "out")
+    made = tokenize_corpus(job)
+    stamp = (tmp_path / "out_text_document.bin").stat().st_mtime_ns
+    assert tokenize_corpus(job) == made
+    assert "made by the same job already" in capsys.readouterr().err
+    assert (tmp_path / "out_text_document.bin").stat().st_mtime_ns == stamp
+    tokenize_corpus(dataclasses.replace(job, overwrite=True))
+    assert (tmp_path / "out_text_document.bin").stat().st_mtime_ns > stamp
+    tokenize_corpus(dataclasses.replace(job, score_key=None, shuffle_seed=None))
+    assert not (tmp_path / "out_text_document.scores.npy").exists()
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_the_manifest_says_what_was_read(corpus, tmp_path):
+    import hashlib
+
+    ((prefix, facts), _) = tokenize_corpus(job_of(corpus, tmp_path / "out")).items()
+    data = corpus.read_bytes()
+    assert facts.inputs == [
+        {"name": str(corpus), "size": len(data), "read": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    ]
+    for suffix in ("bin", "idx", "scores.npy"):
+        content = Path(f"{prefix}.{suffix}").read_bytes()
+        assert facts.files[suffix] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert (facts.shuffle_seed, facts.score_key, facts.skipped) == (11, "by.n", {"invalid JSON": 1})
+    limited = tokenize_corpus(job_of(corpus, tmp_path / "limited", limit=Limit(documents=2)))
+    first = b"".join(data.splitlines(keepends=True)[:2])
+    (inputs,) = next(iter(limited.values())).inputs
+    assert (inputs["read"], inputs["sha256"]) == (len(first), hashlib.sha256(first).hexdigest())
+
+
+def test_a_score_that_is_no_number_is_a_bad_document(corpus, tmp_path):
+    with pytest.raises(DataError, match=r"line 1: not a number: 'title' is of type str"):
+        tokenize_corpus(job_of(corpus, tmp_path / "out", score_key="title", on_error="stop"))
+    with pytest.raises(DataError, match=r"line 1: missing key: no key 'by.x'"):
+        tokenize_corpus(job_of(corpus, tmp_path / "out", score_key="by.x", on_error="stop"))
+    assert not list(tmp_path.iterdir())
+    plain = tmp_path / "a.txt"
+    plain.write_text("x")
+    with pytest.raises(DataError, match=r"--score-key by.n: .*a.txt has no keys"):
+        tokenize_corpus(job_of(plain, tmp_path / "out", json_keys=("text",)))
+
+
+def test_small_files_share_units(tmp_path):
+    for number in range(50):
+        (tmp_path / f"{number:02d}.txt").write_text(f"file {number}")
+    job = job_of(tmp_path / "*.txt", tmp_path / "out", json_keys=("text",), score_key=None, shuffle_seed=None)
+    tokenize_corpus(dataclasses.replace(job, unit_bytes=1 << 20))
+    reader = IndexedReader(tmp_path / "out_text_document")
+    assert reader.num_documents == 50
+    start, stop = reader.document_token(31), reader.document_token(32)
+    assert bytes(reader.tokens(start, stop - 1).astype(np.uint8)) == b"file 31"
