@@ -56,7 +56,7 @@ _FILE_KEYS = frozenset(("size", "header_size", "header_crc32"))
 _TENSOR_KEYS = frozenset(("dtype", "shape", "boxes"))
 _BOX_KEYS = frozenset(("start", "shape", "file", "bytes", "crc32"))
 
-_MAX_BYTES = 512 * 2**20
+MAX_BYTES = 512 * 2**20
 _MAX_DIMS = 5
 _MAX_NUMBER = 2**53
 _SHARD_NAME = re.compile(r"rank-[0-9]{5,9}\.safetensors")
@@ -209,7 +209,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     path = Path(folder) / FILE_NAME
     try:
         with open_regular(path) as file:
-            raw = file.read(_MAX_BYTES + 1)
+            raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     return parse(raw, str(path))
@@ -247,8 +247,8 @@ class _Fault(ValueError):
 
 
 def _verified_json(raw: bytes) -> Any:
-    if len(raw) > _MAX_BYTES:
-        raise _Fault(f"the file exceeds {_MAX_BYTES} bytes")
+    if len(raw) > MAX_BYTES:
+        raise _Fault(f"the file exceeds {MAX_BYTES} bytes")
     last = _LAST_LINE.search(raw[-100:])
     if last is None:
         raise _Fault("the last line, sha256, is missing: the file is cut off or not a manifest")

@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_lite import log
 from megatron_lite.checkpoint import store
 from megatron_lite.checkpoint.find import find, verify
-from megatron_lite.checkpoint.manifest import FILE_NAME, read_manifest
+from megatron_lite.checkpoint.manifest import FILE_NAME, MAX_BYTES, read_manifest
 from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
 from megatron_lite.checkpoint.shard import keep_to
 from megatron_lite.credentials import stay_in
@@ -126,6 +126,8 @@ class RemoteCopies:
         def begin() -> str | None:
             if ranks.global_rank != 0:
                 return None
+            if (size := self._files.size(f"{source}/{FILE_NAME}")) > MAX_BYTES:
+                raise CheckpointError(f"{source}/{FILE_NAME} has {size} bytes, more than a manifest may have")
             token = store.new_token()
             folder = root / store.temporary_name(name, token)
             folder.mkdir(parents=True)

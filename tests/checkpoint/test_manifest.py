@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_lite.checkpoint import manifest
 from megatron_lite.checkpoint.manifest import config_differences, encode, merged_tensors, parse, read_manifest
 from megatron_lite.errors import CheckpointError
 
@@ -78,6 +79,7 @@ REFUSED = [
     (("files", "rank-00000.safetensors", "size"), 48, "its boxes end at byte 40"),
     (("files", "rank-00000.safetensors", "header_size"), 0, "header_size is 0"),
     (("files", "rank-00000.safetensors", "header_size"), 16, "begin at byte 8"),
+    (("files", "rank-00000.safetensors"), {"size": 2**40, "header_size": 2**39, "header_crc32": 1}, "to 100000000"),
     (("files", "rank-00000.safetensors", "mode"), 7, "unknown ones ['mode']"),
     (("tensors", "weight/a", "dtype"), "O", "dtype is 'O'"),
     (("tensors", "weight/a", "dtype"), ["F32"], "dtype is ['F32']"),
@@ -152,6 +154,14 @@ def test_numbers_that_json_does_not_have(number):
     body = signed(content()).replace(b"0.1", number.encode()).split(b'\n"sha256"')[0]
     with pytest.raises(CheckpointError, match="not JSON"):
         parse(body + b'\n"sha256": "%s"\n}\n' % hashlib.sha256(body).hexdigest().encode(), "m")
+
+
+def test_a_manifest_without_end_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "MAX_BYTES", 1000)
+    with open(tmp_path / "manifest.json", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match="exceeds 1000 bytes"):
+        read_manifest(tmp_path)
 
 
 def test_deep_nesting_is_an_error_not_a_crash():

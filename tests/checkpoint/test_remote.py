@@ -1,5 +1,6 @@
 """Copies behind a URL: complete or not there, checked when they are brought back, and of no cost when they fail."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -107,6 +108,32 @@ def test_a_shard_of_another_size_is_not_fetched(one_rank, copies, tmp_path, caps
     assert find_newest(tmp_path / "there", one_rank, copies=copies) is None
     assert "has 1000000 bytes, and the manifest says" in capsys.readouterr().err
     assert not store.steps(tmp_path / "there")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda raw: signed(raw.replace(b"rank-00000.safetensors", b"../../escaped.safetensors")), "not a name of the"),
+        (lambda raw: raw + b" " * 20_000, "bytes, more than a manifest may have"),
+    ],
+)
+def test_a_copy_is_not_trusted(damage, said, one_rank, copies, tmp_path, capsys, monkeypatch):
+    """Names that lead out of the folder, and files without end, of whoever can write there."""
+    save_and_send(tmp_path / "here", 1, one_rank, copies)
+    files = fsspec.filesystem("memory")
+    manifest = f"/copies/of a run/step-00000001/{FILE_NAME}"
+    files.pipe_file("/copies/of a run/escaped.safetensors", b"x")
+    files.pipe_file(manifest, damage(files.cat_file(manifest)))
+    monkeypatch.setattr("megatron_lite.checkpoint.remote.MAX_BYTES", 10_000)
+    assert find_newest(tmp_path / "there", one_rank, copies=copies) is None
+    assert said in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if "escaped" in path.name or path.name.startswith(".step")]
+
+
+def signed(raw: bytes) -> bytes:
+    """A manifest that was changed, with a hash that fits it."""
+    body = raw.rpartition(b'\n"sha256"')[0]
+    return body + b'\n"sha256": "%s"\n}\n' % hashlib.sha256(body).hexdigest().encode()
 
 
 def test_a_url_of_no_known_kind_is_refused():

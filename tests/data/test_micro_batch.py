@@ -35,7 +35,10 @@ def test_samples_without_boundaries():
 def test_attention_and_positions_begin_with_documents():
     begins = [[1, 0, 0, 1, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0, 0]]
     positions = [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6]]
-    attention, both = assembled(reset_attention_mask=True), assembled(reset_attention_mask=True, reset_position_ids=True)
+    attention, both = (
+        assembled(reset_attention_mask=True),
+        assembled(reset_attention_mask=True, reset_position_ids=True),
+    )
     assert attention.begins.int().tolist() == both.begins.int().tolist() == begins
     assert attention.positions is None and both.positions.tolist() == positions
     assert both.begins.dtype == torch.bool and both.positions.dtype == torch.int64

@@ -6,6 +6,7 @@ import argparse
 import enum
 import io
 import random
+import shutil
 import sys
 import types
 
@@ -299,6 +300,9 @@ def test_folders_and_files_that_are_not_whole_are_named(theirs, capsys):
     file.write_bytes(file.read_bytes()[:1000])
     _refused(theirs, capsys, "model_optim_rng.pt is refused")
     file.unlink()
+    file.symlink_to(theirs.parent / "outside.pt")
+    shutil.move(theirs / "iter_0000250" / "mp_rank_00" / "model_optim_rng.pt", theirs.parent / "outside.pt")
+    _refused(theirs, capsys, "holds no mp_rank_XX")
     (theirs / "latest_checkpointed_iteration.txt").write_text("../else")
     _refused(theirs, capsys, "which is no name of a folder")
     (theirs / "latest_checkpointed_iteration.txt").write_text("300")
