@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
+import vault
+from tiny_run import load_tool
 
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.config import check, cli, sources
@@ -116,3 +119,44 @@ def test_a_run_leaves_no_secret_anywhere(tmp_path):
     assert SHOWN_ADDRESS in (tmp_path / "sent.txt").read_text()
     assert read_manifest(tmp_path / "run" / "step-00000002").config["checkpoint"]["save_copy_to"] == SHOWN_ADDRESS
     assert canaries(tmp_path) == [str(tmp_path / "ds.json")]
+
+
+@pytest.fixture
+def addresses(monkeypatch):
+    """A corpus behind an address with secrets in it, one that is refused, and one that is not there."""
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "https", vault.Vault)
+    files = fsspec.filesystem("https")
+    lines = "".join(json.dumps({"text": f"Text number {number}, which is long enough."}) + "\n" for number in range(20))
+    for name in ("corpus.jsonl", "refused.jsonl"):
+        files.pipe_file(f"/host/{name}", lines.encode())
+    yield tuple(
+        f"https://user:{CANARY}7@host/{name}.jsonl?token={CANARY}8" for name in ("corpus", "refused", "missing")
+    )
+    vault.Vault.store.clear()
+
+
+def test_tools_that_read_text_leave_no_secret_anywhere(addresses, tmp_path, capfd):
+    corpus, refused, missing = addresses
+    out = str(tmp_path / "set")
+    for tool, arguments, target in (
+        ("preprocess_data", ["--tokenizer-type", "ByteTokenizer"], ["--output-prefix", out]),
+        ("refine_data", ["--recipe", "none", "--keep-metadata", "all"], ["--output", str(tmp_path / "refined")]),
+    ):
+        main = load_tool(tool).main
+        assert main(["--input", corpus, *arguments, *target]) == 0
+        for address, why in ((refused, "403 Forbidden"), (missing, "cannot be read")):
+            other = [target[0], f"{target[1]}-{why[:3]}"]
+            assert main(["--input", address, *arguments, *other]) == 2
+            said = capfd.readouterr()
+            assert why in said.err and "https://***@host/" in said.err
+            assert CANARY not in said.out + said.err
+    assert canaries(tmp_path) == []
+    # Kinds that take none would carry them along as a part of the path.
+    assert (
+        load_tool("preprocess_data").main(
+            ["--input", f"memory://key:{CANARY}@bucket/x", "--tokenizer-type", "ByteTokenizer", "--output-prefix", out]
+        )
+        == 2
+    )
+    said = capfd.readouterr().err
+    assert "addresses of this kind take none" in said and CANARY not in said
