@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from megatron_lite.config.data import DataConfig
+from megatron_lite.data.corpus_job import CorpusJob
 from megatron_lite.data.indexed import IndexedReader, IndexedWriter
+from megatron_lite.data.token_set_merge import merge
+from megatron_lite.data.tokenize_corpus import tokenize_corpus
 from megatron_lite.errors import DataError
 
 GOLDEN = Path(__file__).parent / "megatron_core"
@@ -30,6 +37,14 @@ def write(prefix: Path, vocab_size: int) -> None:
 def test_we_write_the_same_bytes(tmp_path, dtype, vocab_size):
     write(tmp_path / "set", vocab_size)
     assert files(tmp_path, "set") == files(GOLDEN, dtype)
+
+
+def test_merged_sets_are_those_of_merge_datasets(tmp_path):
+    for name in ("a", "b"):
+        for suffix in ("bin", "idx"):
+            (tmp_path / f"{name}.{suffix}").write_bytes((GOLDEN / f"uint16.{suffix}").read_bytes())
+    assert merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "merged")) == (10, 22)
+    assert files(tmp_path, "merged") == files(GOLDEN, "merged")
 
 
 @pytest.mark.parametrize("name", ["uint8", "uint16", "int32", "int64", "modes"])
@@ -57,8 +72,21 @@ def megatron_core():
 
 def test_the_golden_files_are_its(tmp_path, megatron_core):
     MAKE["make"](tmp_path)
-    for name in (*MAKE["DTYPES"], "modes"):
+    for name in (*MAKE["DTYPES"], "modes", "merged"):
         assert files(tmp_path, name) == files(GOLDEN, name)
+
+
+def test_preprocessing_writes_what_its_writer_makes_of_the_same_ids(tmp_path, megatron_core):
+    texts = ["first", "", "zwei", "", "x" * 300]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = DataConfig(tokenizer_type="ByteTokenizer")
+    tokenize_corpus(CorpusJob((str(tmp_path / "a.jsonl"),), str(tmp_path / "out"), tokenizer, append_eod=True))
+    builder = megatron_core.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    for text in texts:
+        ids = [*text.encode(), 256] if text else []
+        builder.add_document(torch.tensor(ids), [len(ids)] if ids else [])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    assert files(tmp_path, "out_text_document") == files(tmp_path, "theirs")
 
 
 @pytest.mark.parametrize("vocab_size", [65499, 65500])

@@ -50,7 +50,7 @@ def ids(dtype: str) -> list[list[list[int]]]:
 
 
 def make(folder: Path) -> None:
-    """Write PREFIX.bin and PREFIX.idx for every dtype, and one set with modes."""
+    """Write PREFIX.bin and PREFIX.idx for every dtype, one set with modes, and one of uint16 merged with itself."""
     module = indexed_dataset()
     for dtype, kind in DTYPES.items():
         builder = module.IndexedDatasetBuilder(f"{folder / dtype}.bin", dtype=kind)
@@ -66,6 +66,10 @@ def make(folder: Path) -> None:
             builder.add_item(torch.tensor(sequence), next(modes))
         builder.end_document()
     builder.finalize(f"{folder / 'modes'}.idx")
+    builder = module.IndexedDatasetBuilder(f"{folder / 'merged'}.bin", dtype=np.uint16)
+    for _ in range(2):
+        builder.add_index(str(folder / "uint16"))
+    builder.finalize(f"{folder / 'merged'}.idx")
 
 
 if __name__ == "__main__":

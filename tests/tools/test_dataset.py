@@ -1,0 +1,139 @@
+"""tools/dataset.py as a user runs it: what it prints, its exit codes, its mistakes in sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_tokenizers import GPT2
+from tiny_run import TOOLS, load_tool, write_token_set
+
+from megatron_lite.config.data import DataConfig
+from megatron_lite.data.corpus_job import CorpusJob
+from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.data.provenance import manifest_path
+from megatron_lite.data.tokenize_corpus import tokenize_corpus
+
+TEXTS = ["Hello world", "", "naïve 日本 <|endoftext|>", "and " * 300]
+main = load_tool("dataset").main
+
+
+def make(folder: Path, name: str = "a", tokenizer: DataConfig = GPT2, **changes) -> str:
+    source = folder / f"{name}.jsonl"
+    source.write_text("".join(json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(TEXTS)))
+    job = CorpusJob((str(source),), str(folder / name), tokenizer, append_eod=True)
+    return next(iter(tokenize_corpus(dataclasses.replace(job, **changes))))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> str:
+    return make(tmp_path_factory.mktemp("made"), score_key="n", shuffle_seed=1)
+
+
+def run(capsys, *words: object) -> tuple[int, str, str]:
+    code = main([str(word) for word in words])
+    out, error = capsys.readouterr()
+    return code, out, error
+
+
+def test_info(capsys, made):
+    code, out, _ = run(capsys, "info", f"{made}.idx")
+    assert code == 0
+    reader = IndexedReader(made)
+    for said in (
+        f"{made}: 4 documents in 3 sequences, {reader.num_tokens} tokens of uint16",
+        "tokens of a document: mean ",
+        "0% 0, ",
+        "1 are empty",
+        "tokenizer: GPT2BPETokenizer of 50,257 ids",
+        "a.jsonl: ",
+        "shuffle seed: 1",
+        "score key: n",
+    ):
+        assert said in out, said
+    code, out, _ = run(capsys, "info", "--prefix", made, made, "--json")
+    (found,) = map(json.loads, out.splitlines())
+    assert found["manifest"]["tokenizer"]["vocab_file"] == GPT2.vocab_file and found["tokens"] == reader.num_tokens
+
+
+def test_head_by_the_tokenizer_of_the_manifest(capsys, tmp_path):
+    made = make(tmp_path)
+    code, out, _ = run(capsys, "head", made, "--documents", 3)
+    assert code == 0
+    assert out == (
+        "--- document 0: 3 tokens\nHello world<|endoftext|>\n--- document 1: 0 tokens\n\n"
+        f"--- document 2: {document_length(made, 2)} tokens\nnaïve 日本 <|endoftext|><|endoftext|>\n"
+    )
+    code, out, _ = run(capsys, "head", made, "--characters", 10)
+    assert out.endswith(" tokens\nand and an\n")
+    code, _, error = run(capsys, "head", made, "--tokenizer-type", "ByteTokenizer")
+    assert code == 2 and "was made with another tokenizer" in error
+    manifest_path(made).unlink()
+    code, _, error = run(capsys, "head", made)
+    assert code == 2 and "no manifest to name its tokenizer; give --tokenizer-type" in error
+    files = ("--vocab-file", GPT2.vocab_file, "--merge-file", GPT2.merge_file)
+    assert "Hello world" in run(capsys, "head", made, "--tokenizer-type", "GPT2BPETokenizer", *files)[1]
+
+
+def document_length(prefix: str, document: int) -> int:
+    reader = IndexedReader(prefix)
+    return reader.document_token(document + 1) - reader.document_token(document)
+
+
+def test_verify_says_which_sets_are_damaged(capsys, tmp_path):
+    sound, damaged = (make(tmp_path, name, DataConfig(tokenizer_type="ByteTokenizer")) for name in "ab")
+    assert run(capsys, "verify", sound, damaged)[:2] == (0, f"{sound}: sound\n{damaged}: sound\n")
+    data = bytearray(Path(f"{damaged}.bin").read_bytes())
+    data[2] ^= 1
+    Path(f"{damaged}.bin").write_bytes(data)
+    code, out, _ = run(capsys, "verify", f"{sound}.bin", f"{sound}.idx", damaged)
+    assert code == 1
+    assert out.startswith(f"{sound}: sound\n{damaged}: damaged\n  {damaged}.bin: its SHA-256 is not the manifest's")
+    assert run(capsys, "verify", tmp_path / "none")[0] == 1
+
+
+def test_merge_and_divide(capsys, tmp_path):
+    a, b = (str(write_token_set(tmp_path / name)) for name in "ab")
+    code, out, _ = run(capsys, "merge", a, b, "--output", tmp_path / "all")
+    tokens = IndexedReader(a).num_tokens
+    assert (code, out) == (0, f"{tmp_path}/all: 24 documents, {2 * tokens:,} tokens of 2 sets\n")
+    code, out, _ = run(capsys, "divide", tmp_path / "all", "--by", "length", "--buckets", 2)
+    assert code == 0 and out.startswith(f"{tmp_path}/all_bucket0: ")
+    assert sum(IndexedReader(tmp_path / f"all_bucket{i}").num_documents for i in range(2)) == 24
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("inspect", "a"), "inspect is no command; there are info, head, verify, merge, divide"),
+        (("info",), "--prefix is needed"),
+        (("info", "missing"), "missing.idx does not exist"),
+        (("merge", "a", "b"), "--output is needed"),
+        (("divide", "a", "b", "--by", "length"), "divide works on one set, and 2 are given"),
+        (("divide", "a", "--by", "size"), "--by is 'size', but should be one of length, compression, score"),
+        (("divide", "a", "--by", "length", "--buckets", "1"), "--buckets 1 is not possible; give 2 to 100"),
+        (("divide", "a", "--by", "length", "--scores", "x"), "--scores is for --by score, and --by length was given"),
+    ],
+)
+def test_mistakes(capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run(capsys, *words)
+    assert code == 2 and message in error
+
+
+def test_it_starts_without_torch():
+    code = (
+        f"import runpy, sys; sys.argv = ['dataset.py', 'info', '--help']\n"
+        f"try: runpy.run_path({str(TOOLS / 'dataset.py')!r}, run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(TOOLS.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"--json" in done.stdout
