@@ -133,6 +133,7 @@ class WindowsOfDocuments(abc.ABC):
         for i in range(chosen):
             start = self.first_token + i * num_blocks // chosen * _SCAN_BLOCK
             largest = max(largest, self.reader.max_token_id(start, min(start + _SCAN_BLOCK, self.last_token)))
+        self.reader.release()
         if largest >= vocab_size:
             negative = largest > np.iinfo(self.reader.dtype).max
             raise DataError(
