@@ -6,7 +6,7 @@ import argparse
 import importlib
 
 from megatron_lite.errors import KernelError
-from megatron_lite.kernels import extension, operators, sources
+from megatron_lite.kernels import extension, host, operators, sources
 
 
 def main() -> int:
@@ -40,6 +40,7 @@ def table() -> str:
     for name in sorted(operators.OPERATORS):
         lines.append(f"{name:{width}}  " + "  ".join(f"{_state(name, device):9}" for device in extension.DEVICES))
     lines += [f"{device}: {extension.description(device)}" for device in extension.DEVICES]
+    lines.append(f"no tensor operations, for the data: {host.description()}")
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -26,6 +26,12 @@ def module() -> ModuleType | None:
         return None
 
 
+def description() -> str:
+    """What it computes, for the table of kernels."""
+    loaded = module()
+    return ", ".join(name for name in dir(loaded) if name[0] != "_") if loaded else "none, all of it is Python's"
+
+
 def _load() -> ModuleType:
     if not sources.CSRC.is_dir():
         return importlib.import_module("megatron_lite._host")

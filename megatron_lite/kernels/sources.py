@@ -127,11 +127,14 @@ def cuda_kernels(
     return Library("libmegatron_lite_cuda", tuple(units), link, libraries, "a minute or more")
 
 
-def host_module(pybind11: Path) -> Library:
-    """The Python module `megatron_lite._host`: what is no tensor operation. Needs pybind11's headers, not torch."""
+def host_module(pybind11: Path, extra: tuple[str, ...] = ()) -> Library:
+    """The Python module `megatron_lite._host`: what is no tensor operation. Needs pybind11's headers, not torch.
+
+    extra: as for `cpu_kernels`.
+    """
     include = ("-isystem", str(pybind11), "-isystem", sysconfig.get_paths()["include"])
     units = tuple(
-        Unit(source, f"{source.stem}.o", (CXX, *CPP_FLAGS, "-O3", *include))
+        Unit(source, f"{source.stem}.o", (CXX, *CPP_FLAGS, "-O3", *extra, *include))
         for source in sorted((CSRC / "host").glob("*.cpp"))
     )
-    return Library("_host", units, _SHARED)
+    return Library("_host", units, (*_SHARED, *extra))

@@ -1,4 +1,4 @@
-"""Every CPU kernel under AddressSanitizer and UndefinedBehaviorSanitizer, over every case and instruction set."""
+"""Compiled code under AddressSanitizer and UndefinedBehaviorSanitizer: every CPU kernel and instruction set; _host."""
 
 import os
 import platform
@@ -32,6 +32,33 @@ for name in ("baseline", "avx2", "avx512"):
                 torch.ops.megatron_lite.softmax_backward(x, y, 0.5, causal)
 """
 
+HOST = """
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("megatron_lite._host", sys.argv[1])
+host = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(host)
+random = np.random.default_rng(0)
+for n in (1, 2, 16, 1000, 2**40 + 7, 2**63):
+    permutation = host.Permutation(n, random.integers(0, 2**32, 16).tolist())
+    at = random.integers(0, n, 50, np.uint64)
+    assert permutation.many(at).tolist() == [permutation(int(i)) for i in at]
+for counts in ([1], [3, 1], random.integers(1, 50, 64).tolist()):
+    assert np.bincount(host.draws_of_a_period(counts)).tolist() == counts
+for sizes in ([], [5], random.integers(1, 33, 500)):
+    items, starts = host.best_fit(np.asarray(sizes, np.int32), 32)
+    assert sorted(items.tolist()) == list(range(len(sizes))) and starts[-1] == len(sizes)
+for sequences in (1, 7, 300):
+    lengths = random.integers(0, 4, sequences) + (np.arange(sequences) == sequences - 1)
+    ends = np.cumsum(lengths) * 2
+    documents = np.unique(np.append(random.integers(0, sequences, sequences // 2), [0, sequences]))
+    # On the heap, exactly as long as the arrays, at an odd address: what reads beyond them is caught.
+    index = bytearray(b"x" + (ends - 2 * lengths).astype("<i8").tobytes() + documents.astype("<i8").tobytes())
+    bounds = host.DocumentBounds(index, 1, sequences, 1 + 8 * sequences, len(documents), 2)
+    for start in range(ends[-1] // 2):
+        assert bounds.starts(start, ends[-1] // 2)[0] == 0 <= bounds.document_at(start) < len(documents) - 1
+"""
+
 
 def _run(*script: str) -> subprocess.CompletedProcess:
     runtime = subprocess.run([*build.find_compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True)
@@ -49,4 +76,11 @@ def _run(*script: str) -> subprocess.CompletedProcess:
 def test_no_kernel_reads_or_writes_out_of_bounds():
     library = sources.cpu_kernels(extension.TORCH, FLAGS)
     done = _run(SCRIPT, str(build.built(library, torch.__version__)))
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="the sanitizer is preloaded the way Linux does it")
+def test_what_is_computed_for_the_data_reads_and_writes_within_bounds():
+    library = sources.host_module(build.find_pybind11(), FLAGS)
+    done = _run(HOST, str(build.built(library, "")))
     assert done.returncode == 0, done.stderr[-4000:]
