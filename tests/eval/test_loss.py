@@ -237,3 +237,24 @@ def test_a_loss_that_is_not_finite_is_an_error(models):
         model.layers["1"].mlp.down.weight[0, 0] = math.nan
     with pytest.raises(NonFiniteError, match="some tokens: the loss is nan"):
         score(model, mesh, passage_of(TOKENS), seq_length=LENGTH)
+
+
+def test_documents_are_scored_as_sequences_of_their_own(models):
+    """By a model that was trained so; every token is predicted all the same, the first of each from the one before."""
+    theirs, config = models["gpt2"]
+    model, tokens = our_model(config, serial(theirs), mesh := ProcessMesh.create(MeshShape())), TOKENS[:37]
+    starts = np.array([0, 5, 20, 30])
+
+    def starts_between(first, stop):
+        return np.unique(np.concatenate(([first], starts[(starts >= first) & (starts < stop)]))) - first
+
+    passage = Passage("documents", len(tokens), lambda start, stop: tokens[start:stop], None, starts_between)
+    divided = score(
+        model, mesh, passage, seq_length=LENGTH, batch_size=2, reset_attention_mask=True, reset_position_ids=True
+    )
+    pieces = zip(*(sorted({*starts, *range(0, 36, LENGTH)})[i:] for i in (0, 1)), strict=False)
+    parts = [passage_of(tokens[start : stop + 1]) for start, stop in [*pieces, (32, 36)]]
+    alone = [score(model, mesh, part, seq_length=LENGTH) for part in parts]
+    assert divided.tokens == sum(part.tokens for part in alone) == 36
+    assert divided.loss_sum == pytest.approx(sum(part.loss_sum for part in alone), rel=1e-5)
+    assert score(model, mesh, passage, seq_length=LENGTH).loss_sum != pytest.approx(divided.loss_sum, rel=1e-3)

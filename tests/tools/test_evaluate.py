@@ -41,10 +41,10 @@ def run(tmp_path_factory):
     return folder, model
 
 
-def expected_score(model, prefix, stride=None, documents=None):
+def expected_score(model, prefix, stride=None, documents=None, **options):
     windows = TokenWindows(IndexedReader(prefix), SEQ_LENGTH, None, documents)
     passage = passage_of_documents("set", windows, TOKENIZER.vocab_size, TOKENIZER)
-    return score(model, ProcessMesh.create(MeshShape()), passage, seq_length=SEQ_LENGTH, stride=stride)
+    return score(model, ProcessMesh.create(MeshShape()), passage, seq_length=SEQ_LENGTH, stride=stride, **options)
 
 
 def evaluate(run, *arguments):
@@ -67,6 +67,16 @@ def test_the_numbers_of_a_data_path(run, capsys):
     assert table[0].split() == ["tokens", "loss", "perplexity", "bits/byte", "accuracy"]
     assert table[1].split()[:3] == [str(run[0] / "set"), f"{row['tokens']:,}", f"{row['loss']:.4f}"]
     assert len(table) == 2
+
+
+def test_documents_are_scored_as_the_run_trained_them(run, tmp_path):
+    flags = {"reset_attention_mask": True, "reset_position_ids": True}
+    model = save_tiny_run(tmp_path / "saved", data_path=(str(run[0] / "set"),), **flags)
+    found = evaluate((tmp_path, model), "--data-path", run[0] / "set")["total"]
+    expected = expected_score(model, run[0] / "set", **flags)
+    assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert found["tokens"] == expected_score(model, run[0] / "set").tokens
+    assert abs(expected.loss - expected_score(model, run[0] / "set").loss) > 1e-3
 
 
 def test_a_stride_gives_more_context_to_the_same_tokens(run):

@@ -61,6 +61,10 @@ class Case:
     batch: int = BATCH
     model: tuple[tuple[str, Any], ...] = ()
     """Fields of the model section that differ beside."""
+    documents: bool = False
+    """Attention and positions begin anew with each document."""
+    pieces: int = 0
+    """Tokens of a sequence at first, by a curriculum over three steps."""
     loss_scale: float = 2.0**20
     """Of fp16, to begin with; the first gradient overflows."""
 
@@ -108,7 +112,12 @@ def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
         },
         # A tiny epsilon would turn the rounding noise of zero gradients into steps.
         "optimizer": {"lr": 1e-2, "adam_eps": case.adam_eps, "optimizer": case.optimizer},
-        "data": {"mock_data": True, "seq_length": LENGTH},
+        "data": {
+            "mock_data": True,
+            "seq_length": LENGTH,
+            "reset_attention_mask": case.documents,
+            "reset_position_ids": case.documents,
+        },
         "training": {
             "train_iters": case.steps,
             "micro_batch_size": case.batch // case.data // case.micro_batches,
@@ -116,6 +125,9 @@ def config_of(case: Case, **sections: dict[str, Any]) -> RunConfig:
             "recompute_granularity": case.recompute,
         },
     }
+    if case.pieces:
+        lengths = {"min": case.pieces, "samples": 3 * case.batch, "step": 1}
+        fields["data"] |= {f"curriculum_seq_length_{name}": value for name, value in lengths.items()}
     for section, values in sections.items():
         fields.setdefault(section, {}).update(values)
     return sources.override(RunConfig(), fields)

@@ -31,7 +31,10 @@ def serial_of(case: Case) -> Case:
     if case.dropout or case.dtype == "fp16":
         kept = {"micro_batches": case.micro_batches * case.data, "dropout": case.dropout}
         kept["attention_dropout"] = case.attention_dropout
-    for name in ("layers", "llama", "qwen3", "model", "steps", "batch", "optimizer", "adam_eps", "dtype", "loss_scale"):
+    for name in (
+        *("layers", "llama", "qwen3", "model", "steps", "batch", "documents", "pieces"),
+        *("optimizer", "adam_eps", "dtype", "loss_scale"),
+    ):
         kept[name] = getattr(case, name)
     return Case(zero=0 if case.dtype == "fp32" else 1, **kept)
 

@@ -89,6 +89,8 @@ def drawn(ranks: int, source: random.Random) -> Case:
         backend=source.choice(["auto", "sdpa", "fused_softmax"]),
         dropout=source.choice([0.0, 0.1]),
         attention_dropout=0.0,
+        documents=source.random() < 0.5,
+        pieces=source.choice([0, 0, 5]),
         steps=3,
     )
 

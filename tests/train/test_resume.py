@@ -30,7 +30,7 @@ LAYOUTS = {
         Case(2, 1, 0),
         Case(1, 2, 0),
         Case(2, 1, 1, sequence_parallel=True, dtype="bf16"),
-        Case(1, 2, 1, llama=True),
+        Case(1, 2, 1, llama=True, documents=True, pieces=5),
         Case(1, 2, 2, dtype="bf16", micro_batches=2),
         Case(1, 2, 3, llama=True),
         Case(2, 1, 3, dtype="bf16"),
