@@ -71,7 +71,11 @@ def test_a_curriculum_is_in_the_metrics_and_not_in_validation(tmp_path):
     run_on_ranks(_train, 1, str(tmp_path), **lengths)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["curriculum_seq_length"] for row in rows if "loss" in row] == [4, 8, 16, 16]
-    assert [row.get("curriculum_seq_length") for row in rows if "valid_loss" in row] == [None]
+    config, mesh = config_of(Case(pieces=4)), ProcessMesh.create(MeshShape())
+    for split, is_divided in (("train", True), ("valid", False)):
+        stream = build.open_stream(config, split, VOCABULARY)
+        batch = build.open_loader(config, stream, mesh, VOCABULARY, split=split).step(0, 4)[0]
+        assert (batch.begins is not None) == (batch.positions is not None) == is_divided
 
 
 REFUSED = {
