@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Token sets looked at, checked, merged and divided.
+"""Token sets looked at, checked, merged, joined and divided.
 
     python tools/dataset.py info data/web_text_document
     python tools/dataset.py head data/web_text_document --documents 3
     python tools/dataset.py verify data/*_text_document.idx
     python tools/dataset.py merge data/web_text_document data/code_text_document --output data/all_text_document
+    python tools/dataset.py join data/qa_prompt_document data/qa_answer_document \\
+        --context data/qa_prompt_document --output data/qa
     python tools/dataset.py divide data/web_text_document --by length --buckets 4
 
 A set is named by its prefix; its .bin or .idx will do.
@@ -27,6 +29,7 @@ from megatron_lite.config.tokenizer import TokenizerFiles
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.provenance import Provenance, check_tokenizer, read_provenance
 from megatron_lite.data.token_set_division import MOST_BUCKETS, Difficulty, divide
+from megatron_lite.data.token_set_join import join
 from megatron_lite.data.token_set_merge import merge
 from megatron_lite.data.token_sets import describe, faults
 from megatron_lite.data.tokenizer import build_tokenizer
@@ -134,6 +137,21 @@ class MergeOptions(_Sets):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class JoinOptions(_Sets):
+    """One token set whose documents are those of several, side by side: a prompt and its answer, for example."""
+
+    output: str
+    """Prefix of the joined set."""
+    context: tuple[str, ...] = ()
+    """Sets that are read and not predicted: the joined set gets a loss mask, OUTPUT.loss_mask, that training uses."""
+
+    def run(self) -> int:
+        documents, tokens, counted = join(self.prefixes, self.context, self.output)
+        print(f"{self.output}: {documents:,} documents, {tokens:,} tokens, {counted:,} of them to be predicted")
+        return EXIT_DONE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DivideOptions(_Sets):
     """Divide a token set by difficulty: PREFIX_bucket0 (the easiest), PREFIX_bucket1, ..., of about as many tokens."""
 
@@ -164,6 +182,7 @@ _COMMANDS: Mapping[str, type] = {
     "head": HeadOptions,
     "verify": VerifyOptions,
     "merge": MergeOptions,
+    "join": JoinOptions,
     "divide": DivideOptions,
 }
 

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.data.loss_mask import read_mask
 from megatron_lite.data.provenance import read_provenance, scores_path
 from megatron_lite.data.token_documents import joined_pieces
 from megatron_lite.data.token_set_writer import token_set
@@ -41,9 +42,14 @@ def divide(
     Difficulty is the number of tokens; the share of their size that a document's ids take when deflated, text that
     repeats itself being easy; or a score, of the set's own column or of the file `scores`. Low is easy, or high if
     `descending`. Buckets have as nearly equal numbers of tokens as whole documents allow. Memory is 50 bytes a
-    document. Raises DataError for a column that is not of this set and for a bucket that would have no document.
+    document. Raises DataError for a column that is not of this set, a set with a loss mask, and a bucket that would
+    have no document.
     """
     reader = IndexedReader(prefix)
+    if (mask := read_mask(reader)) is not None:
+        raise DataError(
+            f"{prefix} has a loss mask, {mask.prefix}, and parts would not; divide sets before they are joined"
+        )
     lengths = document_lengths(reader)
     difficulty = _difficulty(reader, lengths, by, scores)
     place = np.argsort(-difficulty if descending else difficulty, kind="stable")

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_lite import log
 from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.data.loss_mask import mask_prefix, read_mask
 from megatron_lite.data.provenance import Provenance, read_provenance, scores_path
 from megatron_lite.data.token_set_writer import token_set
 from megatron_lite.data.token_sets import document_batches, document_lengths, read_scores
@@ -22,13 +23,21 @@ def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
     """Write the documents of all sets, in this order, as the set `output`; its numbers of documents and tokens.
 
     It has scores where all have, and a manifest where all have one. Raises DataError for sets of unlike dtypes or
-    tokenizers, and for an output that is one of them.
+    tokenizers, for an output that is one of them, and where only some have a loss mask.
     """
     if Path(output).absolute() in {Path(prefix).absolute() for prefix in prefixes}:
         raise DataError(f"{output} is one of the sets to merge; give the merged set another name")
     readers = [IndexedReader(prefix) for prefix in prefixes]
     facts = [read_provenance(reader.prefix, reader.num_tokens) for reader in readers]
-    _insist_on_likeness(readers, facts)
+    insist_on_likeness(readers, facts)
+    masks = [mask.prefix for reader in readers if (mask := read_mask(reader)) is not None]
+    if len(masks) not in (0, len(readers)):
+        raise DataError(
+            f"{len(masks)} of {len(readers)} sets have a loss mask, such as {masks[0]}: merge those with one and those "
+            "without apart"
+        )
+    if masks:
+        merge(masks, mask_prefix(output))
     documents = sum(reader.num_documents for reader in readers)
     columns = [
         read_scores(scores_path(reader.prefix), reader.num_documents)
@@ -47,11 +56,12 @@ def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
         bare = next(reader.prefix for reader, known in zip(readers, facts, strict=True) if known is None)
         log.note(f"{bare} has no manifest, so {output} has none")
     else:
-        made.describe(**_combined(prefixes, facts))
+        made.describe(**combined_facts(prefixes, facts))
     return documents, sum(reader.num_tokens for reader in readers)
 
 
-def _insist_on_likeness(readers: Sequence[IndexedReader], facts: Sequence[Provenance | None]) -> None:
+def insist_on_likeness(readers: Sequence[IndexedReader], facts: Sequence[Provenance | None]) -> None:
+    """Raise DataError for sets of unlike dtypes or tokenizers."""
     first = readers[0]
     for reader in readers:
         if reader.dtype != first.dtype:
@@ -70,8 +80,8 @@ def _insist_on_likeness(readers: Sequence[IndexedReader], facts: Sequence[Proven
             )
 
 
-def _combined(prefixes: Sequence[str], facts: Sequence[Provenance]) -> dict[str, Any]:
-    """The facts of the merged set that its parts tell."""
+def combined_facts(prefixes: Sequence[str], facts: Sequence[Provenance]) -> dict[str, Any]:
+    """The facts that the parts of a set tell."""
     first = facts[0]
     text_bytes = [of.text_bytes for of in facts]
     inputs = {entry.get("name"): entry for of in facts for entry in of.inputs}

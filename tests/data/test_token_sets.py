@@ -14,8 +14,10 @@ import pytest
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data.corpus_job import CorpusJob
 from megatron_lite.data.indexed import IndexedReader, IndexedWriter
+from megatron_lite.data.loss_mask import mask_prefix, read_mask
 from megatron_lite.data.provenance import manifest_path, read_manifest, write_provenance
 from megatron_lite.data.token_set_division import divide
+from megatron_lite.data.token_set_join import join
 from megatron_lite.data.token_set_merge import merge
 from megatron_lite.data.token_sets import describe, document_lengths, faults
 from megatron_lite.data.tokenize_corpus import tokenize_corpus
@@ -212,3 +214,43 @@ def test_what_cannot_be_divided(tmp_path):
     (tmp_path / "own.npy").write_bytes(b"nothing")
     with pytest.raises(DataError, match="no column of scores"):
         divide(prefix, "score", 2, scores=str(tmp_path / "own.npy"))
+
+
+def test_parts_of_documents_are_joined_and_context_does_not_count(tmp_path):
+    source = tmp_path / "qa.jsonl"
+    rows = [{"q": f"question {i}" * (i % 3), "a": f"answer {i}" * (i % 4)} for i in range(50)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = CorpusJob((str(source),), str(tmp_path / "qa"), BYTES, json_keys=("q", "a"), append_eod=True)
+    question, answer = tokenize_corpus(job)
+    whole = str(tmp_path / "whole")
+    documents, tokens, counted = join([question, answer], [question], whole)
+    assert texts_of(whole) == [row["q"] + row["a"] for row in rows]
+    reader = IndexedReader(whole)
+    mask = read_mask(reader)
+    assert (documents, tokens) == (50, reader.num_tokens) and counted == IndexedReader(answer).num_tokens
+    for i, row in enumerate(rows):
+        ids, counts = (each.tokens(each.document_token(i), each.document_token(i + 1)) for each in (reader, mask))
+        assert bytes(ids[(counts == 1) & (ids < 256)].astype(np.uint8)).decode() == row["a"]
+        assert (ids == 256).sum() == bool(row["q"] + row["a"]) and (not len(ids) or ids[-1] == 256)
+    assert list(faults(whole)) == [] and len(facts_of(whole).parts) == 2
+    both = str(tmp_path / "both")
+    merge([whole, whole], both)
+    assert read_mask(IndexedReader(both)).num_documents == 100
+    with pytest.raises(DataError, match="1 of 2 sets have a loss mask"):
+        merge([whole, answer], str(tmp_path / "mixed"))
+    with pytest.raises(DataError, match="divide sets before they are joined"):
+        divide(whole, "length", 2)
+
+
+def test_what_cannot_be_joined_is_refused_before_anything_is_written(tmp_path):
+    a, b = make(tmp_path, "a", TEXTS), make(tmp_path, "b", TEXTS[:-1])
+    output = str(tmp_path / "whole")
+    with pytest.raises(DataError, match=r"there are 6 in .*, 5 in .*; make them of the same input"):
+        join([a, b], [], output)
+    with pytest.raises(DataError, match="is context and none of the sets"):
+        join([a], [b], output)
+    with pytest.raises(DataError, match="leaves nothing to predict"):
+        join([a], [a], output)
+    with pytest.raises(DataError, match="give the joined set another name"):
+        join([a, b], [], a)
+    assert not list(tmp_path.glob("whole*")) and not Path(f"{mask_prefix(output)}.bin").exists()

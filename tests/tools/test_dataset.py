@@ -110,10 +110,11 @@ def test_merge_and_divide(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("inspect", "a"), "inspect is no command; there are info, head, verify, merge, divide"),
+        (("inspect", "a"), "inspect is no command; there are info, head, verify, merge, join, divide"),
         (("info",), "--prefix is needed"),
         (("info", "missing"), "missing.idx does not exist"),
         (("merge", "a", "b"), "--output is needed"),
+        (("join", "a", "b", "--output", "c", "--context", "d"), "d is context and none of the sets to join, a, b"),
         (("divide", "a", "b", "--by", "length"), "divide works on one set, and 2 are given"),
         (("divide", "a", "--by", "size"), "--by is 'size', but should be one of length, compression, score"),
         (("divide", "a", "--by", "length", "--buckets", "1"), "--buckets 1 is not possible; give 2 to 100"),
