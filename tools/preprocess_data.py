@@ -25,6 +25,7 @@ from megatron_lite.data.provenance import Provenance
 from megatron_lite.data.text_blocks import parse_limit
 from megatron_lite.data.text_input import TxtDocuments, format_problems
 from megatron_lite.data.tokenize_corpus import tokenize_corpus
+from megatron_lite.data.tokenizer_ladder import Engine
 from megatron_lite.errors import EXIT_INTERRUPTED, ConfigError, MegatronLiteError
 
 
@@ -40,6 +41,9 @@ class PreprocessOptions(TokenizerFiles):
     """Written are OUTPUT_PREFIX_KEY_document.bin, .idx and .manifest.json for each of --json-keys."""
     tokenizer_type: str
     """GPT2BPETokenizer, SentencePieceTokenizer, HuggingFaceTokenizer, TiktokenTokenizer or ByteTokenizer."""
+    tokenizer_engine: Engine = "auto"
+    """Library that encodes. auto: the fastest that is installed, can run this tokenizer, and gives its ids on hard
+    texts and on some of the input. The output does not depend on it."""
     vocab_size: int | None = None
     """Write ids for a vocabulary of this size, which decides their width; default: the tokenizer's."""
     prepend_bos: bool = False

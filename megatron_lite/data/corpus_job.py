@@ -11,6 +11,7 @@ from megatron_lite.config.data import DataConfig
 from megatron_lite.data.text_blocks import BLOCK_BYTES, NO_LIMIT, Limit
 from megatron_lite.data.text_input import KEYLESS, Source, TxtDocuments, warn_of_pages
 from megatron_lite.data.tokenizer_interface import Tokenizer
+from megatron_lite.data.tokenizer_ladder import Engine, insist_on_rung
 from megatron_lite.errors import ConfigError, DataError, TokenizerError
 
 UNIT_BYTES = 4 << 20
@@ -46,6 +47,7 @@ class CorpusJob:
     prepend_bos: bool = False
     append_eod: bool = False
     vocab_size: int | None = None
+    tokenizer_engine: Engine = "auto"
     workers: int = 1
     max_memory: int = 2 << 30
     longest_document: int = 8 << 20
@@ -66,6 +68,7 @@ class CorpusJob:
 
     def ids_for(self, tokenizer: Tokenizer) -> int:
         """The vocabulary size that files are written for. Raises TokenizerError if the tokenizer cannot do the job."""
+        insist_on_rung(tokenizer, self.tokenizer_engine)
         if self.append_eod and tokenizer.eod is None:
             raise TokenizerError(
                 f"--append-eod: this {tokenizer.kind} has no token that ends a document; add one by "

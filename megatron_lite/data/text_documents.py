@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -89,6 +90,12 @@ def parse_block(
         values = (*map(record.text_of, keys), *map(record.number_of, number_keys))
         bad = next((value for value in values if isinstance(value, BadDocument)), None)
         yield values if bad is None else bad
+
+
+def texts_of(blocks: Iterable[Block], keys: Sequence[str]) -> list[str]:
+    """All texts in blocks under these keys, without documents that cannot be used."""
+    documents = itertools.chain.from_iterable(parse_block(block, keys) for block in blocks)
+    return [text for document in documents if not isinstance(document, BadDocument) for text in document]
 
 
 def parse_records(block: Block) -> Iterator[Record | BadDocument]:

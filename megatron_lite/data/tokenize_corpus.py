@@ -24,11 +24,13 @@ from megatron_lite.data.input_ledger import InputLedger
 from megatron_lite.data.ordered_workers import map_in_order
 from megatron_lite.data.provenance import Provenance, manifest_path, read_provenance
 from megatron_lite.data.text_blocks import NO_LIMIT, Limit, limited, read_blocks
+from megatron_lite.data.text_documents import texts_of
 from megatron_lite.data.text_input import Source, find_sources
 from megatron_lite.data.text_progress import TextProgress
 from megatron_lite.data.token_assembly import assemble
 from megatron_lite.data.tokenize_units import TokenUnit, UnitTokenizer, crc_of, grouped
 from megatron_lite.data.tokenizer import build_tokenizer
+from megatron_lite.data.tokenizer_ladder import WITHOUT_THREADS, climb
 from megatron_lite.data.unit_file import open_unit, unit_path
 from megatron_lite.data.work_folder import claimed, clear, insist_on_job, job_facts
 from megatron_lite.errors import DataError
@@ -148,6 +150,9 @@ class _Run:
         blocks = limited(
             itertools.chain.from_iterable(read_blocks(source, job.block_bytes, fields) for source in sources), limit
         )
+        first = list(itertools.islice(blocks, 1))
+        blocks = itertools.chain(first, blocks)
+        engine = climb(self._tokenizer, job.tokenizer_engine, texts_of(first, keys))
         count = 0
 
         def left() -> Iterator[TokenUnit]:
@@ -163,10 +168,11 @@ class _Run:
                         "was begun; --overwrite begins anew"
                     )
 
-        make = functools.partial(UnitTokenizer, job, keys, self._vocab_size)
+        work = UnitTokenizer(job, keys, self._vocab_size, engine, self._tokenizer)
+        make = functools.partial(functools.partial, work)
         with (
             contextlib.closing(TextProgress(sources, job.log_interval)) as progress,
-            contextlib.closing(map_in_order(make, left(), job.workers)) as outcomes,
+            contextlib.closing(map_in_order(make, left(), job.workers, engine in WITHOUT_THREADS)) as outcomes,
         ):
             for outcome in outcomes:
                 if outcome.bad is not None:

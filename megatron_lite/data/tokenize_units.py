@@ -18,6 +18,8 @@ from megatron_lite.data.text_input import Source
 from megatron_lite.data.token_documents import TokenDocuments
 from megatron_lite.data.token_set_writer import IdCounts
 from megatron_lite.data.tokenizer import build_tokenizer
+from megatron_lite.data.tokenizer_interface import Tokenizer
+from megatron_lite.data.tokenizer_ladder import stand_on
 from megatron_lite.data.unit_file import UnitFile, write_unit
 
 _ENCODED_AT_ONCE = 1 << 20
@@ -48,15 +50,25 @@ class UnitTokenizer:
 
     A file has, for each of `keys` by number, the ids of all documents (`ids-0`, in the dtype of the set), their lengths
     (`lengths-0`, int32) and how often each id occurs (`counts-0`, uint32); and scores, float32, where there are any.
+    `engine` is what `climb` said of `tokenizer`, which is made anew where this is unpickled.
     """
 
-    def __init__(self, job: CorpusJob, keys: Sequence[str], vocab_size: int):
+    def __init__(
+        self, job: CorpusJob, keys: Sequence[str], vocab_size: int, engine: str, tokenizer: Tokenizer | None = None
+    ):
+        self._arguments = (job, keys, vocab_size, engine)
         self._keys, self._vocab_size = keys, vocab_size
         self._number_keys = () if job.score_key is None else (job.score_key,)
-        self._tokenizer = build_tokenizer(job.tokenizer)
+        if tokenizer is None:
+            tokenizer = build_tokenizer(job.tokenizer)
+            stand_on(tokenizer, engine)
+        self._tokenizer = tokenizer
         self._bos = self._tokenizer.bos if job.prepend_bos else None
         self._eod = self._tokenizer.eod if job.append_eod else None
         self._stops = job.on_error == "stop"
+
+    def __reduce__(self) -> tuple[type[UnitTokenizer], tuple]:
+        return UnitTokenizer, self._arguments
 
     def __call__(self, unit: TokenUnit) -> UnitOutcome:
         made = [_KeyTokens(self._vocab_size) for _ in self._keys]

@@ -13,6 +13,9 @@ from megatron_lite.errors import TokenizerError
 
 Engine = Literal["auto", "gigatoken", "tiktoken", "tokenizers"]
 
+WITHOUT_THREADS = ("gigatoken", "tiktoken", "numpy")
+"""Libraries that start no threads as they are used here: a process that has used them can be copied."""
+
 _LITERALS = 64
 _WORDS = 512
 _SAMPLE_TEXTS = 16
@@ -44,19 +47,23 @@ _HARD = (
 """Texts at which implementations of the same tokenizer differ, if they do."""
 
 
+def insist_on_rung(tokenizer: Tokenizer, wish: Engine) -> None:
+    """Raise TokenizerError if a library is wished for that never runs tokenizers of this kind."""
+    libraries = [*tokenizer.engines(), tokenizer.library]
+    if wish not in ("auto", *libraries):
+        raise TokenizerError(
+            f"--tokenizer-engine {wish}: a {tokenizer.kind} is run by {' or '.join(libraries)}; leave it out"
+        )
+
+
 def climb(tokenizer: Tokenizer, wish: Engine, sample: Sequence[str]) -> str:
     """Let the fastest library that gives the same ids encode the blocks of a tokenizer; its name.
 
     `sample` is text of the corpus, of which some is tried beside texts that are hard. Raises TokenizerError if a
-    library is wished for that does not run this tokenizer.
+    library is wished for that cannot run this tokenizer.
     """
-    own = tokenizer.library
-    others = tokenizer.engines()
-    if wish not in ("auto", own, *others):
-        raise TokenizerError(
-            f"--tokenizer-engine {wish}: a {tokenizer.kind} is run by {' or '.join([*others, own])}; choose one of "
-            "them, or auto"
-        )
+    insist_on_rung(tokenizer, wish)
+    own, others = tokenizer.library, tokenizer.engines()
     texts = list(_trials(tokenizer, sample))
     for name in others if wish == "auto" else [wish] if wish in others else []:
         reason = _reason_against(tokenizer, name, texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from small_tokenizers import ENGLISH, HARD
 
 from megatron_lite.data import tokenizer_engines
+from megatron_lite.data.corpus_job import CorpusJob
+from megatron_lite.data.tokenize_corpus import tokenize_corpus
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_engines import Unfit, require_byte_level, tiktoken_of_description
 from megatron_lite.data.tokenizer_huggingface import HuggingFaceTokenizer
@@ -92,10 +95,31 @@ def test_missing_package_is_said(sources, monkeypatch, capsys):
 
 
 def test_a_library_that_never_runs_the_tokenizer_is_refused(sources):
-    with pytest.raises(TokenizerError, match="tokenizers: a TiktokenTokenizer is run by gigatoken or tiktoken; choose"):
+    with pytest.raises(TokenizerError, match="tokenizers: a TiktokenTokenizer is run by gigatoken or tiktoken; leave"):
         climb(build_tokenizer(sources["tiktoken"]), "tokenizers", [])
     with pytest.raises(TokenizerError, match="--tokenizer-engine gigatoken: a ByteTokenizer is run by numpy"):
         climb(build_tokenizer(sources["byte"]), "gigatoken", [])
+
+
+def test_a_corpus_does_not_depend_on_the_library(sources, tmp_path):
+    """Nor on whether workers are copies (gigatoken, tiktoken) or begin anew (tokenizers)."""
+    texts = [*HARD, "Hello <|endoftext|>", *ENGLISH[:20]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    written = set()
+    for engine in ("auto", "gigatoken", "tiktoken", "tokenizers"):
+        job = CorpusJob(
+            (str(tmp_path / "a.jsonl"),),
+            f"{tmp_path}/{engine}",
+            sources["bpe"],
+            append_eod=True,
+            tokenizer_engine=engine,
+            workers=1 + (engine in ("tiktoken", "tokenizers")),
+            block_bytes=4096,
+            unit_bytes=8192,
+        )
+        tokenize_corpus(job)
+        written.add(b"".join(Path(f"{job.prefix('text')}.{suffix}").read_bytes() for suffix in ("bin", "idx")))
+    assert len(written) == 1
 
 
 def test_made_anew_now_and_then(sources, monkeypatch):
@@ -112,7 +136,7 @@ def test_made_anew_now_and_then(sources, monkeypatch):
 
 
 def description(sources) -> dict:
-    return json.loads(open(f"{sources['bpe'].tokenizer_model}/tokenizer.json", "rb").read())
+    return json.loads(Path(sources["bpe"].tokenizer_model, "tokenizer.json").read_bytes())
 
 
 def change(path: str, value):

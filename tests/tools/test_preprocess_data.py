@@ -107,6 +107,11 @@ def test_bad_line(tmp_path):
         (("--input", "missing.jsonl"), "missing.jsonl: no such file"),
         (("--output-prefix", "/proc/none/x"), "/proc/none/x.work cannot be written"),
         (("--wokers", "2"), "error: --wokers is not a known flag; perhaps you meant --workers."),
+        (
+            ("--tokenizer-engine", "fast"),
+            "--tokenizer-engine is 'fast', but should be one of auto, gigatoken,",
+        ),
+        (("--tokenizer-engine", "tiktoken"), "--tokenizer-engine tiktoken: a ByteTokenizer is run by numpy"),
         (("--on-error", "ignore"), "error: --on-error is 'ignore', but should be one of stop, skip."),
         (("--json-keys", "text", "id", "text"), "error: --json-keys names text more than once"),
         (("--append-eod", "yes"), "error: --append-eod takes no value, but 'yes' was given"),
@@ -193,7 +198,7 @@ def running(folder: Path) -> Iterator[subprocess.Popen]:
 
 def workers(process: subprocess.Popen) -> list[psutil.Process]:
     children = psutil.Process(process.pid).children()
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
