@@ -1,4 +1,4 @@
-"""Variable-length flash attention on a GPU: within documents it is what blocks of them give, and its dropout repeats."""
+"""Variable-length flash attention on a GPU is, within documents, what blocks of them give; its dropout repeats."""
 
 import pytest
 import torch
