@@ -1,16 +1,21 @@
-"""Stages, placements and rules of a pipeline, without ranks."""
+"""Stages, placements and rules of a pipeline, and what the last stage holds of a step."""
 
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_on_ranks
+from torch import nn
 
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
+from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.pipeline.partition import (
     balanced_counts,
     folded,
@@ -19,6 +24,8 @@ from megatron_lite.parallel.pipeline.partition import (
     stages_of_counts,
 )
 from megatron_lite.parallel.pipeline.rules import pipeline_plan, problems
+from megatron_lite.parallel.pipeline.runner import Pipeline
+from megatron_lite.parallel.process_mesh import ProcessMesh
 
 
 @given(st.integers(1, 9), st.integers(1, 5), st.floats(0, 4), st.floats(0, 6))
@@ -141,6 +148,52 @@ def test_the_schedule_follows_the_flags(parallel, name, stages):
 def test_what_cannot_work_is_refused_with_the_numbers(config, says):
     found = problems(config_of(**config), 4)
     assert len(found) == 1 and says in found[0]
+
+
+class _First(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+
+    def forward(self, tokens, **_):
+        return self.table(tokens).transpose(0, 1).contiguous()
+
+
+class _Last(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 7)
+
+    def forward(self, hidden, **_):
+        return self.head(hidden).square().sum()
+
+
+def _inputs_alive(schedules: list[str]) -> list[int]:
+    """How many of a step's inputs the last stage holds at most when it begins another forward pass."""
+    mesh, most = ProcessMesh.create(MeshShape(pipe=2)), []
+    for schedule in schedules:
+        plan = pipeline_plan(config_of(pipeline_model_parallel_size=2, pipeline_schedule=schedule))
+        module = _First() if mesh.global_rank == 0 else _Last()
+        shapes = {"batch_shape": (2, 3), "hidden_shape": (3, 2, 4), "dtype": torch.float32}
+        pipeline = Pipeline({mesh.global_rank: module}, plan, mesh, **shapes)
+        seen: list[weakref.ref] = []
+        alive = [0]
+
+        def count(_, inputs, seen=seen, alive=alive):
+            alive.append(sum(each() is not None for each in seen))
+            seen.append(weakref.ref(inputs[0]))
+
+        module.register_forward_pre_hook(count)
+        tokens = [torch.zeros(2, 3, dtype=torch.int64)] * 8
+        pipeline.run(tokens, tokens, tokens, None, told={}, share=lambda loss: loss / 8, take_gradients=None)
+        assert len(seen) == 8
+        most.append(max(alive))
+    return most
+
+
+def test_the_last_stage_holds_no_input_that_backward_is_done_with():
+    _, last = run_on_ranks(_inputs_alive, 2, ["1F1B", "GPipe"])
+    assert last == [0, 7]
 
 
 @pytest.mark.parametrize(

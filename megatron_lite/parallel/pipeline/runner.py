@@ -157,7 +157,7 @@ class _Stage(PipelineStage):
 
     It notes where it is, for who asks what a rank waits for. It tells of the gradients of weights that torch writes to
     `.grad` by itself. And what it receives has memory from the order to receive it until it is used, not one buffer for
-    each micro-batch of a step for good.
+    each micro-batch of a step for good, nor until all losses are there.
     """
 
     take_gradients: TakeGradients
@@ -185,6 +185,9 @@ class _Stage(PipelineStage):
         with self._doing("B", bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, *arguments, **options)
         _drop_buffers(self.grad_recv_info[bwd_chunk_id])
+        if (loss := options.get("loss")) is not None:
+            # The schedule keeps every loss until the step is over, and its graph would keep the stage's input.
+            loss.detach_()
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
         super()._setup_forward_recv_info(num_microbatches, has_backward)
