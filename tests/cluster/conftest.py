@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from cluster.jobs import MODEL, SCRIPTS, STEPS, start
-from cluster.nodes import two_nodes
+from cluster.nodes import Node, two_nodes
 
+#: What nodes are made of, for a moment: namespaces, and a cable between them.
+TRIAL = "unshare --net --mount --uts ip link add trial0 type veth peer name trial1".split()
 PROGRAMS = ("ip", "ss", "unshare", "nsenter", "setpriv", "pgrep", "ssh", "ssh-keygen", "sshd")
 
 
@@ -22,11 +24,11 @@ def needs() -> Callable[..., None]:
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         if missing := [name for name in (*PROGRAMS, *programs) if shutil.which(name, path=path) is None]:
             pytest.skip(f"no {', '.join(missing)}: on Debian `bash tests/cluster/install.sh`, as root, installs them")
-        trial = ["unshare", "--net", "--mount", "--uts", "true"]
-        if os.geteuid() != 0 or subprocess.run(trial, capture_output=True).returncode != 0:
-            pytest.skip(
-                "nodes within this machine are namespaces, which only root may make, and not in every container"
-            )
+        if os.geteuid() != 0:
+            pytest.skip("nodes within this machine are namespaces, which only root may make")
+        trial = subprocess.run(TRIAL, capture_output=True, text=True)
+        if trial.returncode != 0:
+            pytest.skip(f"nodes within this machine cannot be made or joined here: {trial.stderr.strip()}")
 
     return insist
 
@@ -36,6 +38,15 @@ def nodes(needs):
     needs()
     with two_nodes() as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def nodes_are_cleared(request) -> Iterator[None]:
+    """Ends what a test has left on the nodes, as one that fails does: the next would find it there."""
+    yield
+    left: tuple[Node, ...] = request.node.funcargs.get("nodes", ())
+    for node in left:
+        node.clear()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -66,6 +65,13 @@ class Node:
                     found.append(process)
         return found
 
+    def clear(self) -> None:
+        """Kill all that runs here but its first process."""
+        for process in self.processes():
+            if process.pid != self.sshd.pid:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
     def listening(self) -> str:
         """The sockets that processes here listen on, a line each."""
         return subprocess.run(self.command("ss", "-ltnpH"), capture_output=True, text=True, check=True).stdout
@@ -122,9 +128,7 @@ def _write_settings(folder: Path) -> None:
 
 def _take_down(node: Node) -> None:
     with contextlib.suppress(OSError):
-        for process in node.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
+        node.clear()
     node.sshd.kill()
     node.sshd.wait()
 

@@ -108,7 +108,8 @@ def test_a_stopped_rank_of_a_pipeline(tmp_path):
     assert "\n" not in behind, "nobody else is accused"
     assert "--hang-limit-minutes" in page and "waits for rank 2" in page, page
     assert (told["cause"], told["code"]) == ("hang", 4) and "rank 2 (" in told["message"]
-    assert told["step"] + 1 == int(page.partition("training step ")[2].split()[0])
+    # The rank that found it out may be a step before or behind the one that tells.
+    assert abs(told["step"] + 1 - int(page.partition("training step ")[2].split()[0])) <= 1
     assert ranks.said().count("THIS RUN HANGS") == 1
     words = {path.name: json.loads(path.read_text()) for path in ranks.run.glob("hang-*/rank-*.json")}
     assert sorted(words) == [f"rank-0000{rank}.json" for rank in (0, 1, 3)]
@@ -131,7 +132,7 @@ def test_a_rank_whose_storage_does_not_answer(tmp_path):
 
 
 def test_a_collective_that_gives_up_has_the_page_made(tmp_path):
-    with Ranks(tmp_path, 2, "--zero-stage", "0", "--distributed-timeout-minutes", "0.3") as ranks:
+    with Ranks(tmp_path, 2, "--zero-stage", "0", "--distributed-timeout-minutes", "1") as ranks:
         ranks.wait_for_steps()
         ranks.processes[1].send_signal(signal.SIGSTOP)
         assert ranks.codes(0) == [4], ranks.said()

@@ -7,7 +7,7 @@ neither wants a core. Each case runs with and without overlap, in turns:
 
     gradients, ZeRO 0 and 1     --overlap-grad-reduce, and without
     ring attention              as it is; each passing waited for before the block that it could be hidden behind
-    pipeline, Interleaved1F1B   as it is; each message waited for where it is ordered
+    pipeline, both 1F1B         as it is; each message waited for where it is ordered
 
     python tools/bench/overlap.py --output tools/bench/results/overlap-cpu.json
 """
@@ -156,12 +156,13 @@ class _Stage(torch.nn.Module):
         return made.mean() if self._is_last else made
 
 
-def pipeline(rank: int, overlaps: bool, steps: int, unit: float) -> list[float]:
-    """Eight micro-batches through four ranks of two stages each."""
+def pipeline(rank: int, overlaps: bool, steps: int, unit: float, stages: int) -> list[float]:
+    """Eight micro-batches through four ranks of so many stages each."""
     torch.set_num_threads(1)
     if not overlaps:
         torch_schedules._batch_p2p = _exchanged
-    parallel = {"pipeline_model_parallel_size": 4, "num_virtual_stages_per_pipeline_rank": 2, "zero_stage": 0}
+    virtual = {"num_virtual_stages_per_pipeline_rank": stages} if stages > 1 else {}
+    parallel = {"pipeline_model_parallel_size": 4, "zero_stage": 0, **virtual}
     plan = pipeline_plan(_config({"num_layers": 8}, parallel, 8))
     running = Pipeline(
         {index: _Stage(index, plan.stages, unit) for index in plan.held_by(rank)},
@@ -172,7 +173,7 @@ def pipeline(rank: int, overlaps: bool, steps: int, unit: float) -> list[float]:
         dtype=torch.float32,
     )
     tokens, masks = [torch.zeros(1, LENGTH, dtype=torch.int64)] * 8, [torch.ones(1, LENGTH)] * 8
-    options = {"share": lambda loss: loss, "take_gradients": None}
+    options = {"told": {}, "share": lambda loss: loss, "take_gradients": None}
     return _timed(steps, lambda: running.run(tokens, tokens, masks, None, **options))
 
 
@@ -189,7 +190,8 @@ CASES: dict[str, tuple[int, float, float, Callable[..., list[float]], tuple[Any,
     "gradients, ZeRO 0": (2, 100, 0.12, gradients, (0,)),
     "gradients, ZeRO 1": (2, 100, 0.12, gradients, (1,)),
     "ring attention": (4, 200, 0.2, ring, ()),
-    "pipeline, Interleaved1F1B": (4, 200, 0.06, pipeline, ()),
+    "pipeline, 1F1B": (4, 200, 0.12, pipeline, (1,)),
+    "pipeline, Interleaved1F1B": (4, 200, 0.06, pipeline, (2,)),
 }
 """Ranks, Mbit/s of the link, seconds of a unit, what runs, and what it is given."""
 
