@@ -66,7 +66,9 @@ class Assembly:
             counted &= tokens != self.eod
         piece = None if self.curriculum is None else self.curriculum.length(consumed_samples)
         begins = _begins(samples, tokens.shape[1], piece, self.reset_attention_mask)
-        restarts = _begins(samples, tokens.shape[1], piece, self.reset_position_ids)
+        restarts = begins
+        if self.reset_position_ids != self.reset_attention_mask:
+            restarts = _begins(samples, tokens.shape[1], piece, self.reset_position_ids)
         return MicroBatch(
             tokens=tokens,
             labels=labels,
@@ -94,4 +96,4 @@ def _begins(samples: Sequence[Sample], length: int, piece: int | None, documents
 def places_since(begins: np.ndarray) -> np.ndarray:
     """int64 [..., S]: how many tokens ago the last one was that `begins`."""
     places = np.arange(begins.shape[-1])
-    return places - np.maximum.accumulate(np.where(begins, places, 0), axis=-1)
+    return places - np.maximum.accumulate(begins * places, axis=-1)
