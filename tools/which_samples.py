@@ -23,6 +23,7 @@ from megatron_lite.data.stream import SampleStream
 from megatron_lite.data.tokenizer_files import tokenizer_of_training
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import EXIT_DONE, ConfigError, DataError, MegatronLiteError
+from megatron_lite.train.batch_plan import samples_of_run
 from megatron_lite.train.ledger import Landmark, Ledger, StepSamples
 
 _SHOWN_CHARACTERS = 60
@@ -64,7 +65,9 @@ class _Data:
             seed=config.training.seed,
             split="train",
             vocab_size=config.model.vocab_size,
+            tokenizer=cls._tokenizer_of(landmark) if config.data.fim_rate else None,
             skip_samples=config.training.skip_samples,
+            total_samples=samples_of_run(config.training, 1, config.data.seq_length),
         )
         trained_on = landmark.fingerprints.get("train_data")
         if trained_on not in (None, stream.fingerprint):
@@ -80,10 +83,13 @@ class _Data:
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
-        data = self.landmark.config.data
-        if data.tokenizer_type is None:
+        if self.landmark.config.data.tokenizer_type is None:
             raise ConfigError("--show-text needs a tokenizer and the run names none; leave it out")
-        return tokenizer_of_training(self.landmark.folder, data, self.landmark.fingerprints.get("tokenizer"))
+        return self._tokenizer_of(self.landmark)
+
+    @staticmethod
+    def _tokenizer_of(landmark: Landmark) -> Tokenizer:
+        return tokenizer_of_training(landmark.folder, landmark.config.data, landmark.fingerprints.get("tokenizer"))
 
 
 def _rows(options: WhichSamplesOptions) -> Iterator[dict]:

@@ -11,7 +11,9 @@ from megatron_lite.data.segments import Segment
 from megatron_lite.data.stream import Origin, ShuffledWindows, fingerprint_of
 
 _LISTED = 12
-"""Segments and sets that a line of the log tells of."""
+"""Sets that a line of the log tells of."""
+_CHANGES = 6
+"""Changes of the weights that are told of beforehand."""
 
 
 class BlendedStream:
@@ -24,8 +26,8 @@ class BlendedStream:
     def __init__(self, members: Sequence[ShuffledWindows], mixture: Mixture, total_samples: int | None = None):
         self._members = members
         self._blend = mixture.blend
-        self._total_samples = total_samples
         self.ends_after = mixture.ends_after
+        self._end = min((length for length in (total_samples, self.ends_after) if length is not None), default=None)
         self.samples_per_epoch = sum(member.samples_per_epoch for member in members)
 
     @functools.cached_property
@@ -58,21 +60,21 @@ class BlendedStream:
             for count, member in zip(counts, self._members, strict=True)
             for line in member.describe()
         ]
-        shown = segments[1:] if len(segments) <= _LISTED else [*segments[1 : _LISTED - 1], segments[-1]]
+        coming = [segment for segment in segments[1:] if self._end is None or segment.first < self._end]
+        shown = coming if len(coming) <= _CHANGES else [*coming[: _CHANGES - 1], coming[-1]]
         lines += map(self._line, shown)
-        if len(shown) < len(segments) - 1:
-            lines.append(f"these are {len(shown)} of {len(segments) - 1:,} changes of the weights")
+        if len(shown) < len(coming):
+            lines.append(f"these are {len(shown)} of {len(coming):,} changes of the weights")
         return [*lines, *self._coverage()]
 
     def _coverage(self) -> Iterator[str]:
         """How often each set is gone through in the run."""
-        end = min((length for length in (self._total_samples, self.ends_after) if length is not None), default=None)
-        if end is None:
+        if self._end is None:
             return
-        for member, drawn in zip(self._members, self._blend.drawn(end), strict=True):
+        for member, drawn in zip(self._members, self._blend.drawn(self._end), strict=True):
             yield (
-                f"{member.prefixes} is gone through {drawn / member.samples_per_epoch:.2f} times in {end:,} samples = "
-                f"{drawn:,} of {member.samples_per_epoch:,}"
+                f"{member.prefixes} is gone through {drawn / member.samples_per_epoch:.2f} times in {self._end:,} "
+                f"samples = {drawn:,} of {member.samples_per_epoch:,}"
             )
 
     def _line(self, segment: Segment) -> str:

@@ -141,8 +141,10 @@ class BatchPlan:
 
 
 def samples_of_run(training: TrainingConfig, data_size: int, seq_length: int) -> int | None:
-    """The length of a run in samples as it is configured; None where it is in epochs of data not opened yet."""
-    return None if training.train_epochs is not None else BatchPlan.of(training, data_size, seq_length).total_samples
+    """The length of a run in samples as it is configured; None where it is not, or in epochs of data not opened yet."""
+    if training.train_iters is None and training.train_samples is None and training.train_tokens is None:
+        return None
+    return BatchPlan.of(training, data_size, seq_length).total_samples
 
 
 def _samples_asked(training: TrainingConfig, seq_length: int, samples_per_epoch: int | None) -> int:

@@ -29,6 +29,7 @@ from megatron_lite.parallel.mesh_shape import REPLICAS
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import micro_batch_seed
 from megatron_lite.train import build
+from megatron_lite.train.batch_plan import samples_of_run
 from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.reading import count_targets, read
 from megatron_lite.train.step import train_step
@@ -88,7 +89,8 @@ def trace(
     """
     engine = build.build_engine(config, build.build_model_to_train(config, mesh, vocab_size), mesh)
     pipeline = build.build_pipeline(config, engine.module, mesh)
-    stream = build.open_stream(config, "train", vocab_size, tokenizer)
+    total_samples = samples_of_run(config.training, mesh.size("data"), config.data.seq_length)
+    stream = build.open_stream(config, "train", vocab_size, tokenizer, total_samples=total_samples)
     loader = build.open_loader(config, stream, mesh, vocab_size, tokenizer)
     batch_size, seed = config.training.batch_size(mesh.size("data")), config.training.seed
     outputs = _Outputs(config, mesh)
