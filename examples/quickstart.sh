@@ -47,7 +47,7 @@ fi
 
 say "3. Tokens"
 for part in heldout train; do
-    if ! made $data/${part}_text_document.idx $data/tokenizer.json; then
+    if ! made $data/${part}_text_document.manifest.json $data/tokenizer.json; then
         python tools/preprocess_data.py --input $data/$part.jsonl --output-prefix $data/$part --append-eod \
             --tokenizer-type HuggingFaceTokenizer --tokenizer-model $data/tokenizer.json
     else

@@ -23,6 +23,7 @@ TORCH_FREE = (
     *("checkpoint.manifest", "kernels.build", "kernels.host", "kernels.sources"),
     *(f"data.refine.{path.stem}" for path in sorted(ROOT.glob("megatron_lite/data/refine/*.py"))),
     *(f"data.{name}" for name in ("indexed", "order", "documents", "blend", "rules", "tokenizer", "tokenize_corpus")),
+    *(f"data.{name}" for name in ("token_sets", "token_set_merge", "token_set_division", "corpus_recipe")),
 )
 
 IMPORTER = "tools/import_megatron.py"

@@ -7,14 +7,16 @@ import dataclasses
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_lite.data.text_input import Source
 from megatron_lite.errors import DataError
 
 _LOCK = "lock"
+_PATIENCE = 5.0
 _SOURCES = "sources"
 
 
@@ -27,13 +29,23 @@ def claimed(work: Path, name: str) -> Iterator[None]:
     try:
         work.mkdir(parents=True, exist_ok=True)
         with open(work / _LOCK, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"{name} is being written by another process; wait for it") from None
+            _hold(lock, name)
             yield
     except OSError as error:
         raise DataError(f"{name} cannot be written: {error.strerror or error}") from None
+
+
+def _hold(lock: TextIO, name: str) -> None:
+    """Lock a file. Workers of a process that was killed may hold it for a moment yet."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise DataError(f"{name} is being written by another process; wait for it") from None
+            time.sleep(0.1)
 
 
 def clear(work: Path) -> None:
