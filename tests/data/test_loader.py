@@ -184,10 +184,10 @@ def test_close_ends_the_processes(opened):
 
 
 RANK = """
-import sys, time, psutil
-from megatron_lite.data.loader import BatchLoader
-from megatron_lite.data.stream import MockStream
 if __name__ == "__main__":
+    import sys, time, psutil
+    from megatron_lite.data.loader import BatchLoader
+    from megatron_lite.data.stream import MockStream
     each = BatchLoader(
         MockStream(6, 100), data_rank=0, data_size=1, micro_batch_size=2, vocab_size=100, num_workers=2
     )
