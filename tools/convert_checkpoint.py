@@ -198,8 +198,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Turn a Hugging Face folder into a checkpoint, or a checkpoint into a Hugging Face folder.",
             default=ConvertOptions(),
         )
-        if problems := options.problems():
-            raise ConfigError(problems)
         try:
             (_export if options.load_hf is None else _import)(options)
         except OSError as error:

@@ -26,7 +26,7 @@ from megatron_lite.data.text_blocks import parse_limit
 from megatron_lite.data.text_input import TxtDocuments, format_problems
 from megatron_lite.data.tokenize_corpus import tokenize_corpus
 from megatron_lite.data.tokenizer_ladder import Engine
-from megatron_lite.errors import EXIT_INTERRUPTED, ConfigError, MegatronLiteError
+from megatron_lite.errors import EXIT_INTERRUPTED, MegatronLiteError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,8 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Turn text into the token sets that training reads. Flags are Megatron's; dashes and "
             "underscores are alike.",
         )
-        if problems := options.problems():
-            raise ConfigError(problems)
         for prefix, facts in tokenize_corpus(options.job()).items():
             print(_describe(prefix, facts))
     except MegatronLiteError as error:

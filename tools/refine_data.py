@@ -127,8 +127,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Clean, filter and deduplicate text. Dashes and underscores in flags are alike. --list-stages "
             "shows what recipes are made of.",
         )
-        if problems := options.problems():
-            raise ConfigError(problems)
         job = options.job()
         if problems := job.problems():
             raise ConfigError(problems)

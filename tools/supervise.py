@@ -81,8 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             prog="supervise.py",
             description="Keep a run going to its end: tools/supervise.py [OPTIONS] -- COMMAND.",
         )
-        if problems := options.problems():
-            raise ConfigError(problems)
         supervisor = supervisor_of(words[cut + 1 :], options)
     except MegatronLiteError as error:
         print(f"error: {error}", file=sys.stderr)

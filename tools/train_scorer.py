@@ -17,7 +17,7 @@ from megatron_lite.config.command_line import read
 from megatron_lite.data.refine.importance import learn
 from megatron_lite.data.text_blocks import parse_limit
 from megatron_lite.data.text_input import find_sources
-from megatron_lite.errors import ConfigError, DataError, MegatronLiteError
+from megatron_lite.errors import DataError, MegatronLiteError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             prog="train_scorer.py",
             description="Learn a quality score from examples. Dashes and underscores in flags are alike.",
         )
-        if problems := options.problems():
-            raise ConfigError(problems)
         limit = parse_limit(options.limit)
         try:
             learn(find_sources(options.good), find_sources(options.raw), options.text_key, limit, Path(options.output))

@@ -187,8 +187,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             prog="train_tokenizer.py",
             description="Learn a tokenizer from text. Dashes and underscores in flags are alike.",
         )
-        if problems := options.problems():
-            raise ConfigError(problems)
         train(options)
     except MegatronLiteError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -124,7 +124,8 @@ def read(
     """The dataclass `kind` that a command line asks for; what it leaves out is as in `default`.
 
     Values may be spelled as in a YAML file (3e11 for a whole number). Raises ConfigError with every unknown
-    flag, value of a wrong type and missing flag, and SystemExit 0 for --help, which is printed if `shown`.
+    flag, value of a wrong type and missing flag, or with what the `problems()` of `kind` says if it has any, and
+    SystemExit 0 for --help, which is printed if `shown`.
     """
     fields = _fields(kind)
     stray, given = split(argv)
@@ -147,7 +148,7 @@ def read(
     usage_error = io.StringIO()
     try:
         with contextlib.redirect_stderr(usage_error):
-            return tyro.cli(
+            options = tyro.cli(
                 tyro.conf.OmitArgPrefixes[kind],
                 args=words,
                 default=default,
@@ -159,3 +160,6 @@ def read(
         if not stop.code:
             raise
         raise ConfigError(f"The command line cannot be read:\n{usage_error.getvalue().rstrip()}") from None
+    if problems := getattr(options, "problems", list)():
+        raise ConfigError(problems)
+    return options

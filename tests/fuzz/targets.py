@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fuzz.mutations import as_json, mutated_bytes, mutated_json, mutated_text
@@ -35,6 +36,12 @@ def _is_read(action: Callable[[], object]) -> bool:
         assert str(error).strip(), "an error without a word"
         return False
     return True
+
+
+def _damaged_json(content: Any, seed: int) -> bytes:
+    """The text of `content` with other values or another structure, or for every third seed with other bytes."""
+    draw = random.Random(seed)
+    return as_json(mutated_json(content, draw), draw) if seed % 3 else mutated_bytes(json.dumps(content).encode(), draw)
 
 
 def manifest(folder: Path, seeds: Iterable[int]) -> Iterator[bool]:
@@ -256,12 +263,7 @@ def provenance(folder: Path, seeds: Iterable[int]) -> Iterator[bool]:
             assert found.bytes_per_token == found.text_bytes / 40
 
     for seed in seeds:
-        draw = random.Random(seed)
-        path.write_bytes(
-            as_json(mutated_json(content, draw), draw)
-            if seed % 3
-            else mutated_bytes(json.dumps(content).encode(), draw)
-        )
+        path.write_bytes(_damaged_json(content, seed))
         yield _is_read(use)
 
 
@@ -295,12 +297,7 @@ def deepspeed_json(folder: Path, seeds: Iterable[int]) -> Iterator[bool]:
     path.write_text(json.dumps(content))
     use()
     for seed in seeds:
-        draw = random.Random(seed)
-        path.write_bytes(
-            as_json(mutated_json(content, draw), draw)
-            if seed % 3
-            else mutated_bytes(json.dumps(content).encode(), draw)
-        )
+        path.write_bytes(_damaged_json(content, seed))
         yield _is_read(use)
 
 

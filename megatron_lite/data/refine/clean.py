@@ -100,8 +100,7 @@ class RepairText(DocumentStage):
                 text = _LINE_END.sub("\n", text)
             if self.control_characters:
                 text = _CONTROL.sub("", text)
-            if text != document.text:
-                document.text = text
+            document.text = text
 
         return step
 
@@ -130,8 +129,7 @@ class WhiteSpace(DocumentStage):
             else:
                 text = _TRAILING_SPACE.sub("", document.text).strip("\n")
             text = empty.sub(most, text)
-            if text != document.text:
-                document.text = text
+            document.text = text
 
         return step
 
@@ -151,8 +149,7 @@ class Urls(DocumentStage):
         def step(document: Document) -> None:
             if "://" in document.text or "www." in document.text.lower():
                 text = _URL.sub(replaced, document.text)
-                if text != document.text:
-                    document.text = text
+                document.text = text
 
         return step
 
@@ -219,7 +216,6 @@ class MaskPersonal(DocumentStage):
             text = _IPV4.sub(address, text)
             if "::" in text or text.count(":") >= 7:
                 text = _IPV6.sub(address, text)
-            if text != document.text:
-                document.text = text
+            document.text = text
 
         return step

@@ -18,7 +18,8 @@ class Drop(NamedTuple):
 
 
 class Document:
-    """Text, metadata, and the place it was read at. A new text forgets what was computed of the old one.
+    """Text, metadata, and the place it was read at. Another text forgets what was computed of the old one; one that
+    is equal to it leaves it in its place.
 
     `is_page`: the text is HTML as it was read.
     """
@@ -35,6 +36,8 @@ class Document:
 
     @text.setter
     def text(self, text: str) -> None:
+        if text == getattr(self, "_text", None):
+            return
         self._text = text
         self._words: list[str] | None = None
         self._counts: collections.Counter[str] | None = None

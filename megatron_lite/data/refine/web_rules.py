@@ -81,8 +81,7 @@ class C4Quality(DocumentStage):
         if sentences < self.min_sentences:
             return Drop("too few sentences", f"{sentences} < {self.min_sentences}")
         text = "\n".join(kept).strip()
-        if text != document.text:
-            document.text = text
+        document.text = text
         return None if text else Drop("empty")
 
 
