@@ -234,3 +234,22 @@ def test_workers_end_with_a_killed_tool(tmp_path):
         while any(orphan.is_running() for orphan in orphans) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(orphan.is_running() for orphan in orphans)
+
+
+def test_a_killed_tool_goes_on_with_the_same_command(tmp_path):
+    """Killed with its workers at work, or a moment later."""
+    (tmp_path / "a.jsonl").write_bytes(lines(f"{number} " * 250 for number in range(10_000)))
+    options = ("--input", tmp_path / "a.jsonl", "--tokenizer-type", "ByteTokenizer", "--shuffle-seed", "3")
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    assert run(*options, "--output-prefix", tmp_path / "whole" / "out").returncode == 0
+    command = [*COMMAND, *map(str, options), "--output-prefix", f"{tmp_path}/killed/out", "--workers", "2"]
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list(tmp_path.glob("killed/out.work/units/*.unit")):
+            time.sleep(0.005)
+        process.kill()
+    again = run(*options, "--output-prefix", tmp_path / "killed" / "out")
+    assert again.returncode == 0, again.stderr.decode()
+    written = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "killed")]
+    assert written[0].keys() == {f"out_text_document.{kind}" for kind in ("bin", "idx", "manifest.json")}
+    assert written[0] == written[1]
