@@ -34,13 +34,9 @@ _SHOWN = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckOptions:
+class CheckOptions(cli.SourceOptions):
     """What is compared and how closely."""
 
-    model: str | None = None
-    """Model preset: a name of examples/models/ or the path of a YAML file."""
-    config: str | None = None
-    """YAML file with fields by section; flags win over it."""
     layout: str | None = None
     """The layout to check, on one line: tp=2,pp=2,cp=2,dp=2,zero=2,schedule=1F1B,sp=1,cp-comm=a2a (axes left out are
     1). As many processes are started."""

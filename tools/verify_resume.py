@@ -42,13 +42,9 @@ _POLL_SECONDS = 0.002
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyOptions:
+class VerifyOptions(cli.SourceOptions):
     """What is trained, how often it is killed, and where it goes on."""
 
-    model: str | None = None
-    """Model preset: a name of examples/models/ or the path of a YAML file."""
-    config: str | None = None
-    """YAML file with fields by section; flags win over it."""
     world_size: int | None = None
     """Processes that train; default: as few as the configuration's parallel sizes allow."""
     layout: str | None = None

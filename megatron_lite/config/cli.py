@@ -20,13 +20,19 @@ DESCRIPTION = (
 
 
 @dataclasses.dataclass(frozen=True)
-class LaunchOptions:
-    """Where the configuration comes from and what is done with it; not a part of it."""
+class SourceOptions:
+    """Where the configuration comes from; not a part of it."""
 
     model: str | None = None
     """Model preset: a name of examples/models/ (gpt2-124m, llama-8b, ...) or the path of a YAML file."""
     config: str | None = None
     """YAML file with fields by section; flags win over it. Relative paths in it begin at the working folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchOptions(SourceOptions):
+    """Where the configuration comes from, and what is done with it."""
+
     dry_run: bool = False
     """Print the resolved configuration, parameter counts and memory of a rank, and stop."""
     world_size: int | None = None

@@ -9,6 +9,9 @@ from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.train import build
+from megatron_lite.train.engine_interface import Engine
+from megatron_lite.train.step import train_step
 from megatron_lite.train.trace import Trace, trace
 
 VOCABULARY, LENGTH, BATCH = 101, 16, 4
@@ -146,6 +149,24 @@ def run_case(case: Case) -> Trace:
         pretend_fp16()
     mesh = ProcessMesh.create(MeshShape(case.pipe, case.data, case.context, tensor=case.tensor))
     return trace(config_of(case), mesh, VOCABULARY, steps=case.steps)
+
+
+def curve_of(config: RunConfig, engine: Engine, mesh: ProcessMesh, steps: range) -> list[tuple[float, float]]:
+    """Loss and gradient norm of those steps, trained at the peak learning rate without dropout or a pipeline."""
+    loader = build.open_loader(config, build.open_stream(config, "train", VOCABULARY), mesh, VOCABULARY)
+    curve = []
+    for step in steps:
+        result = train_step(
+            engine,
+            mesh,
+            loader.step(step * BATCH, BATCH),
+            target_tokens=BATCH * LENGTH,
+            step=step + 1,
+            seed=None,
+            learning_rate=config.optimizer.lr,
+        )
+        curve.append((result.loss, result.outcome.grad_norm))
+    return curve
 
 
 def pretend_fp16() -> None:

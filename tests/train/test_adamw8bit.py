@@ -8,13 +8,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from ranks import run_on_ranks
-from train.layouts import BATCH, LENGTH, VOCABULARY, Case, config_of
+from train.layouts import LENGTH, VOCABULARY, Case, config_of, curve_of
 
 from megatron_lite.checkpoint.arrival import shared_blocks
 from megatron_lite.checkpoint.boxes import Rectangle
 from megatron_lite.checkpoint.load import load, read_tensor
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.checkpoint.save import save
+from megatron_lite.config.run import RunConfig
 from megatron_lite.kernels.code_maps import SIGNED, UNSIGNED
 from megatron_lite.kernels.quantize_blockwise import dequantize_blockwise
 from megatron_lite.parallel.mesh_shape import MeshShape
@@ -23,7 +24,6 @@ from megatron_lite.plan.optimizer import is_coded, slot_bytes
 from megatron_lite.plan.parameters import parameter_shapes
 from megatron_lite.train import build
 from megatron_lite.train.engine_interface import Engine
-from megatron_lite.train.step import train_step
 
 # Rows of 256: whatever is cut between rows is cut between blocks.
 WIDE = {"num_layers": 1, "hidden_size": 256, "ffn_hidden_size": 256}
@@ -56,27 +56,18 @@ class Trained(NamedTuple):
     pieces: list[Held]
 
 
+def _config(case: Case) -> RunConfig:
+    return config_of(case, model=WIDE, optimizer={"lr": 1e-3})
+
+
 def _engine(case: Case) -> tuple[ProcessMesh, Engine]:
     mesh = ProcessMesh.create(MeshShape(data=case.data, tensor=case.tensor))
-    config = config_of(case, model=WIDE, optimizer={"lr": 1e-3})
+    config = _config(case)
     return mesh, build.build_engine(config, build.build_model_to_train(config, mesh, VOCABULARY), mesh)
 
 
 def _train(mesh: ProcessMesh, engine: Engine, case: Case, first: int, last: int) -> Trained:
-    config = config_of(case, model=WIDE)
-    loader = build.open_loader(config, build.open_stream(config, "train", VOCABULARY), mesh, VOCABULARY)
-    curve = []
-    for step in range(first, last):
-        result = train_step(
-            engine,
-            mesh,
-            loader.step(step * BATCH, BATCH),
-            target_tokens=BATCH * LENGTH,
-            step=step + 1,
-            seed=None,
-            learning_rate=1e-3,
-        )
-        curve.append((result.loss, result.outcome.grad_norm))
+    curve = curve_of(_config(case), engine, mesh, range(first, last))
     pieces = [
         Held(p.name, p.rectangle, p.tensor.clone(), None if p.absmax is None else p.absmax.clone())
         for p in engine.pieces()

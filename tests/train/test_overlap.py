@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_on_ranks
-from train.layouts import BATCH, LENGTH, VOCABULARY, Case, config_of
+from train.layouts import BATCH, LENGTH, VOCABULARY, Case, config_of, curve_of
 
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
@@ -87,19 +87,8 @@ def _train(cases: list[Case], overlap: bool) -> list[tuple[list[tuple[float, flo
         mesh = ProcessMesh.create(MeshShape(case.pipe, case.data, case.context, tensor=case.tensor))
         config = _config(case, overlap)
         engine = build.build_engine(config, build.build_model_to_train(config, mesh, VOCABULARY), mesh)
-        loader = build.open_loader(config, build.open_stream(config, "train", VOCABULARY), mesh, VOCABULARY)
-        early, curve = _count_early(engine), []
-        for step in range(3):
-            result = train_step(
-                engine,
-                mesh,
-                loader.step(step * BATCH, BATCH),
-                target_tokens=BATCH * LENGTH,
-                step=step + 1,
-                seed=None,
-                learning_rate=1e-2,
-            )
-            curve.append((result.loss, result.outcome.grad_norm))
+        early = _count_early(engine)
+        curve = curve_of(config, engine, mesh, range(3))
         found.append((curve, [piece.tensor.clone() for piece in engine.pieces()], early))
     return found
 
