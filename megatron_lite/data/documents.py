@@ -18,8 +18,8 @@ from megatron_lite.data.sample import Sample
 from megatron_lite.errors import ConfigError, DataError
 
 SPLITS = ("train", "valid", "test")
-_SCAN_BLOCK = 1 << 14
-_SCAN_BLOCKS = 1 << 6
+_SCAN_BLOCK = 1 << 16
+_SCAN_BLOCKS = 1 << 3
 
 
 def parse_split(text: str) -> tuple[float, float, float]:
@@ -113,7 +113,7 @@ class WindowsOfDocuments(abc.ABC):
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError if the documents hold a token id that the vocabulary has not.
 
-        The manifest of a set says what its ids were checked against as they were written. Of one without, up to 2^20
+        The manifest of a set says what its ids were checked against as they were written. Of one without, up to 2^19
         tokens are all read; of a larger one as many, in blocks spread evenly, which is said: hundreds of sets are to
         be open within a second, and every sample is checked when it is read.
         """
