@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import os
 import re
 from collections.abc import Sequence
 from fractions import Fraction
 
+from megatron_lite.data.loss_mask import is_mask
 from megatron_lite.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -60,9 +62,9 @@ def _entry(text: str, weight: Fraction | None) -> Entry:
         text, cap = capped[1], Fraction(capped[2])
         if not cap:
             raise ConfigError(f"data path lets {text} be gone through 0 times; leave the prefix out.")
-    if not glob.has_magic(text):
+    if not glob.has_magic(text) or os.path.exists(f"{text}.idx"):
         return Entry((text,), weight, cap, text)
-    found = [path.removesuffix(".idx") for path in glob.glob(f"{text}.idx")]
+    found = [path.removesuffix(".idx") for path in glob.glob(f"{text}.idx") if not is_mask(path.removesuffix(".idx"))]
     if not found:
         raise ConfigError(f"data path: no token set has a name like {text}; there is no file {text}.idx.")
     return Entry(tuple(sorted(found, key=_by_number)), weight, cap, text)

@@ -9,12 +9,18 @@ import numpy as np
 from megatron_lite.data.indexed import IndexedReader, paths
 from megatron_lite.errors import DataError
 
+_SUFFIX = ".loss_mask"
 _CHUNK = 1 << 20
 
 
 def mask_prefix(prefix: str | os.PathLike) -> str:
     """The prefix of a token set's loss mask."""
-    return f"{os.fspath(prefix)}.loss_mask"
+    return f"{os.fspath(prefix)}{_SUFFIX}"
+
+
+def is_mask(prefix: str) -> bool:
+    """Whether a prefix is that of a loss mask."""
+    return prefix.endswith(_SUFFIX)
 
 
 def read_mask(reader: IndexedReader) -> IndexedReader | None:

@@ -87,6 +87,11 @@ def training_mixture(
     segments, ends_after = keep_within(
         segments, limits, redistribute=data.when_exhausted == "redistribute", largest_period=PERIOD_OF_CHANGES
     )
+    if not segments:
+        raise ConfigError(
+            f"the data are exhausted before the first sample: sets of {', '.join(map(str, limits[:12]))} samples are "
+            "left by data_max_epochs or PREFIX:EPOCHS; allow more."
+        )
     return Mixture(SegmentedBlend(segments, PERIOD_OF_CHANGES), ends_after)
 
 

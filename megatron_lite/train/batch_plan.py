@@ -78,7 +78,7 @@ class BatchPlan:
         iterations = plan.iteration_of(asked) if training.train_iters is None else training.train_iters
         if available is not None:
             iterations = min(iterations, plan.iteration_of(available))
-            asked = min(asked, available)
+            asked = available if training.train_iters is not None else min(asked, available)
         if iterations < 1:
             raise ConfigError(
                 f"The run is {asked:,} samples long, but one step takes {stages[0].batch_size:,}; "

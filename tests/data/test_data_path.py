@@ -31,6 +31,9 @@ def test_a_cap_follows_a_colon():
 def test_a_pattern_stands_for_its_sets_in_the_order_of_their_numbers(tmp_path):
     for i in (10, 2, 0):
         (tmp_path / f"web_bucket{i}.idx").touch()
+    (tmp_path / "web_bucket2.loss_mask.idx").touch()
+    (tmp_path / "odd[1].idx").touch()
+    assert parse_data_path([f"{tmp_path}/odd[1]"])[0].prefixes == (f"{tmp_path}/odd[1]",)
     (entry,) = parse_data_path([f"{tmp_path}/web_bucket*:3"])
     assert [prefix[-2:] for prefix in entry.prefixes] == ["t0", "t2", "10"] and entry.max_epochs == 3
     with pytest.raises(ConfigError, match=r"no token set has a name like .*code\*; there is no file .*code\*.idx"):

@@ -164,6 +164,11 @@ def test_exhausted_sets_repeat_or_end_the_run_or_give_their_share_away():
     assert [(s.first, s.exhausted) for s in shared.blend.segments] == [(0, None), (20, 0)]
 
 
+def test_caps_that_leave_nothing_are_refused():
+    with pytest.raises(ConfigError, match="exhausted before the first sample: sets of 1, 0 samples are left"):
+        mixture([100, 20], given=[1, 10**6], when_exhausted="stop", data_max_epochs=0.01)
+
+
 @pytest.mark.parametrize("pacing", ["linear", "root", "step"])
 def test_a_curriculum_opens_the_easiest_first_and_then_all(pacing):
     options = {"curriculum_difficulty": pacing, "curriculum_difficulty_samples": 1000}

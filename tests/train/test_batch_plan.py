@@ -10,7 +10,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.config.sources import override
 from megatron_lite.config.training import TrainingConfig
 from megatron_lite.errors import ConfigError
-from megatron_lite.train.batch_plan import BatchPlan
+from megatron_lite.train.batch_plan import BatchPlan, samples_of_run
 
 
 def batch_size_at(training: TrainingConfig, consumed: int) -> int:
@@ -108,3 +108,13 @@ def test_numbers_are_told_as_sums():
     assert BatchPlan.of(ramp, 8, 2048).lines()[1] == (
         "the batch grows from 128 to 256 sequences over the first 1,088 samples = 7 steps"
     )
+
+
+def test_a_run_ends_before_its_data_do():
+    training = TrainingConfig(train_iters=100, global_batch_size=8)
+    assert BatchPlan.of(training, 1, 32, available=83).total_samples == 80
+    assert BatchPlan.of(training, 1, 32, available=8000).total_samples == 800
+    with pytest.raises(ConfigError, match="The run is 7 samples long, but one step takes 8"):
+        BatchPlan.of(training, 1, 32, available=7)
+    assert samples_of_run(training, 1, 32) == 800
+    assert samples_of_run(TrainingConfig(train_epochs=2.0), 1, 32) is None
