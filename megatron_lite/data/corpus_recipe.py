@@ -67,6 +67,7 @@ class CorpusRecipe:
         report = refine(dataclasses.replace(self._refine_job, overwrite=anew))
         log.note(f"{self._job.recipe}: {report.summary()}; what was dropped and why is in {output / PAGE_NAME}")
         if not report.kept:
+            self.clean()
             raise InputUnfit(
                 f"the recipe {self._job.recipe} keeps none of {report.documents:,} documents; why is in "
                 f"{output / PAGE_NAME}"
@@ -80,5 +81,5 @@ class CorpusRecipe:
         return Refined(find_sources([str(documents)]), report.inputs, facts)
 
     def clean(self) -> None:
-        """Leave the report, when what was kept is tokens."""
+        """Leave the report alone of what was refined."""
         remove_documents(self._folder)

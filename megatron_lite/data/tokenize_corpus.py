@@ -51,16 +51,17 @@ def tokenize_corpus(job: CorpusJob) -> dict[str, Provenance]:
     same job goes on.
     """
     run = _Run(job)
-    if (known := run.known()) is not None:
-        log.note(f"{', '.join(known)}: made by the same job already; --overwrite makes it again")
-        run.clean()
-        return known
     with claimed(run.work, str(run.work)):
+        run.begin()
+        made = run.known()
         try:
-            run.begin()
-            made = run.assembled(run.units())
-        except BaseException as error:
-            if not run.can_go_on or isinstance(error, InputUnfit):
+            if made is None:
+                made = run.assembled(run.units())
+        except InputUnfit:
+            shutil.rmtree(run.work)
+            raise
+        except BaseException:
+            if not run.can_go_on:
                 run.clean()
             raise
         run.clean()
@@ -85,13 +86,14 @@ class _Run:
     def _stated(self) -> dict[str, Any]:
         """What decides the output."""
         job = self._job
-        options = ("json_keys", "score_key", "shuffle_seed", "prepend_bos", "append_eod", "block_bytes", "unit_bytes")
+        options = ("json_keys", "score_key", "shuffle_seed", "prepend_bos", "append_eod", "on_error")
         facts = job_facts(
             self._sources,
             format=FORMAT,
             tokenizer=self._tokenizer.fingerprint,
             vocab_size=self._vocab_size,
             limit=dataclasses.asdict(job.limit),
+            cut=[job.block_bytes, job.unit_bytes],
             recipe=self._recipe and [self._recipe.plain, job.longest_document],
             **{name: getattr(job, name) for name in options},
         )
@@ -109,6 +111,7 @@ class _Run:
             if facts is None or facts.job != self._digest:
                 return None
             found[prefix] = facts
+        log.note(f"{', '.join(found)}: made by the same job already; --overwrite makes it again")
         return found
 
     def begin(self) -> None:
@@ -120,7 +123,7 @@ class _Run:
             clear(self.work)
         elif stated.exists():
             insist_on_job(json.loads(stated.read_bytes()), self._facts, str(self.work))
-            log.note(f"{self.work} has work of this job, which goes on")
+            log.note(f"the job that {self.work} is of goes on")
         publish(stated, json.dumps(self._facts))
 
     def units(self) -> _Units:
@@ -191,8 +194,8 @@ class _Run:
         return assemble(self._job, self._tokenizer, self._vocab_size, units.paths, self.work, more)
 
     def clean(self) -> None:
-        """Leave of the work what users look at."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        """Throw the work away, and leave what users look at."""
+        shutil.rmtree(self.work)
         if self._recipe is not None:
             self._recipe.clean()
 
