@@ -20,8 +20,10 @@ from megatron_lite.parallel.random import mix, seed_device
 Attend = Callable[..., torch.Tensor]
 """An attention backend: (query [B, N, S, D], key and value [B, K, S, D], mask, dropout, seed) -> [B, N, S, D]."""
 
-_SHORTEST, _LEAST_FILLED = 32, 7 / 8
-"""Documents share a block if the shorter fills so much of its length, or if none is longer than that."""
+_LEAST_FILLED = 7 / 8
+"""Documents share a block if each fills so much of its length."""
+_SHORT, _SHORTS_FILLED = 32, 1 / 2
+"""And if none is longer than that, and together they fill so much of the block."""
 
 
 class Documents:
@@ -60,11 +62,14 @@ class Documents:
         """The documents by length, out of tokens [S B]."""
         order = self.lengths.argsort(descending=True, stable=True)
         ordered = self.lengths[order].tolist()
-        edges = [0]
+        edges, filled = [0], 0
         for at, tokens in enumerate(ordered):
             longest = ordered[edges[-1]]
-            if tokens < _LEAST_FILLED * longest and longest > _SHORTEST:
+            filled += tokens
+            is_filled = longest <= _SHORT and filled >= _SHORTS_FILLED * longest * (at + 1 - edges[-1])
+            if tokens < _LEAST_FILLED * longest and not is_filled:
                 edges.append(at)
+                filled = tokens
         edges.append(len(ordered))
         shapes, sources, fillings = [], [], []
         for start, stop in itertools.pairwise(edges):
