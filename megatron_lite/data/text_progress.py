@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-
-from tqdm import tqdm
+from typing import Any
 
 from megatron_lite import log
 from megatron_lite.data.text_input import Source
@@ -26,8 +25,7 @@ class TextProgress:
         self._interval = interval
         self._next = interval
         self._start = time.monotonic()
-        shown = sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True, leave=False) if shown else None
+        self._bar = _bar(total) if sys.stderr.isatty() else None
 
     @property
     def seconds(self) -> float:
@@ -59,3 +57,13 @@ class TextProgress:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _bar(total: int | None) -> Any:
+    """A bar of bytes, without the thread that tqdm watches its bars from: see `map_in_order`."""
+    import tqdm  # takes a while, and logs do without
+
+    class Bar(tqdm.tqdm):
+        monitor_interval = 0
+
+    return Bar(total=total, unit="B", unit_scale=True, dynamic_ncols=True, leave=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from megatron_lite.data.byte_alphabet import BYTE_ALPHABET, unspell_bytes
 
@@ -66,7 +67,7 @@ def gigatoken_of_description(description: Mapping[str, Any]) -> Encode:
         # It looks for special tokens in texts and for no others; ours are those that are no text.
         "added_tokens": [token | {"special": True} for token in tokens_in_text(description)],
     }
-    text = json.dumps(content)
+    text = orjson.dumps(content)
 
     def make() -> Any:
         from gigatoken import Tokenizer
@@ -87,7 +88,7 @@ def tiktoken_of_description(description: Mapping[str, Any]) -> Encode:
     model = description["model"]
     if tokens_in_text(description) or description.get("normalizer") or model.get("ignore_merges"):
         raise Unfit("it changes the text, or looks for words in it, before it merges")
-    merged = ["".join(pair) for pair in _pairs(model)]
+    merged = ["".join(pair) for pair in merge_pairs(model)]
     if len(set(merged)) < len(merged):
         raise Unfit("several merges make one token")
     ranks = {unspell_bytes(token): model["vocab"][token] for token in [*BYTE_ALPHABET, *merged]}
@@ -117,14 +118,15 @@ def require_byte_level(description: Mapping[str, Any]) -> None:
     vocab = model["vocab"]
     if not vocab.keys() >= set(BYTE_ALPHABET):
         raise Unfit("it has no token for some of the 256 bytes")
-    last, made = -1, set(BYTE_ALPHABET)
-    for left, right in _pairs(model):
-        id = vocab[left + right]
-        if id < last or vocab[left] >= id or vocab[right] >= id:
-            raise Unfit("its merges are not in the order of its ids")
-        last = id
-        made.add(left + right)
-    unmade = vocab.keys() - made - {token["content"] for token in description.get("added_tokens") or ()}
+    pairs = merge_pairs(model)
+    merged = ["".join(pair) for pair in pairs]
+    ids = np.array(
+        [[vocab[left], vocab[right], vocab[token]] for (left, right), token in zip(pairs, merged, strict=True)]
+    )
+    if len(ids) and ((ids[:, :2] >= ids[:, 2:]).any() or (np.diff(ids[:, 2]) < 0).any()):
+        raise Unfit("its merges are not in the order of its ids")
+    unmade = vocab.keys() - {*BYTE_ALPHABET, *merged}
+    unmade -= {token["content"] for token in description.get("added_tokens") or ()}
     if unmade and not model.get("ignore_merges"):
         raise Unfit(f"{len(unmade):,} of its tokens come of no merge, as {min(unmade)!r}")
 
@@ -151,7 +153,8 @@ def cut_pattern(description: Mapping[str, Any]) -> str:
     raise Unfit(f"its pre_tokenizer is {_kind(description.get('pre_tokenizer'))}")
 
 
-def _pairs(model: Mapping[str, Any]) -> list[Sequence[str]]:
+def merge_pairs(model: Mapping[str, Any]) -> list[Sequence[str]]:
+    """The merges of a model, whichever way a tokenizer.json writes them."""
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
 
 

@@ -14,6 +14,7 @@ import tokenizers
 from megatron_lite.data.tokenizer_engines import (
     Encode,
     gigatoken_of_description,
+    merge_pairs,
     require_byte_level,
     tiktoken_of_description,
 )
@@ -59,16 +60,22 @@ def _essence(value: Any) -> Any:
 class HuggingFaceTokenizer(Tokenizer):
     """The tokenizer of a tokenizer.json, run by `tokenizers`; what its post-processor adds is `template`.
 
-    `description` is the content of the file. `roles` come from a tokenizer_config.json beside it,
-    else from the usual names among its special tokens.
+    `description` is the content of the file, and `library` what comes of it where that is not to be read once more.
+    `roles` come from a tokenizer_config.json beside it, else from the usual names among its special tokens.
     """
 
     kind = "HuggingFaceTokenizer"
     library = "tokenizers"
 
-    def __init__(self, description: Mapping[str, Any], roles: Mapping[str, str], source: str):
+    def __init__(
+        self,
+        description: Mapping[str, Any],
+        roles: Mapping[str, str],
+        source: str,
+        library: tokenizers.Tokenizer | None = None,
+    ):
         with _described_by(source):
-            self._library = tokenizers.Tokenizer.from_str(json.dumps(description))
+            self._library = library or tokenizers.Tokenizer.from_str(json.dumps(description))
             self._library.encode_special_tokens = True
             self._library.no_truncation()
             self._library.no_padding()
@@ -132,11 +139,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _content(self) -> Any:
         model = dict(self._description["model"])
-        if "merges" in model:
-            model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        vocabulary = {"vocab": model.pop("vocab", None), "merges": merge_pairs({"merges": model.pop("merges", ())})}
         parts = {part: self._description.get(part) for part in ("normalizer", "pre_tokenizer")}
         added = {token.content: id for id, token in self._library.get_added_tokens_decoder().items()}
-        return _essence({"model": model, "added": added, **parts})
+        return _essence({"model": model, "added": added, **parts}) | vocabulary
 
 
 class GPT2BPETokenizer(HuggingFaceTokenizer):
@@ -154,13 +160,13 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
         for number, line in enumerate(merge_file.read_text(encoding="utf-8").split("\n"), 1):
             if (number == 1 and line.startswith("#version")) or not line.strip():
                 continue
-            pair = line.split()
-            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+            left, _, right = line.strip().partition(" ")
+            if left not in vocab or right not in vocab or left + right not in vocab:
                 raise TokenizerError(
                     f"{merge_file}, line {number}: {line!r} is not a merge of two tokens of {vocab_file}; "
                     "give vocabulary and merges of one tokenizer"
                 )
-            merges.append(pair)
+            merges.append((left, right))
         special = "<|endoftext|>"
         added = [{"id": vocab[special], "content": special, "special": True}] if special in vocab else []
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -172,4 +178,10 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
             "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocab, "merges": merges},
         }
-        return cls(description, {}, f"{vocab_file} with {merge_file}")
+        source = f"{vocab_file} with {merge_file}"
+        with _described_by(source):
+            library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+            library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+            library.decoder = tokenizers.decoders.ByteLevel()
+            library.add_special_tokens([tokenizers.AddedToken(token["content"], special=True) for token in added])
+        return cls(description, {}, source, library)

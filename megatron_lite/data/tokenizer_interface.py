@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import orjson
 
 from megatron_lite.data.tokenizer_engines import Encode
 from megatron_lite.errors import TokenizerError
@@ -217,9 +218,9 @@ class Tokenizer(abc.ABC):
         )
 
     def _fingerprint_with(self, specials: Mapping[str, int], vocab_size: int) -> str:
-        content = {"content": self._content(), "specials": specials, "vocab_size": vocab_size}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        content = hashlib.sha256(orjson.dumps(self._content(), option=orjson.OPT_SORT_KEYS))
+        content.update(json.dumps([specials, vocab_size], sort_keys=True).encode())
+        return content.hexdigest()
 
     def add_special_tokens(self, tokens: Iterable[str]) -> int:
         """Make `tokens` special and return how many new ids that took.
