@@ -65,7 +65,8 @@ def open_model(
     """
     tensor = tensor_size or max(1, me.world_size // pipe_size)
     mesh = build.start_ranks(me, tensor=tensor, pipe=pipe_size, timeout_minutes=MINUTES, store=store)
-    return open_on(mesh, load_dir, ckpt_step=ckpt_step, dtype=dtype, overrides=overrides)
+    with build.alike():
+        return open_on(mesh, load_dir, ckpt_step=ckpt_step, dtype=dtype, overrides=overrides)
 
 
 def open_on(
