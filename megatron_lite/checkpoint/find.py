@@ -9,7 +9,7 @@ from megatron_lite import log
 from megatron_lite.checkpoint import store
 from megatron_lite.checkpoint.manifest import FILE_NAME, box_bytes, read_manifest
 from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
-from megatron_lite.checkpoint.shard import ShardReader
+from megatron_lite.checkpoint.shard import ShardReader, by_readers
 from megatron_lite.errors import CheckpointError
 
 
@@ -70,16 +70,21 @@ def verify(
     manifest = read_manifest(folder)
     if step is not None and manifest.step != step:
         raise CheckpointError(f"{folder / FILE_NAME}: step is {manifest.step}, but the folder stands for {step}")
-    turn = 0
-    with ShardReader(folder, manifest) as reader:
-        for name in manifest.files:
-            reader.check_file(name)
-        for name, tensor in manifest.tensors.items():
-            if not name.startswith(only):
-                continue
-            for box in tensor.boxes:
-                nbytes = box_bytes(tensor.dtype, box.rectangle.size)
-                for index in range(len(box.crc32)):
-                    if turn % parts == part:
-                        reader.chunk(box, nbytes, index)
-                    turn += 1
+
+    def read(reader_part: int, reader_parts: int) -> None:
+        turn = 0
+        with ShardReader(folder, manifest) as reader:
+            if reader_part == 0:
+                for name in manifest.files:
+                    reader.check_file(name)
+            for name, tensor in manifest.tensors.items():
+                if not name.startswith(only):
+                    continue
+                for box in tensor.boxes:
+                    nbytes = box_bytes(tensor.dtype, box.rectangle.size)
+                    for index in range(len(box.crc32)):
+                        if turn % (parts * reader_parts) == part * reader_parts + reader_part:
+                            reader.chunk(box, nbytes, index)
+                        turn += 1
+
+    by_readers(read)

@@ -28,7 +28,7 @@ from megatron_lite.checkpoint.manifest import (
 )
 from megatron_lite.checkpoint.piece import DTYPES, Piece
 from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
-from megatron_lite.checkpoint.shard import ShardReader
+from megatron_lite.checkpoint.shard import ShardReader, by_readers
 from megatron_lite.errors import CheckpointError
 
 _SHOWN = 4
@@ -156,16 +156,20 @@ def fill(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> None:
     by_name: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces:
         by_name[piece.name].append(piece)
-    with ShardReader(folder, manifest) as reader:
-        for name, group in by_name.items():
-            stored = manifest.tensors[name]
-            arrivals = [Arrival(piece, stored) for piece in group]
-            for box in stored.boxes:
-                touched = [arrival for arrival in arrivals if arrival.rectangle.overlap(box.rectangle)]
-                if touched:
-                    _fill_from_box(reader, manifest.chunk_bytes, stored.dtype, box, touched)
-            for arrival in arrivals:
-                arrival.finish()
+
+    def read(part: int, parts: int) -> None:
+        with ShardReader(folder, manifest) as reader:
+            for name in list(by_name)[part::parts]:
+                stored = manifest.tensors[name]
+                arrivals = [Arrival(piece, stored) for piece in by_name[name]]
+                for box in stored.boxes:
+                    touched = [arrival for arrival in arrivals if arrival.rectangle.overlap(box.rectangle)]
+                    if touched:
+                        _fill_from_box(reader, manifest.chunk_bytes, stored.dtype, box, touched)
+                for arrival in arrivals:
+                    arrival.finish()
+
+    by_readers(read)
 
 
 def _fill_from_box(reader: ShardReader, chunk_bytes: int, dtype: str, box: StoredBox, arrivals: list[Arrival]) -> None:
