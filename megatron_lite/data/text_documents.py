@@ -188,6 +188,8 @@ def decoded_page(data: bytes, charset: str | None = None) -> str:
 
 
 def _is_utf8(text: str) -> bool:
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
 import tokenizers
 
 from megatron_lite.data.tokenizer_engines import (
@@ -28,8 +28,8 @@ _IRRELEVANT = ("trim_offsets",)
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return orjson.loads(path.read_bytes())
+    except ValueError as error:
         raise TokenizerError(f"{path} is not a JSON file ({error}); give the file the tokenizer was saved to") from None
 
 
@@ -75,7 +75,7 @@ class HuggingFaceTokenizer(Tokenizer):
         library: tokenizers.Tokenizer | None = None,
     ):
         with _described_by(source):
-            self._library = library or tokenizers.Tokenizer.from_str(json.dumps(description))
+            self._library = library or tokenizers.Tokenizer.from_buffer(orjson.dumps(description))
             self._library.encode_special_tokens = True
             self._library.no_truncation()
             self._library.no_padding()
@@ -84,7 +84,9 @@ class HuggingFaceTokenizer(Tokenizer):
         names = {name for candidates in ROLE_NAMES.values() for name in candidates}
         added = self._library.get_added_tokens_decoder()
         specials = {token.content: id for id, token in added.items() if token.special or token.content in names}
-        ids = self._library.get_vocab(with_added_tokens=True)
+        vocab = description["model"].get("vocab")
+        ids = vocab | {token.content: id for id, token in added.items()} if isinstance(vocab, dict) else None
+        ids = ids or self._library.get_vocab(with_added_tokens=True)
         role_ids = {role: ids.get(token) for role, token in roles.items()}
         unknown = description["model"].get("unk_token")
         if isinstance(unknown, str):

@@ -77,6 +77,9 @@ def _joined(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=int(lengths.sum())), lengths
 
 
+_COMPARED_ONE_BY_ONE = 4
+"""Ids; to look so few up in a table takes longer."""
+
 MOST_IDS = 1 << 26
 """That a vocabulary may have, over a hundred times the largest in use."""
 
@@ -269,9 +272,14 @@ class Tokenizer(abc.ABC):
         """Ids of many texts end to end (int32) and the number of ids of each (int64): the fast path."""
         rows = self._own_ids(texts, self._encode_block)
         flat, lengths = _joined(rows)
-        if self._is_guarded[flat].any():
+        if self._has_guarded(flat):
             flat, lengths = _joined([self.encode(text) for text in texts])
         return flat, lengths
+
+    def _has_guarded(self, ids: np.ndarray) -> bool:
+        if len(self._guarded) <= _COMPARED_ONE_BY_ONE:
+            return any((ids == id).any() for id in self._guarded)
+        return bool(self._is_guarded[ids].any())
 
     def encode_ordinary_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of many texts, an int32 array each."""
