@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "host/best_fit.h"
+#include "host/crc32.h"
 #include "host/document_bounds.h"
 #include "host/draws.h"
 #include "host/permutation.h"
@@ -66,6 +67,16 @@ PYBIND11_MODULE(_host, module) {
       },
       py::arg("sizes"), py::arg("capacity"),
       "int32 [items] and [bins + 1]: data/pack.py's items of each bin one after another, and where each bin begins.");
+
+  module.def(
+      "crc32",
+      [](const py::buffer& data, uint32_t value) {
+        const py::buffer_info bytes = data.request();
+        if (!PyBuffer_IsContiguous(bytes.view(), 'C')) throw py::value_error("bytes that do not follow one another");
+        py::gil_scoped_release release;
+        return megatron_lite::crc32(value, static_cast<const unsigned char*>(bytes.ptr), bytes.size * bytes.itemsize);
+      },
+      py::arg("data"), py::arg("value") = 0, "zlib's checksum of the bytes of a buffer, going on from `value`.");
 
   py::class_<DocumentBounds>(module, "DocumentBounds",
                              "Where documents begin, for data/indexed.py; tokens are not checked.")

@@ -13,7 +13,6 @@ import errno
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +29,7 @@ from megatron_lite.checkpoint.manifest import (
 )
 from megatron_lite.checkpoint.piece import Piece
 from megatron_lite.errors import CheckpointError
+from megatron_lite.kernels.crc32 import crc32
 
 _MOST_OPEN_FILES = 128
 _READERS = 4
@@ -99,7 +99,7 @@ class ShardPlan:
             if error.filename is None:
                 raise OSError(error.errno, error.strerror, str(path)) from error
             raise
-        entry = file_entry(self.size, len(self.header), zlib.crc32(self.header))
+        entry = file_entry(self.size, len(self.header), crc32(self.header))
         return {"files": {path.name: entry}, "tensors": tensors}
 
 
@@ -114,7 +114,7 @@ def _write_chunks(file: BinaryIO, values: memoryview, deadline: Callable[[], flo
     for first in range(0, len(values), CHUNK_BYTES):
         keep_to(deadline)
         chunk = values[first : first + CHUNK_BYTES]
-        checksums.append(zlib.crc32(chunk))
+        checksums.append(crc32(chunk))
         file.write(chunk)
     return checksums
 
@@ -164,7 +164,7 @@ class ShardReader(contextlib.AbstractContextManager):
                 raise CheckpointError(f"{self._folder / name} cannot be read: {error.strerror}") from None
         return self._open[name]
 
-    def _read(self, name: str, first: int, length: int, crc32: int) -> memoryview:
+    def _read(self, name: str, first: int, length: int, checksum: int) -> memoryview:
         file = self._file(name)
         if length > len(self._buffer):
             self._buffer = bytearray(length)
@@ -178,7 +178,7 @@ class ShardReader(contextlib.AbstractContextManager):
             if count == 0:
                 raise CheckpointError(f"{self._folder / name} ends at byte {first + done}; it was cut off while read")
             done += count
-        if zlib.crc32(values) != crc32:
+        if crc32(values) != checksum:
             raise CheckpointError(
                 f"{self._folder / name}: bytes {first} to {first + length - 1} do not match their checksum; "
                 f"the file is damaged"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.data.tokenizer_ladder import stand_on
 from megatron_lite.data.unit_file import UnitFile, write_unit
+from megatron_lite.kernels.crc32 import crc32
 
 _ENCODED_AT_ONCE = 1 << 20
 """Characters: libraries take some times the memory of the text."""
@@ -169,7 +169,7 @@ def grouped(blocks: Iterable[Block], size: int) -> Iterator[tuple[Block, ...]]:
 
 def crc_of(blocks: Iterable[Block]) -> int:
     """CRC-32 of the bytes of blocks: whether a unit's input is what it was."""
-    return functools.reduce(lambda crc, block: zlib.crc32(block.data, crc), blocks, 0)
+    return functools.reduce(lambda crc, block: crc32(block.data, crc), blocks, 0)
 
 
 def unit_documents(unit: UnitFile, key: int, dtype: np.dtype) -> TokenDocuments:

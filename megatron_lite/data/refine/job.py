@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from megatron_lite.data.text_progress import TextProgress
 from megatron_lite.data.unit_file import open_unit, unit_path
 from megatron_lite.data.work_folder import claimed, clear, insist_on_job, job_facts
 from megatron_lite.errors import DataError
+from megatron_lite.kernels.crc32 import crc32
 from megatron_lite.publish import publish, published
 
 FORMAT = 1
@@ -260,7 +260,7 @@ class _Run:
             if not path.exists():
                 yield Unit(path, block, crashes=crashes.get(number, {}))
                 continue
-            if open_unit(path).head["input_crc32"] != zlib.crc32(block.data):
+            if open_unit(path).head["input_crc32"] != crc32(block.data):
                 raise DataError(
                     f"{block.source.place(block.first_line)}: the input is not what it was when {job.output} "
                     "was begun; --overwrite begins anew"

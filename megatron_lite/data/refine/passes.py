@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import signal
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from megatron_lite.data.text_blocks import Block
 from megatron_lite.data.text_documents import BadDocument, parse_records
 from megatron_lite.data.unit_file import UnitFile, open_unit, unit_number, write_unit
 from megatron_lite.errors import MegatronLiteError
+from megatron_lite.kernels.crc32 import crc32
 
 READ = "read"
 """The name of reading in reports, and its place before the stages."""
@@ -131,7 +131,7 @@ class UnitRefiner:
         if unit.block is not None:
             for document in work.read(unit.block):
                 work.take(document, {})
-            read, crc = unit.block.read, zlib.crc32(unit.block.data)
+            read, crc = unit.block.read, crc32(unit.block.data)
         else:
             before = open_unit(unit.before)
             rows = {verdicts.stage: _by_document(before, verdicts) for verdicts in unit.verdicts}
