@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import mmap
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,9 @@ from megatron_lite.data.byte_alphabet import BYTE_ALPHABET, unspell_bytes
 Encode = Callable[[Sequence[str]], list[np.ndarray]]
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_RENEWED_AFTER = 1 << 27
-"""Characters after which an encoder by gigatoken is made anew."""
+_CACHE_BYTES = 96 << 20
+_CACHED_CHARACTERS = 1 << 25
+"""Text whose words are cached at most where the system does not say how much memory that took."""
 
 
 class Unfit(Exception):
@@ -27,17 +29,31 @@ class Unfit(Exception):
 
 
 class _Gigatoken:
-    """An encoder by gigatoken. It is made anew now and then: the library's cache of words has no bound."""
+    """An encoder by gigatoken. It is made anew when its cache of words has grown large: the library sets no bound."""
 
     def __init__(self, make: Callable[[], Any]):
         self._make = make
-        self._encode, self._left = make().encode, _RENEWED_AFTER
+        self._renew()
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if self._left < 0:
-            self._encode, self._left = self._make().encode, _RENEWED_AFTER
-        self._left -= sum(map(len, texts))
+        grown = (_resident_bytes() or self._before) - self._before
+        if grown > _CACHE_BYTES or (self._before == 0 and self._characters > _CACHED_CHARACTERS):
+            self._renew()
+        self._characters += sum(map(len, texts))
         return list(map(self._encode, texts))
+
+    def _renew(self) -> None:
+        self._encode = self._make().encode
+        self._before, self._characters = _resident_bytes(), 0
+
+
+def _resident_bytes() -> int:
+    """Memory that this process has; 0 where the system has no such file."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 def gigatoken_of_ranks(ranks: Mapping[bytes, int], scheme: str) -> Encode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from small_tokenizers import ENGLISH, HARD
 
 from megatron_lite.data import tokenizer_engines
 from megatron_lite.data.corpus_job import CorpusJob
+from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.tokenize_corpus import tokenize_corpus
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_engines import Unfit, require_byte_level, tiktoken_of_description
@@ -122,8 +124,30 @@ def test_a_corpus_does_not_depend_on_the_library(sources, tmp_path):
     assert len(written) == 1
 
 
-def test_made_anew_now_and_then(sources, monkeypatch):
-    monkeypatch.setattr(tokenizer_engines, "_RENEWED_AFTER", 1000)
+def test_text_that_spells_special_ids_is_encoded_by_the_tokenizer_in_copies(sources, tmp_path):
+    """There the library that climbed in the parent is used again, after the copy was made."""
+    source = dataclasses.replace(sources["bpe"], special_tokens=("ing", "the"))
+    texts = ["the thing is being", *ENGLISH[:10]] * 3
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    job = CorpusJob(
+        (str(tmp_path / "a.jsonl"),), f"{tmp_path}/out", source, workers=2, unit_bytes=4096, block_bytes=4096
+    )
+    tokenize_corpus(job)
+    tokenizer = build_tokenizer(source)
+    reader = IndexedReader(job.prefix("text"))
+    found = reader.tokens(0, reader.num_tokens).tolist()
+    assert found == [id for text in texts for id in tokenizer.encode(text)]
+    assert tokenizer.token_to_id("ing") not in found and tokenizer.token_to_id("ing") < 700
+
+
+@pytest.mark.parametrize("resident", [None, 0])
+def test_made_anew_when_its_cache_has_grown(sources, monkeypatch, resident):
+    """By the memory that took, or by the text where no system tells."""
+    monkeypatch.setattr(tokenizer_engines, "_CACHE_BYTES", -1)
+    monkeypatch.setattr(tokenizer_engines, "_CACHED_CHARACTERS", 1000)
+    if resident is not None:
+        monkeypatch.setattr(tokenizer_engines, "_resident_bytes", lambda: resident)
+        monkeypatch.setattr(tokenizer_engines, "_CACHE_BYTES", 1 << 40)
     tokenizer = build_tokenizer(sources["bpe"])
     stand_on(tokenizer, "gigatoken")
     engine = tokenizer._encode_block

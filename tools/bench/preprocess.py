@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import tokenizers
@@ -53,7 +54,7 @@ def texts(places: Sequence[str]) -> Iterator[str]:
     seen = set()
     for file in files:
         try:
-            if not 0 < os.path.getsize(file) <= LARGEST_DOCUMENT:
+            if os.path.basename(file) == "RECORD" or not 0 < os.path.getsize(file) <= LARGEST_DOCUMENT:
                 continue
             data = Path(file).read_bytes()
             text = data.decode()
@@ -87,8 +88,8 @@ def commands(source: Path, out: Path, options: argparse.Namespace) -> dict[str, 
         "ours, one worker": [*ours, "--output-prefix", str(out / "one"), "--workers", "1"],
     }
     for name in ("tokenizers", "tiktoken"):
-        script = str(CASES / f"{name}_script.py")
-        found[name] = [sys.executable, script, str(source), str(out / name), vocabulary, merges, cores]
+        script = [str(CASES / "straight_script.py"), name]
+        found[name] = [sys.executable, *script, str(source), str(out / name), vocabulary, merges, cores]
     if options.datatrove:
         library = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocabulary, merges))
         library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -140,7 +141,7 @@ def digests(name: str, out: Path) -> list[str]:
     return [hashlib.sha256(Path(out, f"{stem}.{suffix}").read_bytes()).hexdigest() for suffix in ("bin", "idx")]
 
 
-def compare(megabytes: int, options: argparse.Namespace) -> dict[str, object]:
+def compare(megabytes: int, options: argparse.Namespace) -> dict[str, Any]:
     """All commands on that much text."""
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, out = Path(folder, "corpus.jsonl"), Path(folder, "out")
@@ -162,18 +163,31 @@ def compare(megabytes: int, options: argparse.Namespace) -> dict[str, object]:
                 hashes[name] = digests(name, out)
         if different := [name for name, found in hashes.items() if found != hashes["ours"][: len(found)]]:
             raise SystemExit(f"not the same bytes: {', '.join(different)}")
-        result: dict[str, object] = {"text": about, "turns": turns, "sha256": hashes["ours"][0]}
+        result: dict[str, Any] = {"text": about, "turns": turns, "sha256": hashes["ours"][0]}
         result["peak_megabytes"] = {
             name: peak_megabytes(commands(source, fresh(), options)[name], options.cores) for name in named
         }
-    result["ratios"] = {
-        name: statistics.median(
-            theirs["wall_seconds"] / ours["wall_seconds"]
-            for theirs, ours in zip(turns[name], turns["ours"], strict=True)
-        )
-        for name in named
-    }
+    for seconds in ("wall_seconds", "cpu_seconds"):
+        result[f"{seconds}_ratio"] = {
+            name: statistics.median(
+                theirs[seconds] / ours[seconds] for theirs, ours in zip(turns[name], turns["ours"], strict=True)
+            )
+            for name in named
+        }
     return result
+
+
+def describe(result: Mapping[str, Any], megabytes: int, cores: int) -> None:
+    """Print a table of one amount of text."""
+    print(f"{megabytes} MB of text, {result['text']['documents']:,} documents, {cores} cores")
+    for name, turns in result["turns"].items():
+        wall = statistics.median(turn["wall_seconds"] for turn in turns)
+        goal = f" (goal: {GOALS[name]})" if name in GOALS else ""
+        print(
+            f"  {name:<18} {wall:7.2f} s  {result['peak_megabytes'][name]:6.0f} MB  "
+            f"{result['wall_seconds_ratio'][name]:6.2f} times the time of ours{goal}, "
+            f"{result['cpu_seconds_ratio'][name]:6.2f} times its processor time"
+        )
 
 
 def main() -> None:
@@ -194,14 +208,7 @@ def main() -> None:
     runs = []
     for megabytes in options.megabytes:
         runs.append(compare(megabytes, options))
-        seconds = {
-            name: statistics.median(turn["wall_seconds"] for turn in turns) for name, turns in runs[-1]["turns"].items()
-        }
-        print(f"{megabytes} MB of text, {runs[-1]['text']['documents']:,} documents, {options.cores} cores")
-        for name, ratio in runs[-1]["ratios"].items():
-            goal = f" (goal: {GOALS[name]})" if name in GOALS else ""
-            peak = runs[-1]["peak_megabytes"][name]
-            print(f"  {name:<18} {seconds[name]:7.2f} s  {peak:7.0f} MB  {ratio:6.2f} times the time of ours{goal}")
+        describe(runs[-1], megabytes, options.cores)
     result = {
         "runs": runs,
         "machine": {"cores": options.cores, "load": os.getloadavg()[0], "processor": platform.machine()},
