@@ -96,29 +96,25 @@ def commands(source: Path, out: Path, options: argparse.Namespace) -> dict[str, 
         library.save(str(out / "tokenizer.json"))
         script = [str(CASES / "datatrove_script.py"), str(source), str(out / "datatrove")]
         found["datatrove"] = [options.datatrove, *script, str(out / "tokenizer.json"), cores]
-    return found
+    # As many threads as cores, and no hidden cache: tiktoken would copy the vocabulary into one.
+    settings = ["env", "TIKTOKEN_CACHE_DIR=", "OMP_NUM_THREADS=1", f"RAYON_NUM_THREADS={cores}"]
+    return {name: [*settings, *command] for name, command in found.items()}
 
 
-def run(command: Sequence[str], cores: int) -> dict[str, float]:
+def run(command: Sequence[str]) -> dict[str, float]:
     """Wall and processor seconds of a command with its children."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(cores))
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wall = time.monotonic() - started
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"wall_seconds": wall, "cpu_seconds": cpu}
 
 
-def environment(cores: int) -> dict[str, str]:
-    """As many threads as cores, and no hidden caches: tiktoken would copy the vocabulary into one."""
-    return os.environ | {"TIKTOKEN_CACHE_DIR": "", "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(cores)}
-
-
-def peak_megabytes(command: Sequence[str], cores: int) -> float:
+def peak_megabytes(command: Sequence[str]) -> float:
     """The largest memory that all processes of a command have together, each page counted once (PSS)."""
-    quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=quiet, stderr=quiet, env=environment(cores)) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         peak, first = 0, psutil.Process(process.pid)
         while process.poll() is None:
             total = 0
@@ -159,14 +155,12 @@ def compare(megabytes: int, options: argparse.Namespace) -> dict[str, Any]:
         hashes: dict[str, list[str]] = {}
         for _ in range(options.turns):
             for name in named:
-                turns[name].append(run(commands(source, fresh(), options)[name], options.cores))
+                turns[name].append(run(commands(source, fresh(), options)[name]))
                 hashes[name] = digests(name, out)
         if different := [name for name, found in hashes.items() if found != hashes["ours"][: len(found)]]:
             raise SystemExit(f"not the same bytes: {', '.join(different)}")
         result: dict[str, Any] = {"text": about, "turns": turns, "sha256": hashes["ours"][0]}
-        result["peak_megabytes"] = {
-            name: peak_megabytes(commands(source, fresh(), options)[name], options.cores) for name in named
-        }
+        result["peak_megabytes"] = {name: peak_megabytes(commands(source, fresh(), options)[name]) for name in named}
     for seconds in ("wall_seconds", "cpu_seconds"):
         result[f"{seconds}_ratio"] = {
             name: statistics.median(
