@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_lite.kernels.code_maps import SIGNED, UNSIGNED
@@ -19,8 +20,8 @@ for operation in OPERATIONS:
     importlib.import_module(f"megatron_lite.kernels.{operation}")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Nothing, one, odd, less and more than the 64 lanes of a sum, more than a block of 512 columns, many parts of rows.
-SHAPES = ((0, 8), (1, 1), (3, 7), (2, 3, 64), (129, 65), (5, 1031), (300, 20))
+# No rows, no columns, one, odd, 64 lanes of a sum and one more, more than a block of 512 columns, many parts of rows.
+SHAPES = ((0, 8), (3, 0), (1, 1), (3, 7), (2, 3, 64), (129, 65), (5, 1031), (300, 20))
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -56,6 +57,9 @@ def _rms_norm(shape, dtype):
 
 def _l2_norm(shape, dtype):
     yield "l2_norm", ([drawn(*shape, dtype=dtype), drawn(70001, seed=1), drawn(*shape, seed=2).transpose(0, -1)],)
+    if shape == (1, 1):
+        # What blocks come to is 30 times what fp32 holds.
+        yield "l2_norm", ([torch.full((2048 * 50,), 3e17)],)
 
 
 def _swiglu(shape, dtype):
@@ -70,13 +74,17 @@ def _softmax(shape, dtype):
     triangle = torch.ops.megatron_lite.softmax(x, None, 0.5, True)
     yield "softmax", (x, None, 0.5, False)
     yield "softmax", (x, mask, 0.5, False)
+    yield "softmax", (x, (drawn(*shape[:-1], 1, seed=3) > 0).expand(shape), 0.5, False)
     yield "softmax", (x, None, 0.5, True)
     yield "softmax_backward", (drawn(*shape, dtype=dtype, seed=1), y, 0.5, False)
     yield "softmax_backward", (drawn(*shape, dtype=dtype, seed=1), triangle, 0.5, True)
 
 
 def _cross_entropy(shape, dtype):
-    logits = (3 * drawn(*shape)).to(dtype).flatten(0, -2)
+    yield from _losses((3 * drawn(*shape)).to(dtype).flatten(0, -2))
+
+
+def _losses(logits):
     rows, length = logits.shape
     # From before this part of the vocabulary to after it: some are ignored, some are elsewhere.
     labels = torch.arange(rows) * 7 % (length + 4) - 2
@@ -157,6 +165,46 @@ def _adamw8bit(shape, dtype):
         yield "adamw8bit", (parameters, gradients, *slots, *RULE, keep)
 
 
+def _salted(tensor, operator):
+    """A copy with values from the edge of its dtype, each in a row and a block of codes of its own.
+
+    For a softmax and a loss the first row is -inf alone. In a norm's gradient it depends on the order whether what
+    is beyond the largest value is subtracted from in time, so for norms there is room for products.
+    """
+    ends, salted = torch.finfo(tensor.dtype), tensor.clone(memory_format=torch.contiguous_format)
+    if operator.startswith(("softmax", "cross_entropy")):
+        salted.view(-1, salted.shape[-1])[0] = -math.inf
+    largest = ends.max / 64 if "norm" in operator else ends.max
+    for place, value in enumerate((-math.inf, math.nan, math.inf, largest, -largest, ends.smallest_normal / 4)):
+        salted.view(-1)[place * (salted.numel() // 8 + 1)] = value
+    return salted
+
+
+def _edges(shape, dtype):
+    """The other cases with salt in one argument, in turn in each that is shaped like the first."""
+    if shape[-1] not in (64, 65):
+        return
+    for name, arguments in (case for group in CASES[:-1] for case in group(shape, dtype)):
+        # Logits have statistics of their own.
+        if name.startswith("cross_entropy"):
+            continue
+        for place, argument in enumerate(arguments):
+            (first, *_), (here, *others) = (
+                each if isinstance(each, list) else [each] for each in (arguments[0], argument)
+            )
+            if isinstance(here, torch.Tensor) and here.is_floating_point() and here.shape == first.shape:
+                salted = _salted(here, name)
+                yield (
+                    name,
+                    (
+                        *arguments[:place],
+                        [salted, *others] if isinstance(argument, list) else salted,
+                        *arguments[place + 1 :],
+                    ),
+                )
+    yield from _losses(_salted((3 * drawn(*shape)).to(dtype).flatten(0, -2), "cross_entropy"))
+
+
 CASES: tuple[Callable[..., Iterator[tuple[str, tuple[Any, ...]]]], ...] = (
     _layer_norm,
     _rms_norm,
@@ -170,6 +218,7 @@ CASES: tuple[Callable[..., Iterator[tuple[str, tuple[Any, ...]]]], ...] = (
     _quantize_blockwise,
     _adamw,
     _adamw8bit,
+    _edges,
 )
 
 
@@ -184,7 +233,7 @@ def gradients(function, tensors, dtype=None):
     leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    weights = [drawn(*o.shape, seed=11 + i, dtype=leaves[0].dtype) for i, o in enumerate(outputs)]
+    weights = [drawn(*o.shape, seed=11 + i, dtype=leaves[0].dtype).to(o.device) for i, o in enumerate(outputs)]
     torch.autograd.backward(outputs, weights)
     return [*(o.detach() for o in outputs), *(leaf.grad for leaf in leaves)]
 
@@ -205,6 +254,35 @@ def assert_as_exact_as(
     assert error <= max(factor * peer_error, digits * digit), (
         f"error {error:.3g}, peer's {peer_error:.3g}, a digit is {digit:.3g}"
     )
+
+
+def assert_small_probabilities_keep_their_digits(device: str) -> None:
+    """Raise unless a softmax is off by a few units of its own last digit where it is small."""
+    below = torch.linspace(0, 86, 2001)
+    logits = torch.stack((torch.zeros_like(below), -below), -1).to(device)
+    probabilities = operator("softmax")(logits, None, 1.0, False)[:, 1]
+    torch.testing.assert_close(probabilities.double().cpu(), torch.sigmoid(-below.double()), rtol=6e-7, atol=0)
+
+
+def strided(data: st.DataObject, dims: list[int], seed: int = 0) -> torch.Tensor:
+    """A tensor of these dims whose strides are any order of them, twice as far apart as they need be."""
+    order = data.draw(st.permutations(range(len(dims))))
+    wide = drawn(*(dims[order.index(i)] for i in range(len(dims))), 2, seed=seed)[..., 0]
+    return wide.permute(*order)
+
+
+def assert_threads_change_nothing(run: Callable[[], Sequence[torch.Tensor]]) -> None:
+    """Raise unless a run's tensors are the same bit for bit with 1, 2 and 5 threads."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def operator(name: str) -> torch._ops.OpOverloadPacket:
@@ -233,7 +311,7 @@ def assert_equals_reference(name: str, arguments: tuple[Any, ...], digits: int =
             # Where a last digit of what is quantised differs, a tie may fall to the other side.
             torch.testing.assert_close(ours.int(), reference.int(), rtol=0, atol=1 if updates(name) else 0)
             continue
-        largest = reference.nan_to_num(0).abs().max().item() if reference.numel() else 0
+        largest = reference[reference.isfinite()].abs().max().item() if reference.isfinite().any() else 0
         # A row of one value has no variance: 1 / sqrt(epsilon) = 316 magnifies the rounding of a true zero.
         digit = torch.finfo(ours.dtype).eps * max(largest, 316 if rows_of_one else 0)
         torch.testing.assert_close(

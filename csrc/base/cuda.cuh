@@ -117,14 +117,14 @@ class Row {
 
 // Sums of kCount values over the threads of a row, the same in all of them. All threads of the block must call
 // it together where a row has more than one warp.
-template <int kCount>
-__device__ __forceinline__ void row_sums(float (&values)[kCount]) {
+template <int kCount, class Value>
+__device__ __forceinline__ void row_sums(Value (&values)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
 #pragma unroll
     for (int step = 16; step; step /= 2) values[i] += __shfl_xor_sync(0xffffffffu, values[i], step);
   if (blockDim.x == 32) return;
-  __shared__ float of_warps[kCount][32];
+  __shared__ Value of_warps[kCount][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warps = blockDim.x / 32, first = threadIdx.y * warps;
   __syncthreads();

@@ -101,16 +101,33 @@ MEGATRON_LITE_LANES float total(const Lanes& lanes) {
 }
 
 // A block of a row; lanes beyond the row's end are `beyond`.
-template <class Element, class Count>
-MEGATRON_LITE_LANES Lanes read(const Element* from, Count count, float beyond = 0) {
+template <class Element>
+MEGATRON_LITE_LANES Lanes read(const Element* from, AllLanes count, float = 0) {
   alignas(64) float values[kLanes];
-  if (count < kLanes)
-    for (float& value : values) value = beyond;
   widen(from, values, count);
   return loaded(values);
 }
 
 MEGATRON_LITE_LANES Lanes read(const float* from, AllLanes, float = 0) { return loaded(from); }
+
+// The end of a row, where there is one, is long code wherever it is put: functions of its own, compiled once.
+template <class Element>
+__attribute__((noinline)) void widen_end(const Element* from, float* values, int count, float beyond) {
+  for (int lane = 0; lane < kLanes; ++lane) values[lane] = beyond;
+  widen(from, values, count);
+}
+
+template <class Element>
+__attribute__((noinline)) void narrow_end(const float* values, Element* to, int count) {
+  narrow(values, to, count);
+}
+
+template <class Element>
+MEGATRON_LITE_LANES Lanes read(const Element* from, int count, float beyond = 0) {
+  alignas(64) float values[kLanes];
+  widen_end(from, values, count, beyond);
+  return loaded(values);
+}
 
 // The same of a tensor read for the first time: asks for the block of its next row.
 template <class Element, class Count>
@@ -119,14 +136,21 @@ MEGATRON_LITE_LANES Lanes read_on(const Element* from, int64_t length, Count cou
   return read(from, count, beyond);
 }
 
-template <class Element, class Count>
-MEGATRON_LITE_LANES void write(const Lanes& lanes, Element* to, Count count) {
+template <class Element>
+MEGATRON_LITE_LANES void write(const Lanes& lanes, Element* to, AllLanes count) {
   alignas(64) float values[kLanes];
   put(lanes, values);
   narrow(values, to, count);
 }
 
 MEGATRON_LITE_LANES void write(const Lanes& lanes, float* to, AllLanes) { put(lanes, to); }
+
+template <class Element>
+MEGATRON_LITE_LANES void write(const Lanes& lanes, Element* to, int count) {
+  alignas(64) float values[kLanes];
+  put(lanes, values);
+  narrow_end(values, to, count);
+}
 
 // The same of a result: asks for the block of its next row.
 template <class Element, class Count>

@@ -24,33 +24,33 @@ constexpr int kCounters = 4;
 constexpr int kCounters = 2;
 #endif
 
-typedef uint64_t Lanes __attribute__((vector_size(8 * kCounters)));
+typedef uint64_t Words __attribute__((vector_size(8 * kCounters)));
 
-inline Lanes low_product(Lanes a, Lanes b) {
+inline Words low_product(Words a, Words b) {
 #if defined(__AVX512F__)
-  return (Lanes)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+  return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
-  return (Lanes)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+  return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #else
-  return (Lanes)_mm_mul_epu32((__m128i)a, (__m128i)b);
+  return (Words)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #endif
 }
 
-// Lanes of two vectors by turns: the first half of them, or the second.
-inline Lanes alternate(Lanes a, Lanes b, bool second) {
-  Lanes order;
+// Words of two vectors by turns: the first half of them, or the second.
+inline Words alternate(Words a, Words b, bool second) {
+  Words order;
   for (int i = 0; i < kCounters; ++i) order[i] = i / 2 + (i % 2 + second) * kCounters - second * kCounters / 2;
   return __builtin_shuffle(a, b, order);
 }
 
 // Writes the four words of each of kCounters counters from `counter` on.
 inline void philox_words(uint64_t counter, uint64_t key, uint32_t* words) {
-  Lanes number;
+  Words number;
   for (int i = 0; i < kCounters; ++i) number[i] = i;
-  Lanes a = number + counter, b = a >> 32, c = {}, d = {};
+  Words a = number + counter, b = a >> 32, c = {}, d = {};
   uint32_t low_key = static_cast<uint32_t>(key), high_key = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 7; ++round) {
-    const Lanes first = low_product(a, Lanes{} + 0xD2511F53u), second = low_product(c, Lanes{} + 0xCD9E8D57u);
+    const Words first = low_product(a, Words{} + 0xD2511F53u), second = low_product(c, Words{} + 0xCD9E8D57u);
     a = (second >> 32) ^ b ^ low_key;
     b = second;
     c = (first >> 32) ^ d ^ high_key;
@@ -58,8 +58,8 @@ inline void philox_words(uint64_t counter, uint64_t key, uint32_t* words) {
     low_key += 0x9E3779B9u;
     high_key += 0xBB67AE85u;
   }
-  const Lanes front = (a & 0xffffffffu) | (b << 32), back = (c & 0xffffffffu) | (d << 32);
-  const Lanes halves[] = {alternate(front, back, false), alternate(front, back, true)};
+  const Words front = (a & 0xffffffffu) | (b << 32), back = (c & 0xffffffffu) | (d << 32);
+  const Words halves[] = {alternate(front, back, false), alternate(front, back, true)};
   std::memcpy(words, halves, sizeof halves);
 }
 

@@ -81,7 +81,7 @@ Status launch(const Context& context, const CrossEntropyStatistics& a) {
 
 Status launch(const Context& context, const CrossEntropyGradient& a) {
   return with_element(a.dtype, [&](auto element) {
-    for_ranges(context, a.rows, row_grain(a.length),
+    for_ranges(context, a.length ? a.rows : 0, row_grain(a.length),
                [&](int64_t begin, int64_t end) { gradient_rows<decltype(element)>(a, begin, end); });
   });
 }

@@ -7,19 +7,21 @@ namespace {
 
 constexpr int kThreads = 512;
 
-// The squares of a range, each thread's in turn, in packs where the range is 16-byte aligned.
+// The squares of a range, each thread's in turn, in packs where the range is 16-byte aligned: in fp32 within a pack.
 template <class Element>
-__device__ float squares(const Element* data, int64_t count) {
+__device__ double squares(const Element* data, int64_t count) {
   constexpr int kCount = kWidth<Element, 1>;
-  float sum = 0;
+  double sum = 0;
   int64_t done = 0;
   if (reinterpret_cast<uintptr_t>(data) % 16 == 0) {
     done = count / kCount * kCount;
 #pragma unroll 4
     for (int64_t index = threadIdx.x * kCount; index < done; index += kThreads * kCount) {
       const auto values = read_once<Element, kCount>(data + index);
+      float of_pack = 0;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) sum += values[i] * values[i];
+      for (int i = 0; i < kCount; ++i) of_pack += values[i] * values[i];
+      sum += of_pack;
     }
   }
   for (int64_t index = done + threadIdx.x; index < count; index += kThreads) {
@@ -34,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) chunk_kernel(const Table<L2NormTenso
   const L2NormTensor& tensor = mine.tensor;
   const int64_t begin = mine.chunk * kL2NormChunk, rest = tensor.length - begin;
   const int64_t count = rest < kL2NormChunk ? rest : kL2NormChunk;
-  float sum[1];
+  double sum[1];
   switch (tensor.dtype) {
     case Dtype::float32: sum[0] = squares(static_cast<const float*>(tensor.data) + begin, count); break;
     case Dtype::bfloat16: sum[0] = squares(static_cast<const __nv_bfloat16*>(tensor.data) + begin, count); break;

@@ -130,14 +130,14 @@ void backward_rows(const SoftmaxBackward& a, int64_t begin, int64_t end) {
 
 Status launch(const Context& context, const SoftmaxForward& a) {
   return with_element(a.dtype, [&](auto element) {
-    for_ranges(context, a.rows, row_grain(a.length),
+    for_ranges(context, a.length ? a.rows : 0, row_grain(a.length),
                [&](int64_t begin, int64_t end) { forward_rows<decltype(element)>(a, begin, end); });
   });
 }
 
 Status launch(const Context& context, const SoftmaxBackward& a) {
   return with_element(a.dtype, [&](auto element) {
-    for_ranges(context, a.rows, row_grain(a.length),
+    for_ranges(context, a.length ? a.rows : 0, row_grain(a.length),
                [&](int64_t begin, int64_t end) { backward_rows<decltype(element)>(a, begin, end); });
   });
 }

@@ -1,4 +1,4 @@
-"""What the public functions refuse, in sentences with the numbers."""
+"""What the public functions refuse, in sentences with the numbers; and how references see a tensor."""
 
 from __future__ import annotations
 
@@ -38,3 +38,8 @@ def check_same_shape(operation: str, input: torch.Tensor, **others: torch.Tensor
                 f"{operation}: {name} has shape {tuple(tensor.shape)} and input {tuple(input.shape)}; they must be "
                 "equal"
             )
+
+
+def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as [rows, length of its last dim], which may be 0."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])

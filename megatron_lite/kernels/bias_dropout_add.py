@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_lite.kernels.arguments import check_last_dim, check_like, check_same_shape
+from megatron_lite.kernels.arguments import as_rows, check_last_dim, check_like, check_same_shape
 from megatron_lite.kernels.operators import define
 
 _WORD = 0xFFFFFFFF
@@ -83,7 +83,7 @@ def _forward_reference(input, bias, residual, probability, seed, first):
 
 def _backward_reference(gradient, probability, seed, first):
     dx = _dropped(gradient.float().contiguous(), probability, seed, first)
-    db = dx.reshape(-1, gradient.shape[-1]).sum(0).to(gradient.dtype)
+    db = as_rows(dx).sum(0).to(gradient.dtype)
     return dx.to(gradient.dtype, copy=True) if probability else gradient.new_empty(0), db
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from megatron_lite.kernels.arguments import check_last_dim, check_like
+from megatron_lite.kernels.arguments import as_rows, check_last_dim, check_like
 from megatron_lite.kernels.operators import define
 
 
@@ -33,7 +33,10 @@ def _sum(input, bias):
 
 
 def _forward_reference(input, bias, tanh):
-    return torch.nn.functional.gelu(_sum(input, bias), approximate="tanh" if tanh else "none").to(input.dtype)
+    z = _sum(input, bias)
+    # By torch's own gelu the exact one is NaN of +inf, and infinite where z / sqrt(2) overflows.
+    output = torch.nn.functional.gelu(z, approximate="tanh") if tanh else z * torch.special.ndtr(z)
+    return output.to(input.dtype)
 
 
 def _backward_reference(gradient, input, bias, tanh):
@@ -46,7 +49,7 @@ def _backward_reference(gradient, input, bias, tanh):
     else:
         slopes = torch.special.ndtr(z) + z * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
     dx = gradient.float().contiguous() * slopes
-    db = input.new_empty(0) if bias is None else dx.reshape(-1, input.shape[-1]).sum(0).to(bias.dtype)
+    db = input.new_empty(0) if bias is None else as_rows(dx).sum(0).to(bias.dtype)
     return dx.to(input.dtype), db
 
 

@@ -2,7 +2,8 @@
 
 A folder holds the objects of one set of commands and one torch, so an edit recompiles what it touches. The
 finished library's name carries a hash of sources and flags: a library that is there is up to date, one that
-another process has loaded is never written to, and neither a lock nor a compiler is needed to find it.
+another process has loaded is never written to, and neither a lock nor a compiler is needed to find it. The
+oldest go when a new one is there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_lite import log
@@ -24,6 +26,8 @@ from megatron_lite.errors import KernelError
 from megatron_lite.kernels.sources import CSRC, CXX, NVCC, ROOT, Library
 
 CACHE = ROOT / "build" / "kernels"
+_KEPT_LIBRARIES = 3  # of one set of commands: today's, and those of checkouts of some days ago
+_KEPT_FOLDERS = 8  # sets of commands: two Pythons, two compilers, sanitizers
 
 
 def _digest(*texts: str | bytes) -> str:
@@ -37,7 +41,9 @@ def _digest(*texts: str | bytes) -> str:
 def _place(library: Library, versions: str, cache: Path) -> tuple[Path, Path]:
     """The folder of a library's objects, and the path it will have when it is built from today's sources."""
     commands = repr((library, versions, platform.machine(), sys.implementation.cache_tag))
-    sources = {unit.source for unit in library.units} | set(CSRC.rglob("*.h")) | set(CSRC.rglob("*.cuh"))
+    folders = {unit.source.parent for unit in library.units} | {CSRC / "base"}
+    headers = {path for folder in folders for path in folder.iterdir() if path.suffix in (".h", ".cuh")}
+    sources = headers | {unit.source for unit in library.units}
     contents = _digest(commands, *(part for path in sorted(sources) for part in (path.name, path.read_bytes())))
     folder = cache / f"{library.name}-{_digest(commands)}"
     return folder, folder / f"{library.name}-{contents}.so"
@@ -167,4 +173,20 @@ def built(library: Library, versions: str, cache: Path = CACHE) -> Path:
         if done.returncode:
             raise KernelError(f"{library.name} does not compile; in {folder} ninja says:\n{done.stdout[-4000:]}")
         log.every_rank(f"compiled {library.name} in {time.monotonic() - began:.1f} s")
+        _remove_oldest(library.name, folder)
     return target
+
+
+def _remove_oldest(name: str, folder: Path) -> None:
+    """Keep the newest libraries of a folder, and the newest folders of a name: of each as many as may be in use.
+
+    A process that has loaded one keeps what it has: a file lives as long as someone holds it.
+    """
+
+    def newest_first(paths: Iterable[Path]) -> list[Path]:
+        return sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+    for library in newest_first(folder.glob(f"{name}-*.so"))[_KEPT_LIBRARIES:]:
+        library.unlink(missing_ok=True)
+    for other in newest_first(folder.parent.glob(f"{name}-*"))[_KEPT_FOLDERS:]:
+        shutil.rmtree(other, ignore_errors=True)

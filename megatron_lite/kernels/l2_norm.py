@@ -15,8 +15,8 @@ def l2_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
     tensors: at least one; any shapes and strides, fp32, bf16 and fp16 mixed, on one device. The same bit for bit
     whatever the number of threads. A NaN makes it NaN. An infinity makes it infinite, and so does a block of 2,048
-    elements whose squares sum to more than fp32 holds, 3.4e38: one element of 1.8e19, or 2,048 of 4.1e17. It has no
-    gradient. Raises TypeError for a dtype, ValueError for an empty list or several devices.
+    elements (on a GPU: of 16 bytes) whose squares sum to more than fp32 holds, 3.4e38: one element of 1.8e19, or 2,048
+    of 4.1e17. It has no gradient. Raises TypeError for a dtype, ValueError for an empty list or several devices.
     """
     if not tensors:
         raise ValueError("l2_norm: no tensors; at least one is needed (the norm of nothing has no device)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_lite.kernels.arguments import check_last_dim, check_like, check_same_shape
+from megatron_lite.kernels.arguments import as_rows, check_last_dim, check_like, check_same_shape
 from megatron_lite.kernels.operators import define
 
 
@@ -72,8 +72,7 @@ def _residual_forward_reference(input, residual, weight, bias, epsilon, memory_e
 
 
 def _backward_reference(gradient, sum_gradient, kept, weight, bias, mean, inverse):
-    length = kept.shape[-1]
-    dy, values = gradient.float().reshape(-1, length), kept.float().reshape(-1, length)
+    dy, values = as_rows(gradient), as_rows(kept)
     if bias is None:
         normal = (values - mean[:, None]) * inverse[:, None]
     else:
@@ -81,7 +80,7 @@ def _backward_reference(gradient, sum_gradient, kept, weight, bias, mean, invers
     g = dy * weight.float()
     dx = inverse[:, None] * (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True))
     if sum_gradient is not None:
-        dx = dx + sum_gradient.float().reshape(-1, length)
+        dx = dx + as_rows(sum_gradient)
     return dx.view(kept.shape).to(kept.dtype), (dy * normal).sum(0).to(weight.dtype), dy.sum(0).to(weight.dtype)
 
 

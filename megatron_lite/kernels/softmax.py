@@ -37,7 +37,8 @@ def masked_softmax(input: torch.Tensor, mask: torch.Tensor, scale: float = 1.0) 
 
     As `softmax`; mask: booleans that broadcast to input's shape, true where a query may not see (Megatron's sense,
     the opposite of torch's attention). It is read through its strides, not expanded. A row that is hidden
-    altogether is 0. What is hidden changes nothing, be it NaN.
+    altogether is 0. What is hidden changes nothing, be it NaN; a NaN or +inf that is seen makes all of its row NaN,
+    what is hidden too.
     """
     _check("masked_softmax", input, 1)
     if mask.dtype != torch.bool:
@@ -68,16 +69,18 @@ def _forward_reference(input, mask, scale, causal):
         mask = torch.ones(queries, length, dtype=torch.bool, device=input.device).triu(1 + length - queries)
     if mask is not None:
         logits = logits.masked_fill(mask, -torch.inf)
-    nothing = (logits == -torch.inf).all(-1, keepdim=True)
-    return logits.softmax(-1).masked_fill(nothing, 0).to(input.dtype)
+    probabilities = logits.softmax(-1).masked_fill((logits == -torch.inf).all(-1, keepdim=True), 0)
+    # A NaN that a query sees does not reach the columns after it.
+    return (probabilities.masked_fill(mask, 0) if causal else probabilities).to(input.dtype)
 
 
 def _backward_reference(gradient, output, scale, causal):
     y, dy = output.float(), gradient.float()
     if causal:
         queries, length = y.shape[-2:]
-        dy = dy.tril(length - queries)
-    return (scale * (y * (dy - (y * dy).sum(-1, keepdim=True)))).contiguous().to(output.dtype)
+        y, dy = (values.tril(length - queries) for values in (y, dy))
+    dx = scale * (y * (dy - (y * dy).sum(-1, keepdim=True)))
+    return (dx.tril(length - queries) if causal else dx).contiguous().to(output.dtype)
 
 
 def _forward_fake(input, mask, scale, causal):

@@ -25,13 +25,9 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define __grid_constant__
 #define __shared__ static
 
 struct uint4 { uint32_t x, y, z, w; };
-struct uint2 { uint32_t x, y; };
-struct float2 { float x, y; };
-struct float4 { float x, y, z, w; };
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -39,10 +35,8 @@ struct dim3 {
 
 using cudaStream_t = void*;
 using cudaError_t = int;
-enum { cudaSuccess = 0, cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum { cudaSuccess = 0 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, int, int) { return cudaSuccess; }
 
 namespace cuda_on_cpu {
 
@@ -72,7 +66,6 @@ struct Block {
 };
 
 inline Block block;
-inline std::vector<char> dynamic_memory;
 
 inline void yield() {
   if (!_setjmp(block.current->place)) _longjmp(block.scheduler, 1);
@@ -142,9 +135,19 @@ inline void run_block(const std::function<void()>& body) {
   }
 }
 
+// Every limit of a launch on every card there is; dynamic shared memory is not asked for.
+inline bool possible(dim3 grid, dim3 threads, size_t dynamic_bytes) {
+  const uint64_t in_block = uint64_t{threads.x} * threads.y * threads.z;
+  return in_block && in_block <= 1024 && threads.z <= 64 && grid.x && grid.x <= INT32_MAX && grid.y && grid.y <= 65535 &&
+         grid.z && grid.z <= 65535 && dynamic_bytes == 0;
+}
+
 inline void launch(dim3 grid, dim3 threads, size_t dynamic_bytes, void*, const std::function<void()>& body) {
-  if (threads.x * threads.y * threads.z > 1024 || !grid.x || !threads.x) std::abort();
-  dynamic_memory.assign(dynamic_bytes + 16, 0x7f);
+  if (!possible(grid, threads, dynamic_bytes)) {
+    std::fprintf(stderr, "no GPU launches a grid of %u x %u x %u blocks of %u x %u x %u threads\n", grid.x, grid.y, grid.z,
+                 threads.x, threads.y, threads.z);
+    std::abort();
+  }
   block.grid = grid;
   block.block = threads;
   for (unsigned z = 0; z < grid.z; ++z)
@@ -168,13 +171,6 @@ Value exchange(Value value, int from) {
   return theirs;
 }
 
-template <class Join>
-unsigned reduce(unsigned value, const Join& join) {
-  unsigned joined = exchange(value, 0);
-  for (int lane = 1; lane < 32; ++lane) joined = join(joined, exchange(value, lane));
-  return joined;
-}
-
 inline int lane() { return block.current->rank % 32; }
 
 }  // namespace cuda_on_cpu
@@ -185,51 +181,22 @@ inline int lane() { return block.current->rank % 32; }
 #define gridDim (cuda_on_cpu::block.grid)
 
 inline void __syncthreads() { cuda_on_cpu::meet(cuda_on_cpu::block.all); }
-inline void __syncwarp(unsigned = 0xffffffffu) { cuda_on_cpu::exchange(0, 0); }
-template <class Value>
-Value __shfl_sync(unsigned, Value value, int lane) { return cuda_on_cpu::exchange(value, lane % 32); }
 template <class Value>
 Value __shfl_xor_sync(unsigned, Value value, int mask) { return cuda_on_cpu::exchange(value, cuda_on_cpu::lane() ^ mask); }
-template <class Value>
-Value __shfl_down_sync(unsigned, Value value, int by) {
-  const int lane = cuda_on_cpu::lane();
-  return cuda_on_cpu::exchange(value, lane + by < 32 ? lane + by : lane);
-}
-inline unsigned __ballot_sync(unsigned, int predicate) {
-  unsigned votes = 0;
-  for (int lane = 0; lane < 32; ++lane) votes |= (cuda_on_cpu::exchange(predicate, lane) ? 1u : 0u) << lane;
-  return votes;
-}
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
-
-inline unsigned __reduce_max_sync(unsigned, unsigned value) {
-  return cuda_on_cpu::reduce(value, [](unsigned a, unsigned b) { return a > b ? a : b; });
-}
-inline unsigned __reduce_add_sync(unsigned, unsigned value) {
-  return cuda_on_cpu::reduce(value, [](unsigned a, unsigned b) { return a + b; });
-}
 
 template <class Value>
 Value max(Value a, Value b) { return a > b ? a : b; }
-template <class Value>
-Value min(Value a, Value b) { return a < b ? a : b; }
+
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  unsigned largest = 0;
+  for (int lane = 0; lane < 32; ++lane) largest = max(largest, cuda_on_cpu::exchange(value, lane));
+  return largest;
+}
 
 template <class Value>
 Value __ldcs(const Value* from) { return *from; }
-template <class Value>
-Value __ldg(const Value* from) { return *from; }
-template <class Value>
-void __stcs(Value* to, Value value) { *to = value; }
 
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
-inline float __frcp_rn(float x) { return 1 / x; }
-inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 inline float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
-inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
-inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }

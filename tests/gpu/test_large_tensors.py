@@ -6,16 +6,29 @@ from kernel_cases import RULE, operator
 
 from megatron_lite.kernels.bias_dropout_add import bias_dropout_add
 from megatron_lite.kernels.bias_gelu import bias_gelu
-from megatron_lite.kernels.layer_norm import layer_norm
-from megatron_lite.kernels.rms_norm import rms_norm
+from megatron_lite.kernels.layer_norm import layer_norm, residual_layer_norm
+from megatron_lite.kernels.rms_norm import residual_rms_norm, rms_norm
+from megatron_lite.kernels.rotary import rotary
 from megatron_lite.kernels.softmax import causal_softmax, softmax
 from megatron_lite.kernels.swiglu import swiglu
 
-LENGTH, TRIANGLE = 4096, 64
+LENGTH, TRIANGLE, HEAD_DIM = 4096, 64, 128
+
+
+def rotated(x):
+    """Each row as the heads of one position, all positions turned alike."""
+    angles = torch.linspace(0, 6, HEAD_DIM // 2, device=x.device).expand(len(x), 1, -1)
+    return rotary(x.view(len(x), 1, -1, HEAD_DIM), angles.cos(), angles.sin()).view_as(x)
+
+
 # (columns of the input, what is done to rows of which the first has the given number)
 OF_ROWS = {
     "layer_norm": (LENGTH, lambda x, line, row: layer_norm(x, line, line)),
     "rms_norm": (LENGTH, lambda x, line, row: rms_norm(x, line)),
+    # The norm and the sum have one gradient each: both are looked at in what they come to.
+    "residual_layer_norm": (LENGTH, lambda x, line, row: sum(residual_layer_norm(x, x, line, line))),
+    "residual_rms_norm": (LENGTH, lambda x, line, row: sum(residual_rms_norm(x, x, line))),
+    "rotary": (LENGTH, lambda x, line, row: rotated(x)),
     "softmax": (LENGTH, lambda x, line, row: softmax(x)),
     "causal_softmax": (LENGTH, lambda x, line, row: causal_softmax(x.view(-1, TRIANGLE, LENGTH)).view_as(x)),
     "swiglu": (2 * LENGTH, lambda x, line, row: swiglu(x)),
@@ -83,6 +96,21 @@ def test_the_last_blocks_of_codes(beyond, device):
     assert torch.equal(codes[-5120:], alone[0]) and torch.equal(absmax[-20:], alone[1])
     back = operator("dequantize_blockwise")(codes, absmax, True, torch.bfloat16)
     assert torch.equal(back[-5120:], operator("dequantize_blockwise")(*alone, True, torch.bfloat16))
+
+
+def test_the_last_rows_of_a_loss(beyond, device):
+    rows = beyond // LENGTH
+    logits = torch.randn(rows, LENGTH, device=device, dtype=torch.bfloat16)
+    labels = torch.randint(0, LENGTH, (rows,), device=device)
+    last, ones = slice(rows - TRIANGLE, rows), torch.ones(rows, device=device)
+    alone = logits[last].clone()
+    top, total, _, _ = statistics = operator("cross_entropy_statistics")(logits, labels, 0, LENGTH)
+    assert torch.equal(statistics[:, last], operator("cross_entropy_statistics")(alone, labels[last], 0, LENGTH))
+    rest = 0, LENGTH, 0.1, LENGTH
+    operator("cross_entropy_gradient_")(logits, labels, top, 1 / total, ones, *rest)
+    few = (each[last].contiguous() for each in (labels, top, 1 / total, ones))
+    operator("cross_entropy_gradient_")(alone, *few, *rest)
+    assert torch.equal(logits[last], alone)
 
 
 def test_the_norm_counts_all(beyond, device):

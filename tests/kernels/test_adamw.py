@@ -5,7 +5,9 @@ import operator
 
 import pytest
 import torch
-from kernel_cases import DTYPES, assert_as_exact_as, drawn
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, assert_as_exact_as, assert_threads_change_nothing, drawn, strided
 
 from megatron_lite.kernels.adamw import adamw
 
@@ -61,6 +63,21 @@ def test_a_16_bit_parameter_is_rounded_once(dtype, instruction_set):
         assert ((one.double() - true).abs() <= bound).all()
 
 
+@given(st.data())
+def test_any_shapes_strides_and_dtypes(data):
+    shapes = data.draw(st.lists(st.lists(st.integers(0, 60), min_size=1, max_size=3), min_size=1, max_size=5))
+    dtypes = [data.draw(st.sampled_from(DTYPES)) for _ in shapes]
+    parameters = [
+        drawn(*shape, dtype=dtype, seed=i) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+    ]
+    steps = [[strided(data, shape, seed=9 + step) for shape in shapes] for step in range(2)]
+    for one, exact in zip(ours(parameters, steps)[0], by_torch(parameters, steps, torch.float64)[0], strict=True):
+        assert one.shape == exact.shape
+        # Each of two steps rounds once to the parameter's dtype.
+        bound = torch.finfo(one.dtype).eps * (exact.abs() + 0.02) + 1e-6
+        assert ((one.double() - exact).abs() <= bound).all()
+
+
 def test_many_steps_stay_beside_torch():
     parameters, steps = [drawn(40, 30)], [[drawn(40, 30, seed=step)] for step in range(200)]
     exact = by_torch(parameters, steps, torch.float64)[0][0]
@@ -70,17 +87,9 @@ def test_many_steps_stay_beside_torch():
 def test_the_number_of_threads_and_the_grouping_change_nothing():
     parameters, steps = [drawn(*shape) for shape in (*SHAPES, (50_000,))], gradients_of(2)
     steps = [[*gradients, drawn(50_000, seed=9)] for gradients in steps]
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(ours(parameters, steps)[0])
-    finally:
-        torch.set_num_threads(before)
-    each = [ours([p], [[gradients[i]] for gradients in steps])[0][0] for i, p in enumerate(parameters)]
-    for other in (*results[1:], each):
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_threads_change_nothing(lambda: ours(parameters, steps)[0])
+    for i, together in enumerate(ours(parameters, steps)[0]):
+        assert torch.equal(together, ours([parameters[i]], [[gradients[i]] for gradients in steps])[0][0])
 
 
 def test_gradients_of_any_strides():

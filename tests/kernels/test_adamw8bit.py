@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from kernel_cases import DTYPES, drawn, nearest_codes
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_cases import DTYPES, assert_threads_change_nothing, drawn, nearest_codes, strided
 
 from megatron_lite.kernels.adamw import adamw
 from megatron_lite.kernels.adamw8bit import State8bit, adamw8bit
@@ -40,19 +42,34 @@ def test_follows_the_rule(dtype, keep, instruction_set):
     states = [State8bit.zeros(parameter) for parameter in parameters]
     for step in range(1, 5):
         gradients = [drawn(*shape, seed=step) ** 3 * 0.01 for shape in SHAPES]
-        expected = [by_hand(*of, step, keep) for of in zip(parameters, gradients, states, strict=True)]
-        adamw8bit(parameters, gradients, states, step=step, keep_second_moments=keep, **RULE)
-        for parameter, state, (value, slots) in zip(parameters, states, expected, strict=True):
-            # Half a last digit, and fp32's own rounding before it.
-            bound = 0.5001 * torch.finfo(dtype).eps * value.abs() + 1e-6
-            assert ((parameter.double() - value).abs() <= bound).all()
-            for ours, exact in zip(state, slots, strict=True):
-                if ours.dtype == torch.float32:
-                    torch.testing.assert_close(ours.double(), exact[: len(ours)], rtol=1e-6, atol=0)
-                else:
-                    # fp32's rounding may carry a value over the middle between two codes: one in some 10,000.
-                    differ = (ours.int() - exact).abs()
-                    assert (differ <= 1).all() and differ.sum() <= 2 + differ.numel() // 2000
+        assert_follows_the_rule(parameters, gradients, states, step, keep)
+
+
+def assert_follows_the_rule(parameters, gradients, states, step, keep):
+    """Take a step, and raise unless it is the one by hand."""
+    expected = [by_hand(*of, step, keep) for of in zip(parameters, gradients, states, strict=True)]
+    adamw8bit(parameters, gradients, states, step=step, keep_second_moments=keep, **RULE)
+    for parameter, state, (value, slots) in zip(parameters, states, expected, strict=True):
+        # Half a last digit, and fp32's own rounding before it.
+        bound = 0.5001 * torch.finfo(parameter.dtype).eps * value.abs() + 1e-6
+        assert ((parameter.double() - value).abs() <= bound).all()
+        for ours, exact in zip(state, slots, strict=True):
+            if ours.dtype == torch.float32:
+                torch.testing.assert_close(ours.double(), exact[: len(ours)], rtol=1e-6, atol=0)
+            else:
+                # fp32's rounding may carry a value over the middle between two codes: one in some 10,000.
+                differ = (ours.int() - exact).abs()
+                assert (differ <= 1).all() and differ.sum() <= 2 + differ.numel() // 2000
+
+
+@given(st.data())
+def test_any_shapes_strides_and_dtypes(data):
+    shapes = data.draw(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=3), min_size=1, max_size=4))
+    parameters = [drawn(*shape, dtype=data.draw(st.sampled_from(DTYPES)), seed=i) for i, shape in enumerate(shapes)]
+    states = [State8bit.zeros(parameter) for parameter in parameters]
+    for step in (1, 2):
+        gradients = [strided(data, shape, seed=9 + step) for shape in shapes]
+        assert_follows_the_rule(parameters, gradients, states, step, data.draw(st.booleans()))
 
 
 def largest_difference(gradients, keep):
@@ -93,18 +110,13 @@ def test_bytes_a_parameter():
 
 
 def test_the_number_of_threads_changes_nothing():
-    gradient, before, results = drawn(300_001, seed=1), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            parameter = drawn(300_001)
-            state = State8bit.zeros(parameter)
-            adamw8bit([parameter], [gradient], [state], step=1, **RULE)
-            results.append([parameter, *state])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    def updated():
+        parameter = drawn(300_001)
+        state = State8bit.zeros(parameter)
+        adamw8bit([parameter], [drawn(300_001, seed=1)], [state], step=1, **RULE)
+        return [parameter, *state]
+
+    assert_threads_change_nothing(updated)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -122,9 +134,9 @@ def test_what_is_not_finite_stays_in_its_block_and_shows(bad, instruction_set):
 def test_gradients_of_any_strides_and_dtype():
     gradient = drawn(30, 20, 2, dtype=torch.bfloat16, seed=1)[..., 1].t()
     results = []
-    for given in (gradient, gradient.float().contiguous()):
+    for each in (gradient, gradient.float().contiguous()):
         parameter = torch.nn.Parameter(drawn(20, 30))
-        adamw8bit([parameter], [given], [State8bit.zeros(parameter)], step=1, **RULE)
+        adamw8bit([parameter], [each], [State8bit.zeros(parameter)], step=1, **RULE)
         results.append(parameter.detach())
     assert torch.equal(*results)
 

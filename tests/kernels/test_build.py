@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,43 @@ def test_an_edited_source_is_compiled_again_and_the_old_library_stays(tmp_path):
     second = build.built(edited, "1", tmp_path / "cache")
     assert second != first and first.exists() and build.found(edited, "1", tmp_path / "cache") == second
     assert build.found(edited, "2", tmp_path / "cache") is None
+
+
+def test_what_newer_libraries_have_replaced_is_removed(tmp_path):
+    cache = tmp_path / "cache"
+    newest = build.built(small_library(tmp_path), "1", cache)
+    for age in range(1, 12):
+        library, folder = newest.with_name(f"answer-{age}.so"), cache / f"answer-{age}"
+        library.touch()
+        folder.mkdir()
+        for path in (library, folder):
+            os.utime(path, (1e9 - age, 1e9 - age))
+    (cache / "question-1").mkdir()
+    second = build.built(small_library(tmp_path, 'extern "C" int answer() { return 43; }\n'), "1", cache)
+    assert {path.name for path in newest.parent.glob("*.so")} == {newest.name, second.name, "answer-1.so"}
+    kept = {newest.parent.name, "question-1", *(f"answer-{age}" for age in range(1, 8))}
+    assert {path.name for path in cache.iterdir()} == kept
+
+
+def test_a_library_is_named_for_its_own_sources_alone(tmp_path, monkeypatch):
+    csrc = shutil.copytree(sources.CSRC, tmp_path / "csrc")
+    for module in (build, sources):
+        monkeypatch.setattr(module, "CSRC", csrc)
+
+    def places():
+        libraries = sources.cpu_kernels(extension.TORCH), sources.host_module(tmp_path)
+        return [build._place(library, "1", tmp_path)[1] for library in libraries]
+
+    before = places()
+    for header, renamed in (
+        ("host/permutation.h", [False, True]),
+        ("layer_norm/layer_norm.h", [True, False]),
+        ("base/cpu.h", [True, True]),
+    ):
+        with open(csrc / header, "a") as file:
+            file.write("\n")
+        assert [a != b for a, b in zip(before, places(), strict=True)] == renamed, header
+        before = places()
 
 
 def test_what_does_not_compile_is_told_in_the_compilers_words(tmp_path):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, assert_as_exact_as, drawn
+from kernel_cases import DTYPES, assert_as_exact_as, assert_threads_change_nothing, drawn
 
 from megatron_lite.kernels.cross_entropy import cross_entropy_gradient_, cross_entropy_statistics
 
@@ -152,16 +152,7 @@ def test_strides_do_not_matter_to_statistics():
 
 def test_the_number_of_threads_changes_nothing():
     case = drawn_case(100, 3000, torch.bfloat16)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(loss_and_gradient(*case, label_smoothing=0.1))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_threads_change_nothing(lambda: loss_and_gradient(*case, label_smoothing=0.1))
 
 
 def test_compiles_without_a_graph_break():

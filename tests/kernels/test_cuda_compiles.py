@@ -1,9 +1,11 @@
 """Every CUDA kernel compiles for every target without a warning or a spill, and the library links and registers.
 
-It needs nvcc but no GPU and no CUDA build of torch: a stub stands for libtorch_cuda.so. Without nvcc
-it is skipped, and says so: test_cuda_on_cpu.py then runs the same sources with the C++ compiler.
+It needs nvcc but no GPU and no CUDA build of torch: a stub stands for libtorch_cuda.so. Without nvcc it is skipped,
+and says so (with CI=true it fails, unless MEGATRON_LITE_CUDA=0): test_cuda_on_cpu.py then runs the sources by the
+C++ compiler.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +25,10 @@ def library():
     try:
         build.find_nvcc()
     except KernelError as error:
+        if os.environ.get("CI") == "true" and os.environ.get("MEGATRON_LITE_CUDA") != "0":
+            pytest.fail(
+                f"{error}; where CI=true that is a failure, unless MEGATRON_LITE_CUDA=0 says that there is none"
+            )
         pytest.skip(str(error))
     folder = build.CACHE / "stub"
     folder.mkdir(parents=True, exist_ok=True)

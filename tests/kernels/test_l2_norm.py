@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, drawn
+from kernel_cases import DTYPES, assert_threads_change_nothing, drawn
 
 from megatron_lite.kernels.l2_norm import l2_norm
 
@@ -37,15 +37,7 @@ def test_the_error_does_not_grow_with_the_length():
 
 def test_the_number_of_threads_changes_nothing():
     tensors = [drawn(300_000, dtype=torch.bfloat16), drawn(70_000, seed=1)]
-    before = torch.get_num_threads()
-    norms = set()
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            norms.add(l2_norm(tensors).item())
-    finally:
-        torch.set_num_threads(before)
-    assert len(norms) == 1
+    assert_threads_change_nothing(lambda: [l2_norm(tensors)])
 
 
 def test_what_is_not_finite_shows(instruction_set):

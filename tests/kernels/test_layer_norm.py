@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, SHAPES, assert_as_exact_as, assert_equals_reference, drawn, gradients
+from kernel_cases import (
+    DTYPES,
+    SHAPES,
+    assert_as_exact_as,
+    assert_equals_reference,
+    assert_threads_change_nothing,
+    drawn,
+    gradients,
+    strided,
+)
 
 from megatron_lite.kernels.layer_norm import layer_norm, residual_layer_norm
 
@@ -62,9 +71,7 @@ def test_only_the_sum_is_used():
 def test_any_shape_and_strides(data):
     dims = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
     dims[-1] = data.draw(st.integers(1, 200))
-    order = data.draw(st.permutations(range(len(dims))))
-    wide = drawn(*(dims[order.index(i)] for i in range(len(dims))), 2)[..., 0]
-    x = wide.permute(*order) if len(dims) > 1 else wide
+    x = strided(data, dims)
     weight, bias = drawn(x.shape[-1], 3, seed=2)[:, 1], drawn(1, seed=3).expand(x.shape[-1])
     output = layer_norm(x, weight, bias)
     assert output.is_contiguous()
@@ -117,16 +124,7 @@ def test_a_variance_that_overflows_shows(dtype, instruction_set):
 
 def test_the_number_of_threads_changes_nothing():
     tensors = arguments((1000, 130), torch.bfloat16)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(gradients(residual_layer_norm, tensors))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_threads_change_nothing(lambda: gradients(residual_layer_norm, tensors))
 
 
 def test_refusals_give_the_numbers():

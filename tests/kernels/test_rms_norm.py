@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, SHAPES, assert_as_exact_as, assert_equals_reference, drawn, gradients
+from kernel_cases import (
+    DTYPES,
+    SHAPES,
+    assert_as_exact_as,
+    assert_equals_reference,
+    assert_threads_change_nothing,
+    drawn,
+    gradients,
+    strided,
+)
 
 from megatron_lite.kernels.rms_norm import residual_rms_norm, rms_norm
 
@@ -69,9 +78,7 @@ def test_only_the_sum_is_used():
 def test_any_shape_and_strides(data):
     dims = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
     dims[-1] = data.draw(st.integers(1, 200))
-    order = data.draw(st.permutations(range(len(dims))))
-    wide = drawn(*(dims[order.index(i)] for i in range(len(dims))), 2)[..., 0]
-    x = wide.permute(*order) if len(dims) > 1 else wide
+    x = strided(data, dims)
     weight = drawn(x.shape[-1], 3, seed=2)[:, 1]
     output = rms_norm(x, weight)
     assert output.is_contiguous()
@@ -109,16 +116,7 @@ def test_a_sum_of_squares_that_overflows_shows(dtype, instruction_set):
 
 def test_the_number_of_threads_changes_nothing():
     tensors = arguments((1000, 130), torch.bfloat16)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(gradients(residual_rms_norm, tensors))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_threads_change_nothing(lambda: gradients(residual_rms_norm, tensors))
 
 
 def test_refusals_give_the_numbers():

@@ -4,7 +4,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, SHAPES, assert_as_exact_as, drawn, gradients
+from kernel_cases import (
+    DTYPES,
+    SHAPES,
+    assert_as_exact_as,
+    assert_small_probabilities_keep_their_digits,
+    assert_threads_change_nothing,
+    drawn,
+    gradients,
+    strided,
+)
 
 from megatron_lite.kernels.softmax import causal_softmax, masked_softmax, softmax
 
@@ -67,10 +76,8 @@ def test_a_mask_broadcasts(shape, mask_shape, dtype, instruction_set):
 def test_any_shape_and_strides(data):
     dims = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6))
     dims[-1] = data.draw(st.integers(1, 140))
-    order = data.draw(st.permutations(range(len(dims))))
-    wide = [drawn(*(dims[order.index(i)] for i in range(len(dims))), 2, seed=seed)[..., 0] for seed in range(2)]
-    x, other = (t.permute(*order) if len(dims) > 1 else t for t in wide)
-    mask = (other > 0)[tuple(slice(0, data.draw(st.sampled_from([1, size]))) for size in dims)]
+    x = strided(data, dims)
+    mask = (strided(data, dims, seed=1) > 0)[tuple(slice(0, data.draw(st.sampled_from([1, size]))) for size in dims)]
     output = masked_softmax(x, mask, SCALE)
     assert output.is_contiguous()
     torch.testing.assert_close(output, by_torch(x, mask.expand(x.shape)), rtol=1e-5, atol=1e-6)
@@ -119,6 +126,10 @@ def test_large_and_constant_rows(dtype, instruction_set):
     assert softmax(torch.tensor([0, -90.0])).tolist() == [1, 0]
 
 
+def test_small_probabilities_keep_their_digits(instruction_set):
+    assert_small_probabilities_keep_their_digits("cpu")
+
+
 def test_the_scale_is_not_rounded_to_the_inputs_dtype():
     x = drawn(4, 50, dtype=torch.bfloat16)
     assert torch.equal(softmax(x, 0.3), softmax(x.float(), 0.3).bfloat16())
@@ -127,16 +138,7 @@ def test_the_scale_is_not_rounded_to_the_inputs_dtype():
 
 def test_the_number_of_threads_changes_nothing():
     x = drawn(1000, 130, dtype=torch.bfloat16)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(gradients(causal_softmax, (x,)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_threads_change_nothing(lambda: gradients(causal_softmax, (x,)))
 
 
 def test_compiles_without_a_graph_break():
