@@ -41,7 +41,7 @@ class Arrival:
 
     A block of 8-bit codes that is a block of a stored box as well, the same elements in the same order, is
     taken as it is. All others are quantised anew from the numbers that are stored: off by at most half the
-    distance of two codes, but that a second moment above 0 keeps the smallest code above 0.
+    distance of two codes, but that a number above 0 keeps the smallest code above 0 where the piece says so.
     """
 
     def __init__(self, piece: Piece, stored: StoredTensor):
@@ -81,7 +81,7 @@ class Arrival:
         if piece.absmax is None or self._numbers is None:
             return
         codes, absmax = quantize_blockwise(self._numbers, signed=piece.signed)
-        if not piece.signed:
+        if piece.keeps_above_zero:
             codes = keep_above_zero(codes, self._numbers)
         elements = self._anew.repeat_interleave(BLOCK)[: codes.numel()].view(codes.shape)
         for into, new, where in ((piece.tensor, codes, elements), (piece.absmax, absmax, self._anew)):

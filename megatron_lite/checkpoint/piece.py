@@ -46,6 +46,8 @@ class Piece:
     """Where `tensor` holds 8-bit codes, quantised as this one piece: fp32, one for each block."""
     signed: bool = False
     """Which map the codes are of."""
+    keeps_above_zero: bool = False
+    """Where codes are made anew, a number above 0 keeps code 1 of the unsigned map at least."""
 
     def __post_init__(self) -> None:
         rectangle = self.rectangle

@@ -18,7 +18,8 @@ class KernelsConfig:
     require_native_kernels: bool = False
     """Refuse to start where a kernel would run as its reference in plain torch."""
     memory_efficient_layer_norm: bool = False
-    """Norms keep their output, which the next layer keeps anyway, instead of their input for the backward pass."""
+    """Norms keep their output, which the next layer keeps anyway, instead of their input for the backward pass. It is
+    divided by the weight: none may be 0, and a layer norm whose bias is many times its weight loses digits."""
     loss_chunk_size: int = 0
     """Entries of a rank's vocabulary whose logits are held at once for the loss; 0: all. Saves nearly all of the
     logits' memory for one more matrix product of the output layer, in backward."""

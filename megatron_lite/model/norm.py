@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from megatron_lite import log
 from megatron_lite.config.kernels import KernelsConfig
 from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import KernelError
@@ -25,6 +26,9 @@ NormFunction = Callable[
 ]
 """(hidden, residual or None, weight, bias, epsilon) to the norm of hidden + residual, and that sum: the layer norm of
 the last dim, or the RMS norm where the bias is None."""
+
+_LARGEST_ERROR = 0.05
+"""Of a normalised value that is computed back from the output."""
 
 
 class Norm(nn.Module):
@@ -62,22 +66,34 @@ class Norm(nn.Module):
         weight = self._shared(self.weight, axis)
         bias = None if self.bias is None else self._shared(self.bias, axis)
         if self._divides_by_weight and torch.is_grad_enabled():
-            self._refuse_zeros()
+            self._look_at_divisors(hidden.dtype)
         normal, total = self._norm(hidden, residual, weight, bias, self._epsilon)
         return normal if residual is None else (normal, total)
 
     def _shared(self, parameter: torch.Tensor, axis: TensorAxis) -> torch.Tensor:
         return axis.shared(parameter)
 
-    def _refuse_zeros(self) -> None:
+    def _look_at_divisors(self, dtype: torch.dtype) -> None:
         """Once, at the first step: to look halts a GPU. A weight that is 0 later gives a NaN, which stops the run."""
         self._divides_by_weight = False
-        zeros = 0 if self.weight.is_meta else self.weight.numel() - int(self.weight.count_nonzero())
+        if self.weight.is_meta:
+            return
+        zeros = self.weight.numel() - int(self.weight.count_nonzero())
         if zeros:
             raise KernelError(
                 f"--memory-efficient-layer-norm divides by the weights of norms, and {zeros} of the "
                 f"{self.weight.numel()} weights of one are 0; leave it out"
             )
+        if self.bias is not None:
+            ratio = (self.bias.detach() / self.weight.detach()).abs().max().item()
+            # The output's rounding, half a digit of the bias, divided by the weight; normal values are some 1.
+            error = ratio * torch.finfo(dtype).eps / 2
+            if error > _LARGEST_ERROR:
+                log.once(
+                    f"--memory-efficient-layer-norm: the bias of a norm is up to {ratio:.3g} times its weight, which "
+                    f"makes normalised values in the gradient wrong by up to {error:.2g} in {dtype}, where "
+                    f"{_LARGEST_ERROR} is harmless; leave it out"
+                )
 
 
 class HeadNorm(Norm):

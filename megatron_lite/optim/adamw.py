@@ -70,7 +70,7 @@ class AdamW(torch.optim.Optimizer):
         keep_second_moments: bool = True,
     ):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bits": 32})
-        self._keep_second_moments = keep_second_moments
+        self.keep_second_moments = keep_second_moments
         self._pieces: dict[torch.Tensor, Pieces] = {}
 
     def allocate(self, parameter: torch.Tensor, bits: int, cuts: Sequence[tuple[int, int]] | None = None) -> None:
@@ -149,4 +149,4 @@ class AdamW(torch.optim.Optimizer):
             for name in MOMENTS:
                 slots += [pieces.split(state[name]), state[f"{name}_absmax"].split(pieces.blocks)]
             states += map(State8bit, *slots)
-        adamw8bit(values, gradients, states, keep_second_moments=self._keep_second_moments, **rule)
+        adamw8bit(values, gradients, states, keep_second_moments=self.keep_second_moments, **rule)

@@ -19,6 +19,8 @@ class SlotPart(NamedTuple):
     """fp32, one for each block of 256 codes."""
     signed: bool
     """Which map the codes are of."""
+    keeps_above_zero: bool
+    """A value above 0 keeps code 1 at least, however small."""
 
 
 def allocate_state(
@@ -48,8 +50,10 @@ def slot_part(
     """Elements [first, first + length) of a slot of `parameter`; with 8-bit state they are one of its pieces."""
     values = optimizer.state[parameter][slot].view(-1)[first : first + length]
     if isinstance(optimizer, AdamW):
-        return SlotPart(values, optimizer.absmax(parameter, slot, first, length), MOMENTS[slot])
-    return SlotPart(values, None, True)
+        signed = MOMENTS[slot]
+        keeps = optimizer.keep_second_moments and not signed
+        return SlotPart(values, optimizer.absmax(parameter, slot, first, length), signed, keeps)
+    return SlotPart(values, None, True, False)
 
 
 def step_count(optimizer: torch.optim.Optimizer) -> int:

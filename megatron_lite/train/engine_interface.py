@@ -96,6 +96,7 @@ class Engine:
                             owned,
                             absmax=held.absmax,
                             signed=held.signed,
+                            keeps_above_zero=held.keeps_above_zero,
                         )
                     )
         return found

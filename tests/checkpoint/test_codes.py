@@ -33,10 +33,19 @@ def numbers(signed, seed=0):
     return drawn if signed else drawn**2
 
 
-def coded(name, rectangle, values, owned=True):
+def coded(name, rectangle, values, owned=True, keep=True):
     signed = KINDS[name.split("/")[0]]
     codes, absmax = quantize_blockwise(values, signed=signed)
-    return Piece(name, SHAPE, rectangle.start, codes, owned, absmax=absmax, signed=signed)
+    return Piece(
+        name,
+        SHAPE,
+        rectangle.start,
+        codes,
+        owned,
+        absmax=absmax,
+        signed=signed,
+        keeps_above_zero=keep and not signed,
+    )
 
 
 def decoded(piece):
@@ -143,6 +152,20 @@ def test_any_cut_loads_at_any_other(before, after, one_rank, tmp_path, no_fsync,
     assert torch.equal(alone.tensor, last.tensor) and torch.equal(alone.absmax, last.absmax)
     if before == after:
         assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(saved, wanted, strict=True))
+
+
+def test_nearest_codes_stay_the_nearest_when_they_are_made_anew(one_rank, tmp_path, no_fsync):
+    values = numbers(False)
+    folder = save(tmp_path, 1, [coded("exp_avg_sq/w", CUTS["whole"][0], values)], {}, one_rank, **RUN)
+    stored = read_tensor(folder, "exp_avg_sq/w")
+    for keep in (False, True):
+        rectangle = CUTS["odd columns"][0]
+        piece = coded("exp_avg_sq/w", rectangle, torch.ones(rectangle.shape), keep=keep)
+        load(folder, [piece], one_rank)
+        here = stored[rectangle.slices_in(Rectangle((0, 0), SHAPE))]
+        nearest, _ = quantize_blockwise(here, signed=False)
+        assert ((nearest == 0) & (here > 0)).any()
+        assert torch.equal(piece.tensor, keep_above_zero(nearest, here) if keep else nearest)
 
 
 def assert_near(piece, values):

@@ -111,3 +111,17 @@ def test_a_norm_that_divides_by_its_weight_refuses_zeros():
         norm(torch.ones(2, 1, 24), TensorAxis(mesh))
     with pytest.raises(KernelError, match="2 of the 24 weights of one are 0; leave it out"):
         norm(torch.ones(2, 1, 24), TensorAxis(mesh))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bias", "told"), [("float32", 20, False), ("bfloat16", 20, True), ("float32", 1e6, True)]
+)
+def test_a_bias_far_beyond_its_weight_is_told_once(dtype, bias, told, capsys):
+    mesh, dtype = ProcessMesh.create(MeshShape()), getattr(torch, dtype)
+    norm = Norm(ModelConfig(hidden_size=24), mesh, KernelsConfig(memory_efficient_layer_norm=True), dtype=dtype)
+    with torch.no_grad():
+        norm.weight.fill_(1)
+        norm.bias.fill_(0)[3] = -bias
+    for _ in range(2):
+        norm(torch.ones(2, 1, 24, dtype=dtype), TensorAxis(mesh))
+    assert capsys.readouterr().err.count(f"is up to {bias:.3g} times its weight") == told
