@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The GPU tests and the GPU benchmarks, on a machine that has a GPU, no network and no .venv of this checkout.
 #
-#   tools/bench/gpu.sh [--cpu] [--only tests|bench] [SITE]
+#   tools/bench/gpu.sh [--cpu] [--only tests|bfloat16|float32|steps] [SITE]
 #
 # SITE is a folder of installed packages (pip install --target) put first on Python's path, where the machine's own
 # Python lacks some. Results go to $OUT, else to tools/bench/results. --cpu is the same with tiny sizes on the CPU, to
-# try this script. $PYTHON names the interpreter. All parts run, whatever fails; the exit code tells.
+# try this script. $PYTHON names the interpreter. All parts run, whatever fails; the exit code tells. --only runs one of
+# four parts, of some minutes each: the tests, the kernels of a dtype, whole training steps.
 set -uo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
@@ -13,13 +14,16 @@ on_cpu='' only='' failed=()
 while (($#)); do
     case $1 in
         --cpu) on_cpu=1 ;;
-        --only) only=${2:?--only tests or --only bench}; shift ;;
-        -*) echo "unknown option $1; the options are --cpu and --only tests|bench" >&2; exit 2 ;;
+        --only) only=${2:?--only tests, bfloat16, float32 or steps}; shift ;;
+        -*) echo "unknown option $1; the options are --cpu and --only tests|bfloat16|float32|steps" >&2; exit 2 ;;
         *) export PYTHONPATH=$1${PYTHONPATH:+:$PYTHONPATH} ;;
     esac
     shift
 done
-case $only in ''|tests|bench) ;; *) echo "--only $only: it is tests or bench" >&2; exit 2 ;; esac
+case $only in
+    ''|tests|bfloat16|float32|steps) ;;
+    *) echo "--only $only: it is tests, bfloat16, float32 or steps" >&2; exit 2 ;;
+esac
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
@@ -53,20 +57,26 @@ print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, {device}")
 EOF
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
 
-if [[ $only != bench ]]; then
+wanted() { [[ -z $only || $only == "$1" ]]; }
+
+if [[ -n $on_cpu ]]; then
+    kernels=(--threads 1 --rows 64 --rounds 3 --groups norms softmax activations) device=smoke
+    native=(--shapes gpt2-tiny --turns 2 --steps 1) step=(--bf16 --shapes gpt2-tiny --turns 2 --steps 1)
+else
+    # 64 MB a tensor or more: less fits into the card's cache.
+    kernels=(--device cuda --rows 32768 --hidden 1024 2048 4096 8192 16384 --rounds 11) device=gpu
+    native=(--precisions bf16) step=()
+fi
+if wanted tests; then
     part 'GPU tests' "$PYTHON" -m pytest tests/gpu -rs --durations=5 ${on_cpu:+--on-cpu} --junitxml "$OUT/gpu-tests.xml"
 fi
-if [[ $only != tests ]]; then
-    if [[ -n $on_cpu ]]; then
-        kernels=(--threads 1 --rows 64 --rounds 3 --groups norms activations) step=(--bf16 --shapes gpt2-tiny --turns 2 --steps 1)
-        native=(--shapes gpt2-tiny --turns 2 --steps 1) device=smoke
-    else
-        # 64 MB a tensor or more: less fits into the card's cache.
-        kernels=(--device cuda --rows 32768 --hidden 1024 2048 4096 8192 16384 --dtypes bfloat16 float32) step=()
-        native=(--precisions bf16)
-        device=gpu
+for dtype in bfloat16 float32; do
+    if wanted $dtype; then
+        part "kernels in $dtype" "$PYTHON" tools/bench/kernels.py "${kernels[@]}" --dtypes $dtype \
+            --output "$OUT/kernels-$device-$dtype.json"
     fi
-    part 'kernels' "$PYTHON" tools/bench/kernels.py "${kernels[@]}" --output "$OUT/kernels-$device.json"
+done
+if wanted steps; then
     part 'native step' "$PYTHON" tools/bench/native_step.py "${native[@]}" --output "$OUT/native_step-$device.json"
     part 'training step' "$PYTHON" tools/bench/train_step.py "${step[@]}" --output "$OUT/train_step-$device.json"
 fi

@@ -26,8 +26,8 @@ _MARKS = {
     "torch compiled": ("#edae49", "D"),
     "liger": ("#3d5a98", "^"),
     "quack": ("#8e6c8a", "v"),
-    "deepspeed": ("#3d5a98", "^"),
-    "bitsandbytes": ("#8e6c8a", "v"),
+    "deepspeed": ("#00798c", "<"),
+    "bitsandbytes": ("#a44a3f", ">"),
     "apex": ("#6b705c", "P"),
 }
 _OTHER = ("#555555", "x")
@@ -44,9 +44,9 @@ def panels(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {dtype: list(operations.values()) for dtype, operations in found.items()}
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
-    """The picture of one run of kernels.py, written to `path`."""
-    by_dtype = panels(report["results"])
+def draw(about: dict[str, Any], results: list[dict[str, Any]], path: Path) -> None:
+    """The picture of runs of kernels.py on one machine, written to `path`."""
+    by_dtype = panels(results)
     rows = max(map(len, by_dtype.values()))
     figure, axes = pyplot.subplots(
         1, len(by_dtype), figsize=(5.6 * len(by_dtype), 1.6 + 0.3 * rows), sharey=False, squeeze=False
@@ -71,7 +71,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.set_axisbelow(True)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    about = report["about"]
     figure.suptitle(
         f"{about['device']}, {about['kernels']}, {about['threads']} thread(s), torch {about['torch']}", fontsize=10
     )
@@ -84,14 +83,15 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=Path, help="JSON that kernels.py wrote")
+    parser.add_argument("reports", type=Path, nargs="+", help="JSON that kernels.py wrote, of one machine")
     parser.add_argument("--output", type=Path, required=True, help="PNG or SVG file")
     options = parser.parse_args()
     try:
-        report = json.loads(options.report.read_text())
-        draw(report, options.output)
+        reports = [json.loads(report.read_text()) for report in options.reports]
+        results = [result for report in reports for result in report["results"]]
+        draw(reports[0]["about"], results, options.output)
     except (OSError, ValueError, KeyError) as error:
-        parser.error(f"{options.report} is no result of kernels.py: {error!r}")
+        parser.error(f"{', '.join(map(str, options.reports))}: no result of kernels.py: {error!r}")
     print(options.output)
     return 0
 

@@ -1,4 +1,4 @@
-"""SwiGLU and bias + GELU beside torch's eager chain and Liger's SwiGLU."""
+"""SwiGLU and bias + GELU beside torch's eager chain, and Liger's SwiGLU and GEGLU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from megatron_lite.kernels.swiglu import swiglu
 
 
 def activations(setting: Setting) -> Iterator[Case]:
-    """Of [rows, 4 x hidden] outputs. SwiGLU reads two and writes one, backward three and two; GELU 2 and 3."""
+    """Of [rows, 4 x hidden] outputs. SwiGLU reads two and writes one, backward three and two; GELU 2 and 3.
+
+    Liger has no GELU of a sum: its GEGLU, of the sum and a tensor of ones, reads and writes more.
+    """
     rows, width = setting.rows, 4 * setting.hidden
     whole = rows * width * setting.dtype.itemsize
     gate_up, values, dy = setting.drawn(rows, 2 * width), setting.drawn(rows, width), setting.drawn(rows, width)
@@ -27,12 +30,17 @@ def activations(setting: Setting) -> Iterator[Case]:
     def liger_swiglu(gate_up):
         return liger.apply(*(half.contiguous() for half in gate_up.chunk(2, -1)))
 
+    geglu, ones = peer("liger_kernel.ops.geglu", "LigerGELUMulFunction"), torch.ones_like(values)
+
+    def liger_geglu(values, bias):
+        return geglu.apply(values + bias, ones)
+
     def torch_gelu(values, bias):
         return F.gelu(values + bias, approximate="tanh")
 
     for name, ours, theirs, arguments, moved, peers in (
         ("swiglu", swiglu, torch_swiglu, [gate_up], (3, 5), {"liger": liger and liger_swiglu}),
-        ("bias_gelu", bias_gelu, torch_gelu, [values, bias], (2, 3), {}),
+        ("bias_gelu", bias_gelu, torch_gelu, [values, bias], (2, 3), {"liger geglu": liger and geglu and liger_geglu}),
     ):
         everyone = {"ours": ours, "torch": theirs, "torch compiled": compiled(setting, theirs), **peers}
         shape = arguments[0].shape

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from megatron_lite.errors import KernelError
+from megatron_lite.model.apex import nvidia_apex_norms
+
 Contender = Callable[[], object]
 
 
@@ -57,6 +60,15 @@ def peer(module: str, name: str) -> Any:
         return None
 
 
+def apex(setting: Setting, module: str, name: str) -> Any:
+    """Something of NVIDIA's apex, or None where that is not installed for this device."""
+    try:
+        nvidia_apex_norms(setting.device.type)
+    except KernelError:
+        return None
+    return peer(f"apex.{module}", name)
+
+
 def compiled(setting: Setting, function: Callable[..., Any]) -> Callable[..., Any] | None:
     return torch.compile(function, dynamic=False) if setting.compiled else None
 
@@ -73,4 +85,6 @@ def backward(
         return None
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     output = function(*leaves)
+    if output.grad_fn is None:
+        return None
     return lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from kernel_cases.case import Case, Setting, applied, backward, compiled, peer
+from kernel_cases.case import Case, Setting, apex, applied, backward, compiled, peer
 
 from megatron_lite.kernels.l2_norm import l2_norm
 from megatron_lite.kernels.layer_norm import layer_norm, residual_layer_norm
@@ -38,20 +38,33 @@ def norms(setting: Setting) -> Iterator[Case]:
     liger_layer = peer("liger_kernel.ops.layer_norm", "LigerLayerNormFunction") if on_gpu else None
     liger_rms = peer("liger_kernel.ops.rms_norm", "LigerRMSNormFunction") if on_gpu else None
     quack_rms = peer("quack", "rmsnorm") if on_gpu else None
+    quack_layer = peer("quack.rmsnorm", "layernorm_fwd") if on_gpu else None
+    apex_layer, apex_rms = (
+        apex(setting, "normalization.fused_layer_norm", f"fused_{kind}_norm_affine") for kind in ("layer", "rms")
+    )
     for name, ours, theirs, arguments, peers in (
         (
             "layer_norm",
             layer_norm,
             torch_layer,
             [x, weight, bias],
-            {"liger": liger_layer and (lambda x, w, b: liger_layer.apply(x, w, b, 1e-5))},
+            {
+                "liger": liger_layer and (lambda x, w, b: liger_layer.apply(x, w, b, 1e-5)),
+                # Forward alone, with weights in fp32.
+                "quack": quack_layer and (lambda x, w, b: quack_layer(x, w.float(), b.float(), eps=1e-5)),
+                "apex": apex_layer and (lambda x, w, b: apex_layer(x, w, b, shape, 1e-5)),
+            },
         ),
         (
             "rms_norm",
             rms_norm,
             torch_rms,
             [x, weight],
-            {"liger": liger_rms and (lambda x, w: liger_rms.apply(x, w, 1e-5)), "quack": quack_rms},
+            {
+                "liger": liger_rms and (lambda x, w: liger_rms.apply(x, w, 1e-5)),
+                "quack": quack_rms,
+                "apex": apex_rms and (lambda x, w: apex_rms(x, w, shape, 1e-5)),
+            },
         ),
     ):
         everyone = {"ours": ours, "torch": theirs, "torch compiled": compiled(setting, theirs), **peers}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
 import torch
-from kernel_cases.case import Case, Contender, Setting, peer
+from kernel_cases.case import Case, Contender, Setting, apex, peer
 
 from megatron_lite.kernels.adamw import adamw
 from megatron_lite.kernels.adamw8bit import State8bit, adamw8bit
@@ -30,6 +30,7 @@ def optimizers(setting: Setting) -> Iterator[Case]:
             "torch": _stepper(torch.optim.AdamW, setting, sizes, fused=True),
             "deepspeed": _deepspeed(setting, sizes),
             "bitsandbytes": _peer("AdamW32bit", setting, sizes),
+            "apex": _apex(setting, sizes),
         },
     )
     yield setting.case_of(
@@ -72,6 +73,11 @@ def _peer(name: str, setting: Setting, sizes: Sequence[int]) -> Contender | None
     if found is None or (setting.device.type == "cpu" and "8bit" not in name):
         return None
     return _stepper(found, setting, sizes)
+
+
+def _apex(setting: Setting, sizes: Sequence[int]) -> Contender | None:
+    found = apex(setting, "optimizers", "FusedAdam")
+    return found and _stepper(found, setting, sizes, adam_w_mode=True)
 
 
 def _deepspeed(setting: Setting, sizes: Sequence[int]) -> Contender | None:

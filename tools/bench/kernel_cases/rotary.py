@@ -32,12 +32,17 @@ def rotations(setting: Setting) -> Iterator[Case]:
 
     everyone = {"ours": ours, "torch": theirs, "torch compiled": compiled(setting, theirs)}
     forward = {who: applied(function, x) for who, function in everyone.items() if function}
+    gradients = {who: backward(function, [x], dy) for who, function in everyone.items() if function}
     if liger:
         # It turns queries and keys at once, [B, N, S, D] as views of [B, S, N, D]: half of the heads each.
         tables = [table[:, 0].transpose(0, 1) for table in both]
-        halves = [each.transpose(0, 1).contiguous().transpose(1, 2) for each in x.chunk(2, 2)]
+        halves, cotangents = (
+            [each.transpose(0, 1).contiguous().transpose(1, 2) for each in whole.chunk(2, 2)] for whole in (x, dy)
+        )
         forward["liger"] = applied(liger.apply, *halves, *tables)
+        leaves = [half.requires_grad_() for half in halves]
+        turned = liger.apply(*leaves, *tables)
+        gradients["liger"] = lambda: torch.autograd.grad(turned, leaves, cotangents, retain_graph=True)
     with torch.no_grad():
         yield setting.case_of("rotary", shape, bytes, forward)
-    gradients = {who: backward(function, [x], dy) for who, function in everyone.items() if function}
     yield setting.case_of("rotary_backward", shape, bytes, gradients)
