@@ -8,6 +8,7 @@ import mmap
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +136,12 @@ def require_byte_level(description: Mapping[str, Any]) -> None:
     if not vocab.keys() >= set(BYTE_ALPHABET):
         raise Unfit("it has no token for some of the 256 bytes")
     pairs = merge_pairs(model)
-    merged = ["".join(pair) for pair in pairs]
-    ids = np.array(
-        [[vocab[left], vocab[right], vocab[token]] for (left, right), token in zip(pairs, merged, strict=True)]
+    merged = list(map("".join, pairs))
+    left, right, made = (
+        np.fromiter(map(vocab.__getitem__, tokens), np.int64, len(pairs))
+        for tokens in (map(itemgetter(0), pairs), map(itemgetter(1), pairs), merged)
     )
-    if len(ids) and ((ids[:, :2] >= ids[:, 2:]).any() or (np.diff(ids[:, 2]) < 0).any()):
+    if (made <= np.maximum(left, right)).any() or (np.diff(made) < 0).any():
         raise Unfit("its merges are not in the order of its ids")
     unmade = vocab.keys() - {*BYTE_ALPHABET, *merged}
     unmade -= {token["content"] for token in description.get("added_tokens") or ()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,19 +157,21 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
     def from_files(cls, vocab_file: Path, merge_file: Path) -> GPT2BPETokenizer:
         """Load vocabulary and merges. Raises TokenizerError naming file and line of what does not fit."""
         vocab = _read_json(vocab_file)
-        if not isinstance(vocab, dict) or not all(isinstance(id, int) for id in vocab.values()):
+        if not isinstance(vocab, dict) or not all(type(id) is int for id in vocab.values()):
             raise TokenizerError(f"{vocab_file} is not a map of tokens to ids; give GPT-2's encoder.json or vocab.json")
-        merges = []
-        for number, line in enumerate(merge_file.read_text(encoding="utf-8").split("\n"), 1):
-            if (number == 1 and line.startswith("#version")) or not line.strip():
-                continue
-            left, _, right = line.strip().partition(" ")
-            if left not in vocab or right not in vocab or left + right not in vocab:
-                raise TokenizerError(
-                    f"{merge_file}, line {number}: {line!r} is not a merge of two tokens of {vocab_file}; "
-                    "give vocabulary and merges of one tokenizer"
-                )
-            merges.append((left, right))
+        lines = merge_file.read_text(encoding="utf-8").split("\n")
+        filled = [line for line in lines[lines[0].startswith("#version") :] if line.strip()]
+        merges = [tuple(line.split()) for line in filled]
+        known = vocab.keys()
+        if not (
+            set(map(len, merges)) <= {2} and known >= {*itertools.chain.from_iterable(merges), *map("".join, merges)}
+        ):
+            wrong = next(pair for pair in merges if len(pair) != 2 or not known >= {*pair, "".join(pair)})
+            line = filled[merges.index(wrong)]
+            raise TokenizerError(
+                f"{merge_file}, line {lines.index(line) + 1}: {line!r} is not a merge of two tokens of {vocab_file}; "
+                "give vocabulary and merges of one tokenizer"
+            )
         special = "<|endoftext|>"
         added = [{"id": vocab[special], "content": special, "special": True}] if special in vocab else []
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

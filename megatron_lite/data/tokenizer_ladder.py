@@ -90,7 +90,7 @@ def _made(tokenizer: Tokenizer, name: str) -> Encode:
     except ModuleNotFoundError as error:
         raise Unfit(f"the package {error.name} is not installed") from None
     except BaseException as error:  # Rust's panics are no Exception
-        raise Unfit(f"{name} says: {error}") from None
+        raise Unfit(f"{name} says: {str(error).partition(chr(10))[0]:.120}") from None
 
 
 def _reason_against(tokenizer: Tokenizer, name: str, texts: Sequence[str]) -> str | None:
