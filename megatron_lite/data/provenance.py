@@ -95,22 +95,22 @@ def write_provenance(prefix: str | os.PathLike, provenance: Provenance) -> None:
         raise DataError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def read_manifest(prefix: str | os.PathLike, tokens: int) -> Provenance:
-    """The facts of a set of that many tokens. Raises DataError if the file is of another set or unreadable."""
+def read_manifest(prefix: str | os.PathLike, tokens: int | None = None) -> Provenance:
+    """The facts of a set, of so many tokens if that is known. Raises DataError if the file is of another or damaged."""
     path = manifest_path(prefix)
     try:
         content = json.loads(path.read_bytes())
         if content.pop("format") != FORMAT:
             raise ValueError(f"it is not of format {FORMAT}")
         provenance = Provenance(**content)
-        if provenance.tokens != tokens:
+        if tokens is not None and provenance.tokens != tokens:
             raise ValueError(f"it speaks of {provenance.tokens:,} tokens and the set has {tokens:,}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} cannot be used: {error}") from None
     return provenance
 
 
-def read_provenance(prefix: str | os.PathLike, tokens: int) -> Provenance | None:
+def read_provenance(prefix: str | os.PathLike, tokens: int | None = None) -> Provenance | None:
     """The facts of a set as `read_manifest` gives them; None, said in the log, where it does not.
 
     A set made by another program has no such file, which is not worth a word.

@@ -9,10 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +29,8 @@ from megatron_lite.data.token_assembly import assemble
 from megatron_lite.data.tokenize_units import TokenUnit, UnitTokenizer, crc_of, grouped
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_ladder import WITHOUT_THREADS, climb
-from megatron_lite.data.unit_file import open_unit, unit_path
-from megatron_lite.data.work_folder import claimed, clear, insist_on_job, job_facts
+from megatron_lite.data.unit_file import finished_unit, unit_path
+from megatron_lite.data.work_folder import begin, claimed, clear, digest_of, job_facts, read_note
 from megatron_lite.errors import DataError
 from megatron_lite.publish import publish
 
@@ -58,7 +56,7 @@ def tokenize_corpus(job: CorpusJob) -> dict[str, Provenance]:
             if made is None:
                 made = run.assembled(run.units())
         except InputUnfit:
-            shutil.rmtree(run.work)
+            clear(run.work)
             raise
         except BaseException:
             if not run.can_go_on:
@@ -79,7 +77,7 @@ class _Run:
         job.check_sources(self._sources)
         self._recipe = _recipe(job)
         self._facts = self._stated()
-        self._digest = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()
+        self._digest = digest_of(self._facts)
         self.work = Path(f"{job.output_prefix}.work")
         self.can_go_on = all(source.is_repeatable for source in self._sources)
 
@@ -107,8 +105,14 @@ class _Run:
         for prefix in self._job.prefixes:
             if not all(path.exists() for path in (manifest_path(prefix), *paths(prefix))):
                 return None
-            facts = read_provenance(prefix, IndexedReader(prefix).num_tokens)
+            facts = read_provenance(prefix)
             if facts is None or facts.job != self._digest:
+                return None
+            try:
+                if IndexedReader(prefix).num_tokens != facts.tokens:
+                    return None
+            except DataError as error:
+                log.note(f"{error}. It is made again")
                 return None
             found[prefix] = facts
         log.note(f"{', '.join(found)}: made by the same job already; --overwrite makes it again")
@@ -116,15 +120,10 @@ class _Run:
 
     def begin(self) -> None:
         """Claim the work folder for this job, with what is done of it. Raises DataError if it has another's."""
-        stated = self.work / "job.json"
         if not self.can_go_on:
             log.note("what comes through a pipe cannot be read again: a run that is killed has to begin anew")
-        if self._job.overwrite or not self.can_go_on:
-            clear(self.work)
-        elif stated.exists():
-            insist_on_job(json.loads(stated.read_bytes()), self._facts, str(self.work))
+        if begin(self.work, self._facts, str(self.work), self._job.overwrite, self.can_go_on):
             log.note(f"the job that {self.work} is of goes on")
-        publish(stated, json.dumps(self._facts))
 
     def units(self) -> _Units:
         """All units, those that are left made."""
@@ -132,7 +131,7 @@ class _Run:
         if not done.exists():
             folder.mkdir(exist_ok=True)
             publish(done, json.dumps(self._make_units(folder)))
-        count, inputs, recipe = json.loads(done.read_bytes())
+        count, inputs, recipe = read_note(done, list)
         return _Units([unit_path(folder, number) for number in range(count)], inputs, recipe)
 
     def _make_units(self, folder: Path) -> tuple[int, list[dict[str, Any]], dict[str, Any] | None]:
@@ -163,15 +162,15 @@ class _Run:
             for group in grouped(ledger.watch(blocks), job.unit_bytes):
                 path = unit_path(folder, count)
                 count += 1
-                if not path.exists():
+                if (unit := finished_unit(path, self._digest)) is None:
                     yield TokenUnit(path, group)
-                elif open_unit(path).head["input_crc32"] != crc_of(group):
+                elif unit.head["input_crc32"] != crc_of(group):
                     raise DataError(
                         f"{group[0].source.place(group[0].first_line)}: the input is not what it was when {self.work} "
                         "was begun; --overwrite begins anew"
                     )
 
-        work = UnitTokenizer(job, keys, self._vocab_size, engine, self._tokenizer)
+        work = UnitTokenizer(job, self._digest, keys, self._vocab_size, engine, self._tokenizer)
         make = functools.partial(functools.partial, work)
         with (
             contextlib.closing(TextProgress(sources, job.log_interval)) as progress,
@@ -195,7 +194,7 @@ class _Run:
 
     def clean(self) -> None:
         """Throw the work away, and leave what users look at."""
-        shutil.rmtree(self.work)
+        clear(self.work)
         if self._recipe is not None:
             self._recipe.clean()
 

@@ -50,13 +50,20 @@ class UnitTokenizer:
 
     A file has, for each of `keys` by number, the ids of all documents (`ids-0`, in the dtype of the set), their lengths
     (`lengths-0`, int32) and how often each id occurs (`counts-0`, uint32); and scores, float32, where there are any.
-    `engine` is what `climb` said of `tokenizer`, which is made anew where this is unpickled.
+    `digest` is the job's; `engine` is what `climb` said of `tokenizer`, which is made anew where this is unpickled.
     """
 
     def __init__(
-        self, job: CorpusJob, keys: Sequence[str], vocab_size: int, engine: str, tokenizer: Tokenizer | None = None
+        self,
+        job: CorpusJob,
+        digest: str,
+        keys: Sequence[str],
+        vocab_size: int,
+        engine: str,
+        tokenizer: Tokenizer | None = None,
     ):
-        self._arguments = (job, keys, vocab_size, engine)
+        self._arguments = (job, digest, keys, vocab_size, engine)
+        self._digest = digest
         self._keys, self._vocab_size = keys, vocab_size
         self._number_keys = () if job.score_key is None else (job.score_key,)
         if tokenizer is None:
@@ -82,6 +89,7 @@ class UnitTokenizer:
         if bad and self._stops:
             return UnitOutcome(read, bad=bad[0])
         head = {
+            "job": self._digest,
             "input_crc32": crc_of(unit.blocks),
             "documents": made[0].documents,
             "text_bytes": [tokens.text_bytes for tokens in made],

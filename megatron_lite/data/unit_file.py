@@ -65,6 +65,12 @@ def write_unit(path: Path, head: Mapping[str, Any], sections: Mapping[str, Secti
         raise DataError(f"{path} cannot be written: {error.strerror}; the same command goes on from there") from None
 
 
+def finished_unit(path: Path, job: str) -> UnitFile | None:
+    """A unit that is there already; None where there is none, or one that was made for a job of another digest."""
+    unit = open_unit(path) if path.exists() else None
+    return unit if unit is not None and unit.head.get("job") == job else None
+
+
 def open_unit(path: Path) -> UnitFile:
     """Read the head of a unit's file. Raises DataError if it is damaged."""
     try:

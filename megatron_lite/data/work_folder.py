@@ -5,17 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from megatron_lite.data.text_input import Source
 from megatron_lite.errors import DataError
+from megatron_lite.publish import publish
+
+Content = TypeVar("Content", bound="dict | list")
 
 _LOCK = "lock"
+_JOB = "job.json"
+_WORTH_KEEPING = ("*/*.unit", "*/crashes.json")
 _PATIENCE = 5.0
 _SOURCES = "sources"
 
@@ -24,35 +31,89 @@ _SOURCES = "sources"
 def claimed(work: Path, name: str) -> Iterator[None]:
     """The folder `work`, made and held by this process alone. `name` is what messages call it.
 
-    Raises DataError if another process holds it, or if it or what is done in this block cannot be written.
+    It is gone when the block ends without a finished unit in it. Raises DataError if another process holds it, if it
+    is a folder of something else, or if it or what is done in this block cannot be written.
     """
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        with open(work / _LOCK, "w") as lock:
-            _hold(lock, name)
-            yield
+        with _held(work, name):
+            try:
+                yield
+            finally:
+                if not _has_work(work):
+                    clear(work)
+                    # Last: without it, a folder that holds anything is not ours.
+                    (work / _LOCK).unlink()
+                    work.rmdir()
     except OSError as error:
         raise DataError(f"{name} cannot be written: {error.strerror or error}") from None
 
 
-def _hold(lock: TextIO, name: str) -> None:
-    """Lock a file. Workers of a process that was killed may hold it for a moment yet."""
+def _held(work: Path, name: str) -> TextIO:
+    """The locked file of a folder. Workers of a process that was killed may hold it for a moment yet."""
     deadline = time.monotonic() + _PATIENCE
+    path = work / _LOCK
     while True:
+        work.mkdir(parents=True, exist_ok=True)
+        if any(work.iterdir()) and not path.exists():
+            raise DataError(f"{work} holds files that no run has left there; move it away, or give another place")
+        try:
+            lock = open(path, "w")  # noqa: SIM115
+        except FileNotFoundError:  # its holder has just removed the folder
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise DataError(f"{name} is being written by another process; wait for it") from None
             time.sleep(0.1)
+        lock.close()
+
+
+def _has_work(work: Path) -> bool:
+    return any(path for pattern in _WORTH_KEEPING for path in work.glob(pattern))
 
 
 def clear(work: Path) -> None:
-    """Throw away all that a claimed folder holds."""
+    """Throw away all that a claimed folder holds, first of all the name of the job, without which nothing is kept."""
+    (work / _JOB).unlink(missing_ok=True)
     for path in work.iterdir():
         if path.name != _LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def begin(work: Path, job: Mapping[str, Any], name: str, overwrite: bool, keep: bool = True) -> bool:
+    """Make a claimed folder that of a job; whether it holds work of it that goes on.
+
+    It does not after a run that was killed before its first unit was done or while it cleared the folder, nor without
+    `keep`. Raises DataError if it has units of another job, unless those are to be overwritten.
+    """
+    stated = work / _JOB
+    goes_on = False
+    if not overwrite and stated.exists() and _has_work(work):
+        insist_on_job(read_note(stated, dict), job, name)
+        goes_on = keep
+    if not goes_on:
+        clear(work)
+        publish(stated, json.dumps(job))
+    return goes_on
+
+
+def read_note(path: Path, kind: type[Content]) -> Content:
+    """The JSON a job has noted in its folder. Raises DataError if it is damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+        if type(content) is not kind:
+            raise ValueError(f"it is a {type(content).__name__} and no {kind.__name__}")
+        return content
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({error}); --overwrite begins anew") from None
+
+
+def digest_of(job: Mapping[str, Any]) -> str:
+    """What tells a job from others: the SHA-256 of its facts."""
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
 
 
 def job_facts(sources: Sequence[Source], **options: Any) -> dict[str, Any]:
@@ -66,9 +127,9 @@ def job_facts(sources: Sequence[Source], **options: Any) -> dict[str, Any]:
     return {_SOURCES: stated, **options}
 
 
-def insist_on_job(known: Mapping[str, Any] | None, wanted: Mapping[str, Any], name: str) -> None:
+def insist_on_job(known: Mapping[str, Any], wanted: Mapping[str, Any], name: str) -> None:
     """Raise DataError if a folder has work of another job, or of inputs that have changed since."""
-    if known is not None and known != wanted:
+    if known != wanted:
         raise DataError(
             f"{name} is of another job ({_difference(known, wanted)}); give another place, or --overwrite to begin anew"
         )

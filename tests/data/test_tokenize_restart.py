@@ -110,11 +110,12 @@ def test_the_bytes_do_not_depend_on_workers_units_or_memory(corpus, expected, tm
 
 
 KILLER = """
-import os, signal, sys
+import dataclasses, os, signal, sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}]
 import test_tokenize_restart as tests
 from megatron_lite.data.tokenize_corpus import tokenize_corpus
+from megatron_lite.errors import DataError
 
 WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
@@ -137,7 +138,24 @@ def killed_at(event, job, folder):
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
+def finish(job):
+    try:
+        tokenize_corpus(job)
+    except DataError as error:
+        assert "is of another job" in str(error)
+        tokenize_corpus(dataclasses.replace(job, overwrite=True))
+
 corpus, top = map(Path, sys.argv[1:])
+# Half of another job, and this one in its place, killed while it clears the folder and later.
+for event in range(25):
+    folder = top / ("another-%d" % event)
+    folder.mkdir()
+    job = tests.job_of(corpus, folder / "out")
+    another = tests.job_of(corpus, folder / "out", append_eod=False)
+    assert killed_at(20, another, str(folder))
+    assert len(list(folder.glob("out.work/units/*.unit"))) > 2
+    assert killed_at(event, dataclasses.replace(job, overwrite=True), str(folder))
+    finish(job)
 event = 0
 while True:
     folder = top / str(event)
@@ -167,6 +185,8 @@ def test_killed_anywhere_and_run_again_the_bytes_are_the_same(corpus, expected, 
     assert events > 40
     for event in range(events + 1):
         assert contents(tmp_path / str(event)) == expected, f"killed at event {event}"
+    for folder in tmp_path.glob("another-*"):
+        assert contents(folder) == expected, folder
 
 
 class Stop(Exception):
@@ -211,6 +231,59 @@ def test_work_of_another_job_is_refused(begun, expected, tmp_path):
         ).shuffle_seed
         == 12
     )
+
+
+def test_units_of_no_known_job_or_of_another_are_made_again(begun, expected, tmp_path):
+    work = tmp_path / "out.work"
+    for name, content in (("job.json", None), ("units/000000000.unit", b"not looked at")):
+        (work / name).unlink() if content is None else (work / name).write_bytes(content)
+    tokenize_corpus(begun)
+    assert {name: found for name, found in contents(tmp_path).items() if name.endswith(".bin")} == {
+        name: found for name, found in expected.items() if name.endswith(".bin")
+    }
+
+
+def test_a_damaged_note_of_the_job_is_told(begun, tmp_path):
+    (tmp_path / "out.work" / "job.json").write_text('{"cut')
+    with pytest.raises(DataError, match=r"job\.json is damaged .*--overwrite"):
+        tokenize_corpus(begun)
+
+
+def test_a_folder_of_something_else_is_left_alone(corpus, tmp_path):
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=r"out\.work holds files that no run has left there"):
+            tokenize_corpus(job_of(corpus, tmp_path / "out", overwrite=overwrite))
+    assert contents(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def test_a_pipe_does_not_end_the_work_of_another_job(begun, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"out\.work is of another job"):
+        tokenize_corpus(dataclasses.replace(begun, inputs=("-",)))
+    assert len(list((tmp_path / "out.work" / "units").iterdir())) == 2
+
+
+def test_a_mistake_before_the_first_unit_leaves_no_folder(corpus, tmp_path, monkeypatch):
+    from megatron_lite.data import tokenize_corpus as module
+
+    def fail(*_):
+        raise DataError("no such address")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read_blocks", fail)
+        with pytest.raises(DataError, match="no such address"):
+            tokenize_corpus(job_of(corpus, tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_set_is_made_again(corpus, expected, tmp_path, capsys):
+    job = job_of(corpus, tmp_path / "out")
+    tokenize_corpus(job)
+    (tmp_path / "out_text_document.idx").write_bytes(b"cut")
+    tokenize_corpus(job)
+    assert contents(tmp_path) == expected
+    assert "It is made again" in capsys.readouterr().err
 
 
 def test_input_that_has_changed_is_refused(begun, tmp_path):

@@ -22,13 +22,13 @@ from megatron_lite.data.refine.crashes import blame, read_crashes
 from megatron_lite.data.refine.output import OutputFormat
 from megatron_lite.data.refine.passes import ALL_METADATA, Pass, RefineSettings, Unit, UnitRefiner, Verdicts, plan
 from megatron_lite.data.refine.recipe import plain_recipe
-from megatron_lite.data.refine.report import Report, gather
+from megatron_lite.data.refine.report import JSON_NAME, PAGE_NAME, Report, gather
 from megatron_lite.data.refine.stage import ABSENT, KEPT, CorpusStage, DocumentStage, Stage
 from megatron_lite.data.text_blocks import NO_LIMIT, Limit, limited, read_blocks
 from megatron_lite.data.text_input import STANDARD_INPUT, Source, TxtDocuments, find_sources
 from megatron_lite.data.text_progress import TextProgress
-from megatron_lite.data.unit_file import open_unit, unit_path
-from megatron_lite.data.work_folder import claimed, clear, insist_on_job, job_facts
+from megatron_lite.data.unit_file import finished_unit, open_unit, unit_path
+from megatron_lite.data.work_folder import begin, claimed, clear, digest_of, insist_on_job, job_facts, read_note
 from megatron_lite.errors import DataError
 from megatron_lite.kernels.crc32 import crc32
 from megatron_lite.publish import publish, published
@@ -103,20 +103,20 @@ def refine(job: RefineJob) -> Report:
             log.note(f"{output} is complete already; nothing was done, --overwrite does it again")
             return Report.read(output)
         work = output / _WORK
-        run = _Run(job, work, _settings(job, work))
+        run = _Run(job, work, _settings(job, work, digest_of(fingerprint)))
         run.prepare()
         for this in plan(job.stages):
             run.do(this, sources)
         report = gather(job.stages, run.finished, fingerprint, run.inputs)
         _assemble(job, run.finished, output)
         report.write(output)
-        shutil.rmtree(work)
+        clear(work)
         return report
 
 
-def _settings(job: RefineJob, work: Path) -> RefineSettings:
+def _settings(job: RefineJob, work: Path, digest: str) -> RefineSettings:
     shared = ("stages", "text_key", "keep_metadata", "output_format", "save_dropped")
-    return RefineSettings(prepared=work / "prepared", **{name: getattr(job, name) for name in shared})
+    return RefineSettings(prepared=work / "prepared", job=digest, **{name: getattr(job, name) for name in shared})
 
 
 def _fingerprint(job: RefineJob, sources: Sequence[Source]) -> dict[str, Any]:
@@ -136,24 +136,31 @@ def _fingerprint(job: RefineJob, sources: Sequence[Source]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _claimed(output: Path, fingerprint: dict[str, Any], overwrite: bool) -> Iterator[bool]:
     """The output folder, for this process alone and for this job; whether the job is done already. Raises DataError."""
-    work = output / _WORK
-    ours = work.is_dir() or (output / "report.json").is_file()
+    work, report = output / _WORK, output / JSON_NAME
+    ours = work.is_dir() or report.is_file()
+    is_new = not output.exists()
     if output.exists() and not output.is_dir():
         raise DataError(f"--output {output} is a file; give a folder")
     if output.is_dir() and not ours and any(output.iterdir()):
         raise DataError(f"--output {output} holds other files; give a folder that is empty or not there")
-    with claimed(work, f"--output {output}"):
-        if overwrite:
-            clear(work)
-            remove_documents(output)
-            for name in ("report.json", "report.html", "quarantine.jsonl", "dropped.jsonl.zst"):
-                (output / name).unlink(missing_ok=True)
-        insist_on_job(_known_fingerprint(output), fingerprint, f"--output {output}")
-        publish(work / "job.json", json.dumps(fingerprint))
-        is_complete = (output / "report.json").is_file()
-        yield is_complete
-        if is_complete:
-            shutil.rmtree(work)
+    try:
+        with claimed(work, f"--output {output}"):
+            if overwrite:
+                # The report first: it says that all the others are there.
+                for name in (JSON_NAME, PAGE_NAME, "quarantine.jsonl", "dropped.jsonl.zst"):
+                    (output / name).unlink(missing_ok=True)
+                remove_documents(output)
+            elif report.is_file():
+                insist_on_job(Report.read(output).job, fingerprint, f"--output {output}")
+            begin(work, fingerprint, f"--output {output}", overwrite)
+            is_complete = report.is_file() and documents_folder(output).is_dir()
+            yield is_complete
+            if is_complete:
+                clear(work)
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):
+                output.rmdir()
 
 
 def remove_documents(output: str | os.PathLike) -> None:
@@ -164,13 +171,6 @@ def remove_documents(output: str | os.PathLike) -> None:
 def documents_folder(output: str | os.PathLike) -> Path:
     """Where the documents of a job's output are."""
     return Path(output) / "documents"
-
-
-def _known_fingerprint(output: Path) -> dict[str, Any] | None:
-    if (output / "report.json").is_file():
-        return Report.read(output).job
-    path = output / _WORK / "job.json"
-    return json.loads(path.read_bytes()) if path.is_file() else None
 
 
 class _Run:
@@ -198,7 +198,7 @@ class _Run:
         done = folder / "done.json"
         if not done.exists():
             publish(done, json.dumps(self._refine_all(this, folder, sources)))
-        count, inputs = json.loads(done.read_bytes())
+        count, inputs = read_note(done, list)
         self.finished.append([unit_path(folder, number) for number in range(count)])
         self.inputs += inputs
         self._compared = {}
@@ -257,10 +257,10 @@ class _Run:
         crashes = read_crashes(folder)
         for number, block in enumerate(ledger.watch(limited(blocks, job.limit))):
             path = unit_path(folder, number)
-            if not path.exists():
+            if (unit := finished_unit(path, self._settings.job)) is None:
                 yield Unit(path, block, crashes=crashes.get(number, {}))
                 continue
-            if open_unit(path).head["input_crc32"] != crc32(block.data):
+            if unit.head["input_crc32"] != crc32(block.data):
                 raise DataError(
                     f"{block.source.place(block.first_line)}: the input is not what it was when {job.output} "
                     "was begun; --overwrite begins anew"
@@ -279,7 +279,8 @@ class _Run:
                 starts[stage] += rows
             path = unit_path(folder, number)
             of_unit = crashes.get(number, {})
-            yield None if path.exists() else Unit(path, before=before, verdicts=tuple(verdicts), crashes=of_unit)
+            is_done = finished_unit(path, self._settings.job) is not None
+            yield None if is_done else Unit(path, before=before, verdicts=tuple(verdicts), crashes=of_unit)
 
     def _verdicts(self, number: int, folder: Path) -> Path:
         """The file of what a comparison has found, made first if it is not there."""

@@ -99,6 +99,7 @@ class RefineSettings:
 
     stages: tuple[Stage, ...]
     prepared: Path
+    job: str
     text_key: str
     keep_metadata: tuple[str, ...]
     output_format: OutputFormat
@@ -270,6 +271,7 @@ class _UnitWork:
         sections["dropped"] = packed(self._dropped, _BETWEEN)
         sections["quarantine"] = b"".join(self._quarantined)
         head = {
+            "job": self._settings.job,
             "documents": len(self._lines),
             "input_crc32": crc,
             "shapes": shapes,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -294,6 +295,31 @@ def test_input_that_changed_under_a_job_is_refused(corpus, tmp_path):
     os.utime(pipe, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     with pytest.raises(DataError, match="the input is not what it was when"):
         refine(job)
+
+
+def test_a_report_without_documents_is_no_finished_job(corpus, tmp_path):
+    output = tmp_path / "out"
+    job = job_of(corpus, output, "stages: []")
+    refine(job)
+    expected = contents(output)
+    shutil.rmtree(output / "documents")
+    refine(job)
+    assert contents(output) == expected
+
+
+def test_units_without_their_job_are_made_again(corpus, tmp_path):
+    output = tmp_path / "out"
+    (output / ".work" / "pass-0").mkdir(parents=True)
+    (output / ".work" / "lock").touch()
+    (output / ".work" / "pass-0" / "000000000.unit").write_bytes(b"of another job")
+    assert refine(job_of(corpus, output, "stages: []")).kept == 360
+
+
+def test_a_mistake_before_the_first_unit_leaves_no_folder(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
+    with pytest.raises(DataError):
+        refine(job_of(tmp_path / "a.jsonl.gz", tmp_path / "out", "stages: []"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "jsonl.zst"])
