@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -14,21 +15,20 @@ from megatron_lite.kernels import host
 LARGEST_PERIOD = 1 << 18
 
 
-def whole_shares(weights: Sequence[Fraction], largest_period: int = LARGEST_PERIOD) -> list[int]:
+def whole_shares(weights: Sequence[Fraction | int], largest_period: int = LARGEST_PERIOD) -> list[int]:
     """How often each set is drawn in one period: exact, if a period of `largest_period` draws allows it.
 
     Otherwise rounded to it by largest remainder, at least 1 each but for a weight of 0.
     """
     scale = math.lcm(*(weight.denominator for weight in weights))
-    counts = [int(weight * scale) for weight in weights]
+    counts = [scale // weight.denominator * weight.numerator for weight in weights]
     divisor = math.gcd(*counts)
     counts = [count // divisor for count in counts]
     total = sum(counts)
     if total <= largest_period:
         return counts
-    exact = [Fraction(count * largest_period, total) for count in counts]
-    rounded = [max(1, int(share)) if share else 0 for share in exact]
-    by_remainder = sorted(range(len(counts)), key=lambda i: rounded[i] - exact[i])
+    rounded = [max(1, count * largest_period // total) if count else 0 for count in counts]
+    by_remainder = sorted(range(len(counts)), key=lambda i: rounded[i] * total - counts[i] * largest_period)
     for i in by_remainder[: max(0, largest_period - sum(rounded))]:
         rounded[i] += 1
     return rounded
@@ -65,13 +65,14 @@ class Blend:
     draws is tabulated (12 bytes a draw); any k costs the same. `counts` of `period` draws are each set's.
     """
 
-    def __init__(self, weights: Sequence[Fraction], largest_period: int = LARGEST_PERIOD):
+    def __init__(self, weights: Sequence[Fraction | int], largest_period: int = LARGEST_PERIOD):
         self.counts = whole_shares(weights, largest_period)
         self.period = sum(self.counts)
         self._member = _draws_of_a_period(self.counts)
-        self._number = np.empty(self.period, np.int64)
-        for member, count in enumerate(self.counts):
-            self._number[self._member == member] = np.arange(count)
+        self._by_member = np.argsort(self._member, kind="stable").astype(np.int32)
+        self._firsts = [0, *itertools.accumulate(self.counts)]
+        self._number = np.empty(self.period, np.int32)
+        self._number[self._by_member] = np.arange(self.period) - np.repeat(self._firsts[:-1], self.counts)
 
     def __call__(self, draw: int) -> tuple[int, int]:
         """Set and its sample number of draw `draw`, from 0."""
@@ -88,4 +89,4 @@ class Blend:
     def draw_of(self, member: int, number: int) -> int:
         """The draw that takes sample `number` of a set with a weight."""
         periods, at = divmod(number, self.counts[member])
-        return periods * self.period + int(np.flatnonzero(self._member == member)[at])
+        return periods * self.period + int(self._by_member[self._firsts[member] + at])

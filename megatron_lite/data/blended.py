@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 
-from megatron_lite.data.mixture import Mixture
 from megatron_lite.data.sample import Sample
-from megatron_lite.data.segments import Segment
+from megatron_lite.data.segments import Segment, SegmentedBlend
 from megatron_lite.data.stream import Origin, ShuffledWindows, fingerprint_of
 
 _LISTED = 12
@@ -23,10 +22,10 @@ class BlendedStream:
     `total_samples`, the length of the run where it is known, is told of in the log.
     """
 
-    def __init__(self, members: Sequence[ShuffledWindows], mixture: Mixture, total_samples: int | None = None):
+    def __init__(self, members: Sequence[ShuffledWindows], blend: SegmentedBlend, total_samples: int | None = None):
         self._members = members
-        self._blend = mixture.blend
-        self.ends_after = mixture.ends_after
+        self._blend = blend
+        self.ends_after = blend.ends_after
         self._end = min((length for length in (total_samples, self.ends_after) if length is not None), default=None)
         self.samples_per_epoch = sum(member.samples_per_epoch for member in members)
 

@@ -13,9 +13,10 @@ from megatron_lite.data.documents import TokenWindows, WindowsOfDocuments, parse
 from megatron_lite.data.fim import FimStream, sentinels
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.loss_mask import read_mask
-from megatron_lite.data.mixture import Mixture, SetSize, constant_mixture, is_mixed, training_mixture
+from megatron_lite.data.mixture import SetSize, constant_mixture, is_mixed, training_mixture
 from megatron_lite.data.pack import PackedDocuments
 from megatron_lite.data.provenance import check_tokenizer, read_provenance
+from megatron_lite.data.segments import SegmentedBlend
 from megatron_lite.data.stream import MockStream, SampleStream, ShuffledWindows, SkippingStream, parse_skip_ranges
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import DataError
@@ -67,10 +68,10 @@ def _file_stream(
     members = [
         ShuffledWindows([windows], "order", seed, split, i) for i, windows in enumerate(w for of in sets for w in of)
     ]
-    mixture = _mixture(data, entries, sets, split, total_samples)
-    if len(members) == 1 and mixture.ends_after is None:
+    blend = _blend(data, entries, sets, split, total_samples)
+    if len(members) == 1 and blend.ends_after is None:
         return members[0]
-    return BlendedStream(members, mixture, total_samples if split == "train" else None)
+    return BlendedStream(members, blend, total_samples if split == "train" else None)
 
 
 def _open(
@@ -90,13 +91,13 @@ def _open(
     return TokenWindows(reader, data.seq_length, data.sample_stride, documents, mask)
 
 
-def _mixture(
+def _blend(
     data: DataConfig,
     entries: Sequence[Entry],
     sets: Sequence[Sequence[WindowsOfDocuments]],
     split: str,
     total_samples: int | None,
-) -> Mixture:
+) -> SegmentedBlend:
     by_tokens = data.blend_by == "tokens"
     sizes = [
         [SetSize(len(windows), windows.num_tokens, windows.targets if by_tokens else Fraction(1)) for windows in of]

@@ -15,7 +15,7 @@ from fractions import Fraction
 from megatron_lite.config.mixture import MixtureConfig
 from megatron_lite.data.blend import LARGEST_PERIOD
 from megatron_lite.data.data_path import Entry
-from megatron_lite.data.segments import PERIOD_OF_CHANGES, Segment, SegmentedBlend, keep_within
+from megatron_lite.data.segments import PERIOD_OF_CHANGES, Segment, SegmentedBlend
 from megatron_lite.errors import ConfigError
 
 _POINT = re.compile(r"(\d[\d_]*|(?:\d+\.?\d*|\.\d+)%)(?:/([1-9]\d*))?")
@@ -23,6 +23,8 @@ _WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _FINEST = 10**9
 _RAMP_SEGMENTS = 100
 """In which a linear or root curriculum opens."""
+_MOST_STEPS = 1000
+"""Of one change of --data-path-segments."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +37,6 @@ class SetSize:
     """Tokens that one sample trains on, on average."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Mixture:
-    """A blend of sets, and after how many draws it ends because sets are exhausted; None if it goes on for ever."""
-
-    blend: SegmentedBlend
-    ends_after: int | None
-
-
 def is_mixed(data: MixtureConfig, entries: Sequence[Entry]) -> bool:
     """Whether training draws from each set by itself, where prefixes without weights are else shuffled as one."""
     asks = (data.data_blend_temperature, data.data_blend_unimax, data.curriculum_difficulty, data.data_max_epochs)
@@ -50,19 +44,20 @@ def is_mixed(data: MixtureConfig, entries: Sequence[Entry]) -> bool:
         entries[0].weight is not None
         or any(asked is not None for asked in asks)
         or bool(data.data_path_segments)
+        or data.when_exhausted != "repeat"
         or any(entry.max_epochs is not None for entry in entries)
     )
 
 
-def constant_mixture(entries: Sequence[Entry], sets: Sequence[Sequence[SetSize]], blend_by: str) -> Mixture:
+def constant_mixture(entries: Sequence[Entry], sets: Sequence[Sequence[SetSize]], blend_by: str) -> SegmentedBlend:
     """The weights of a data path as they stand, for validation and testing; `sets` are those of each entry."""
     weights = _by_samples([entry.weight for entry in entries], sets, blend_by)
-    return Mixture(SegmentedBlend([Segment(0, _spread(weights, _natural_shares(sets)))]), None)
+    return SegmentedBlend([Segment(0, _spread(weights, _natural_shares(sets)))])
 
 
 def training_mixture(
     data: MixtureConfig, entries: Sequence[Entry], sets: Sequence[Sequence[SetSize]], total_samples: int | None
-) -> Mixture:
+) -> SegmentedBlend:
     """The blend of a run of `total_samples` samples, None where its length is in epochs.
 
     `sets` are those of each entry. Raises ConfigError for segments that cannot be read, and for what
@@ -77,22 +72,22 @@ def training_mixture(
         if not segments or segments[-1].weights != weights:
             segments.append(Segment(first, weights))
     if data.when_exhausted == "repeat":
-        return Mixture(SegmentedBlend(segments, LARGEST_PERIOD if len(segments) == 1 else PERIOD_OF_CHANGES), None)
-    default = Fraction(data.data_max_epochs or 1)
+        return SegmentedBlend(segments, LARGEST_PERIOD if len(segments) == 1 else PERIOD_OF_CHANGES)
+    default = Fraction(str(data.data_max_epochs or 1))
     limits = [
         int((entry.max_epochs or default) * size.samples)
         for entry, of in zip(entries, sets, strict=True)
         for size in of
     ]
-    segments, ends_after = keep_within(
-        segments, limits, redistribute=data.when_exhausted == "redistribute", largest_period=PERIOD_OF_CHANGES
+    blend = SegmentedBlend(
+        segments, PERIOD_OF_CHANGES, limits=limits, redistribute=data.when_exhausted == "redistribute"
     )
-    if not segments:
+    if not blend.segments:
         raise ConfigError(
             f"the data are exhausted before the first sample: sets of {', '.join(map(str, limits[:12]))} samples are "
             "left by data_max_epochs or PREFIX:EPOCHS; allow more."
         )
-    return Mixture(SegmentedBlend(segments, PERIOD_OF_CHANGES), ends_after)
+    return blend
 
 
 Point = tuple[int, list[Fraction]]
@@ -122,7 +117,7 @@ def _base_weights(
             "data_blend_unimax divides the samples of the run, whose length in epochs is not known before; give "
             "--train-iters, --train-samples or --train-tokens."
         )
-    return unimax(samples, total_samples, Fraction(data.data_blend_unimax))
+    return unimax(samples, total_samples, Fraction(str(data.data_blend_unimax)))
 
 
 def tempered(tokens: Sequence[int], temperature: float) -> list[Fraction]:
@@ -148,9 +143,11 @@ def unimax(samples: Sequence[int], budget: int, max_epochs: Fraction) -> list[Fr
 def parse_segments(texts: Sequence[str], base: list[Fraction], total_samples: int | None) -> list[Point]:
     """What --data-path-segments makes of the weights `base`, linear changes written out, by ascending samples from 0.
 
-    Raises ConfigError for a text that cannot be read and for shares of a run whose length is not known.
+    Of those that begin within one sample, as shares of a short run may, the last holds. Raises ConfigError for a text
+    that cannot be read, one out of order, and for shares of a run whose length is not known.
     """
     points: list[Point] = [(0, base)]
+    place_before = Fraction(0)
     for number, text in enumerate(texts):
         beginning, *words = text.split() or [""]
         read = _POINT.fullmatch(beginning)
@@ -165,17 +162,22 @@ def parse_segments(texts: Sequence[str], base: list[Fraction], total_samples: in
                 f'data_path_segments="{text}" has {len(weights)} weights, {sum(map(bool, weights))} of them above 0, '
                 f"and the data path names {len(base)} sets; give one for each, not all 0."
             )
-        first = _sample(read[1], text, total_samples)
-        if number == 0 and first == 0:
+        place = _place(read[1], text, total_samples)
+        if number == 0 and place == 0:
             points = [(0, weights)]
             continue
-        begin, before = points[-1]
-        if first <= begin:
+        if place <= place_before:
             raise ConfigError(
-                f'data_path_segments="{text}" begins at sample {first:,}, not behind the one before, at {begin:,}; '
-                "give them in order."
+                f'data_path_segments="{text}" begins at sample {float(place):,.10g}, not behind the one before, at '
+                f"{float(place_before):,.10g}; give them in order."
             )
+        place_before, first, (begin, before) = place, int(place), points[-1]
         steps = int(read[2] or 1)
+        if steps > _MOST_STEPS:
+            raise ConfigError(
+                f'data_path_segments="{text}" changes in {steps:,} steps, each of which is planned when the data are '
+                f"opened; give at most {_MOST_STEPS:,}."
+            )
         points += [
             (begin + (first - begin) * i // steps, _between(before, weights, Fraction(i, steps)))
             for i in range(1, steps)
@@ -184,15 +186,19 @@ def parse_segments(texts: Sequence[str], base: list[Fraction], total_samples: in
     return points
 
 
-def _sample(text: str, whole: str, total_samples: int | None) -> int:
+def _place(text: str, whole: str, total_samples: int | None) -> Fraction:
+    """A number of samples, not yet a whole one."""
     if not text.endswith("%"):
-        return int(text.replace("_", ""))
+        return Fraction(text.replace("_", ""))
+    share = Fraction(text[:-1]) / 100
+    if share > 1:
+        raise ConfigError(f'data_path_segments="{whole}" begins behind the end of the run; give a share up to 100%.')
     if total_samples is None:
         raise ConfigError(
             f'data_path_segments="{whole}" begins at a share of the run, whose length in epochs is not known before; '
             "give --train-iters, --train-samples or --train-tokens, or a number of samples."
         )
-    return int(Fraction(text[:-1]) * total_samples / 100)
+    return share * total_samples
 
 
 def _between(before: list[Fraction], after: list[Fraction], at: Fraction) -> list[Fraction]:
