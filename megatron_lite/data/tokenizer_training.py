@@ -27,7 +27,7 @@ _SENTENCEPIECE_THREADS = 8  # fixed: sums in another order would be another mode
 class TrainingText:
     """A sample of the text of some sources in pieces of some lines, some of it kept apart to measure on.
 
-    A piece has about 8,192 characters, so that one large file has many. Every twentieth is for `held_out`, the others
+    A piece has 8,192 characters and what is left of a line, at most as many again: one large file has many. Every twentieth is for `held_out`, the others
     are for training; of both, a uniform sample of at most 8 MiB and of `most_bytes` is kept in memory. The sources are
     read when it is made, which raises DataError for a document that cannot be used, unless `skip_bad`; then `skipped`
     counts them.
@@ -77,11 +77,13 @@ def _cut(text: str) -> Iterator[str]:
     lines: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):
-        lines.append(line)
-        size += len(line)
-        if size >= _PIECE_CHARACTERS:
-            yield "".join(lines)
-            lines, size = [], 0
+        for start in range(0, len(line), _PIECE_CHARACTERS):
+            part = line[start : start + _PIECE_CHARACTERS]
+            lines.append(part)
+            size += len(part)
+            if size >= _PIECE_CHARACTERS:
+                yield "".join(lines)
+                lines, size = [], 0
     if lines:
         yield "".join(lines)
 

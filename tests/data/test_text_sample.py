@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 from megatron_lite.data.text_sample import TextSample
 
 
@@ -24,6 +27,18 @@ def test_bounded_in_order_and_repeatable():
     kept = list(found)
     assert kept == sorted(kept) and len(kept) == 250 and found.bytes == 1000 and found.seen_bytes == 20_000
     assert kept == list(sample(texts, 1003)) != list(sample(texts, 1003, seed=1))
+
+
+def test_texts_of_mixed_sizes_are_the_first_by_their_keys_that_fit():
+    """Against all keys sorted: a large text that went leaves no room for texts behind it."""
+    for seed in range(20):
+        sizes = random.Random(seed + 100)
+        texts = [f"{i:04d}" + "x" * sizes.choice((0, 5, 400)) for i in range(500)]
+        keys = random.Random(seed)
+        order = sorted((keys.random(), text) for text in texts)
+        ends = itertools.accumulate(len(text) for _, text in order)
+        first = [text for (_, text), end in zip(order, ends, strict=True) if end <= 3000]
+        assert list(sample(texts, 3000, seed)) == sorted(first)
 
 
 def test_no_part_is_preferred():
