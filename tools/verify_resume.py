@@ -183,6 +183,11 @@ def verify(config: RunConfig, options: VerifyOptions) -> None:
         unbroken, broken = Path(name, "unbroken"), Path(name, "broken")
         log.note(f"training {options.steps} steps unbroken, on {planned.begun_ranks} processes")
         _train(Training(planned.begun, planned.begun_ranks, unbroken, on_gpus=on_gpus))
+        if (last := max(_records(unbroken), default=0)) < options.steps:
+            raise ConfigError(
+                f"training ends after {last} of --steps {options.steps} by itself, as where --when-exhausted ends it; "
+                f"give --steps {last}."
+            )
         train_and_kill(planned, options, broken, on_gpus=on_gpus)
         judge(unbroken, broken, planned, options)
 

@@ -92,10 +92,15 @@ class FimStream:
             if sample.counts is not None and not sample.counts[start + 1 : stop].all():
                 continue
             if tokens is None:
-                tokens = sample.tokens.copy()
+                tokens = self._room_for_ids(sample.tokens)
             _, spm, first_cut, second_cut = draws[piece].tolist()
             self._permute(tokens[start:stop], spm < spm_rate, first_cut, second_cut)
         return sample if tokens is None else dataclasses.replace(sample, tokens=tokens)
+
+    def _room_for_ids(self, tokens: np.ndarray) -> np.ndarray:
+        """A copy, as int64 where the sentinels are no ids of the file's dtype."""
+        largest = max(self._ids.prefix, self._ids.middle, self._ids.suffix)
+        return tokens.astype(tokens.dtype if largest <= np.iinfo(tokens.dtype).max else np.int64)
 
     def _draws(self, number: int, pieces: int) -> np.ndarray:
         """uint64 [pieces, 4], each of 32 bits."""

@@ -91,7 +91,7 @@ def _curriculum_problems(data: DataConfig) -> Iterator[str]:
         )
     if first >= full:
         yield f"curriculum_seq_length_min={first} is not below seq_length={full}; choose less, or leave it out."
-    elif data.curriculum_seq_length_schedule != "step" and first % step:
+    elif data.curriculum_seq_length_schedule != "step" and step >= 1 and first % step:
         lower = first // step * step
         yield (
             f"curriculum_seq_length_min={first} is no multiple of curriculum_seq_length_step={step}, and nor would the "

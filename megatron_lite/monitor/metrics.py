@@ -36,7 +36,9 @@ METRICS: dict[str, Metric] = {
     "consumed_samples": Metric("sequences", "sequences trained on since the run began"),
     "consumed_tokens": Metric("tokens", "target tokens trained on since the run began"),
     "samples_crc32": Metric(
-        "", "checksum of the numbers and tokens of the samples of this step, the same on every layout"
+        "",
+        "checksum of the samples of this step: their numbers, tokens, what of them does not count, and where attention "
+        "or positions begin anew in them; the same on every layout",
     ),
     "iteration_time": Metric("s", "wall time of the step"),
     "data_wait_share": Metric("", "share of it that passed until every rank had its samples, as rank 0 saw it"),

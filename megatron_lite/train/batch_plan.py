@@ -76,6 +76,12 @@ class BatchPlan:
         plan = cls(training.micro_batch_size, data_size, seq_length, stages, 0, 0)
         asked = _samples_asked(training, seq_length, samples_per_epoch)
         iterations = plan.iteration_of(asked) if training.train_iters is None else training.train_iters
+        if available is not None and plan.iteration_of(max(0, available)) < 1:
+            raise ConfigError(
+                f"The data end after {max(0, available):,} samples, which --when-exhausted, --data-max-epochs and "
+                f"--skip-samples leave of them, but one step takes {stages[0].batch_size:,}; skip fewer, allow more "
+                "epochs or lower the batch size."
+            )
         if available is not None:
             iterations = min(iterations, plan.iteration_of(available))
             asked = available if training.train_iters is not None else min(asked, available)

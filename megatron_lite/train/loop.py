@@ -15,7 +15,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.data.length_curriculum import LengthCurriculum
 from megatron_lite.data.loader import BatchLoader
 from megatron_lite.data.micro_batch import MicroBatch
-from megatron_lite.data.stream import SampleStream
+from megatron_lite.data.stream import SampleStream, parse_skip_ranges, stream_position
 from megatron_lite.monitor.data_wait import DataWait
 from megatron_lite.monitor.histograms import histograms
 from megatron_lite.monitor.memory import MemoryMeter
@@ -33,7 +33,7 @@ from megatron_lite.train.batch_plan import BatchPlan
 from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.progress import Progress
-from megatron_lite.train.reading import checksum, count_targets, read
+from megatron_lite.train.reading import checksum, count_targets, no_target, read
 from megatron_lite.train.step import StepResult, raise_non_finite, train_step, validate
 
 EARLY_STOPPING = "early stopping"
@@ -74,7 +74,7 @@ def train(run: Run) -> str:
     """Train to the end of the plan or until a reason to stop; returns that reason.
 
     The state is saved at the end whatever the reason. Raises NonFiniteError, CheckpointNotSaved where that
-    last save failed, and UserError for samples that cannot be read.
+    last save failed, and UserError for samples that cannot be read or have no target.
     """
     started = time.monotonic()
     run.memory.begin()
@@ -144,6 +144,14 @@ def _one_step(run: Run, started: float) -> str | None:
         run.keeper.settle()
     if asked:
         return next(reason for reason in mesh.gather_json(run.stop.reason) if reason)
+    if not target_tokens:
+        skipped = parse_skip_ranges(run.config.training.skip_samples)
+        consumed = progress.consumed_samples
+        first, last = (stream_position(at, skipped) for at in (consumed, consumed + batch_size - 1))
+        raise no_target(
+            f"step {progress.step + 1}, samples {first:,} to {last:,}",
+            f"leave these samples out (--skip-samples {first}:{last + 1}), or take larger batches",
+        )
     _note_length(run)
     rate = run.schedule.learning_rate(progress.step, progress.consumed_samples)
     result = train_step(

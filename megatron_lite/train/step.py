@@ -20,7 +20,7 @@ from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import micro_batch_seed
 from megatron_lite.parallel.whereabouts import HERE, VALIDATION
 from megatron_lite.train.engine_interface import Engine, StepOutcome
-from megatron_lite.train.reading import read
+from megatron_lite.train.reading import no_target, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ def validate(
     """Mean loss in nats over the first `batches` global batches of a stream, dropout off.
 
     None, on all ranks alike, if one of them is `asked` to stop meanwhile: a launcher that waits for the
-    state to be saved does not wait for a validation.
+    state to be saved does not wait for a validation. Raises DataError if no token of them is a target.
     """
     engine.module.eval()
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
@@ -140,6 +140,8 @@ def validate(
     total[1] /= mesh.size("pipe", "context")
     _all_reduce_over_ranks(total, mesh)
     engine.module.train()
+    if not total[1]:
+        raise no_target(f"validation, samples 0 to {batches * batch_size - 1:,}", "or validate on more batches")
     return (total[0] / total[1]).item()
 
 

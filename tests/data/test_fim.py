@@ -120,3 +120,10 @@ def test_a_tokenizer_without_the_tokens_is_refused(built):
         sentinels(
             MixtureConfig(fim_rate=0.5, fim_prefix_token=one, fim_middle_token=one, fim_suffix_token=one), tokenizer
         )
+
+
+def test_sentinels_beyond_a_narrow_dtype_are_not_wrapped():
+    ids = dataclasses.replace(IDS, middle=70_000)
+    tokens = stream([30], ids=ids)[0].tokens
+    assert {ids.prefix, ids.middle, ids.suffix} <= set(tokens.tolist())
+    assert stream([30])[0].tokens.dtype == np.uint16

@@ -114,7 +114,12 @@ def test_a_run_ends_before_its_data_do():
     training = TrainingConfig(train_iters=100, global_batch_size=8)
     assert BatchPlan.of(training, 1, 32, available=83).total_samples == 80
     assert BatchPlan.of(training, 1, 32, available=8000).total_samples == 800
-    with pytest.raises(ConfigError, match="The run is 7 samples long, but one step takes 8"):
-        BatchPlan.of(training, 1, 32, available=7)
     assert samples_of_run(training, 1, 32) == 800
     assert samples_of_run(TrainingConfig(train_epochs=2.0), 1, 32) is None
+
+
+@pytest.mark.parametrize("available", [-5, 0, 7])
+def test_data_that_end_before_a_step_are_told_from_a_short_run(available):
+    training = TrainingConfig(global_batch_size=8, train_iters=10)
+    with pytest.raises(ConfigError, match=rf"data end after {max(0, available)} samples, .*--skip-samples .* takes 8"):
+        BatchPlan.of(training, 1, 16, available=available)

@@ -97,6 +97,16 @@ REFUSED = {
         {},
         r"seq_length_min=12 is no multiple of curriculum_seq_length_step=8, .* choose 8 or 16",
     ),
+    "no step": (
+        {"curriculum_seq_length_min": 8, "curriculum_seq_length_samples": 9, "curriculum_seq_length_step": 0},
+        {},
+        r"curriculum_seq_length_step=0 is too small; give 1 or more",
+    ),
+    "a step back": (
+        {"curriculum_seq_length_min": 8, "curriculum_seq_length_samples": 9, "curriculum_seq_length_step": -8},
+        {},
+        r"curriculum_seq_length_step=-8 is too small; give 1 or more",
+    ),
     "no length": (
         {"curriculum_seq_length_min": 0, "curriculum_seq_length_samples": 9},
         {},
