@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -49,6 +50,16 @@ class _Sets:
         """Each set once, without the suffix of one of its files."""
         bare = (name[: -len(_SUFFIXES[0])] if name.endswith(_SUFFIXES) else name for name in self.prefix)
         return list(dict.fromkeys(bare))
+
+    @property
+    def parts(self) -> list[str]:
+        """The sets that are put together, each once. Raises ConfigError if one is named twice."""
+        if repeated := {name for name in self.prefix if self.prefix.count(name) > 1}:
+            raise ConfigError(
+                f"{', '.join(sorted(repeated))} is named more than once, and a set is taken once; name each once (a "
+                "weight of --data-path makes training read one more often)."
+            )
+        return self.prefixes
 
     def only(self, command: str) -> str:
         """The one set there should be."""
@@ -98,6 +109,9 @@ class HeadOptions(TokenizerFiles, _Sets):
     """With its files, where the manifest names none or they have moved."""
 
     def run(self) -> int:
+        for name in ("documents", "characters"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name} {getattr(self, name)} is below 0; give 0 or more.")
         reader = IndexedReader(self.only("head"))
         facts = read_provenance(reader.prefix, reader.num_tokens)
         tokenizer = self._tokenizer(reader.prefix, facts)
@@ -131,8 +145,8 @@ class MergeOptions(_Sets):
     """Prefix of the merged set."""
 
     def run(self) -> int:
-        documents, tokens = merge(self.prefixes, self.output)
-        print(f"{self.output}: {documents:,} documents, {tokens:,} tokens of {len(self.prefixes)} sets")
+        documents, tokens = merge(self.parts, self.output)
+        print(f"{self.output}: {documents:,} documents, {tokens:,} tokens of {len(self.parts)} sets")
         return EXIT_DONE
 
 
@@ -146,7 +160,7 @@ class JoinOptions(_Sets):
     """Sets that are read and not predicted: the joined set gets a loss mask, OUTPUT.loss_mask, that training uses."""
 
     def run(self) -> int:
-        documents, tokens, counted = join(self.prefixes, self.context, self.output)
+        documents, tokens, counted = join(self.parts, self.context, self.output)
         print(f"{self.output}: {documents:,} documents, {tokens:,} tokens, {counted:,} of them to be predicted")
         return EXIT_DONE
 
@@ -201,6 +215,8 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     if lengths := found.get("document_lengths"):
         quantiles = ", ".join(f"{float(share):.0%} {value:,}" for share, value in lengths["quantiles"].items())
         yield f"  tokens of a document: mean {lengths['mean']:,.1f}; {quantiles}; {lengths['empty']:,} are empty"
+    if mask := found["loss_mask"]:
+        yield f"  loss mask {mask['prefix']}: {mask['targets']:,} tokens are predicted"
     facts = found["manifest"]
     if facts is None:
         yield "  no manifest"
@@ -229,6 +245,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns its exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if not words or words[0] in ("-h", "--help"):
@@ -246,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        log.note("stopped; nothing was written")
+        log.note("stopped; no set was written")
         return EXIT_INTERRUPTED
     return EXIT_DONE
 

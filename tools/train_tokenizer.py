@@ -10,7 +10,7 @@ import dataclasses
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -120,6 +120,7 @@ def train(options: TrainTokenizerOptions) -> None:
     """Read, learn, write, and say how well held-out text is packed."""
     with _written_to(options.path):
         insist_on_place(options.path)
+    others = dict(_known(options.compare_with))
     limit, most = parse_limit(options.limit), parse_limit(options.sample_bytes).bytes
     if most is None:
         raise ConfigError(f"--sample-bytes {options.sample_bytes} is a number of documents; give bytes, as 500MB.")
@@ -150,7 +151,7 @@ def train(options: TrainTokenizerOptions) -> None:
             f"{tokenizer.vocab_size:,}; train on more text for more"
         )
     if text.held_out:
-        _compare(tokenizer, text.held_out, options.compare_with)
+        _compare(tokenizer, text.held_out, others)
     else:
         log.warn("there is too little text to hold some out and measure on")
     print(
@@ -159,16 +160,21 @@ def train(options: TrainTokenizerOptions) -> None:
     )
 
 
-def _compare(tokenizer: Tokenizer, held_out: TextSample, others: Sequence[str]) -> None:
-    """Say how many bytes a token stands for, in this vocabulary and in others."""
-    own = bytes_per_token(tokenizer, held_out)
-    print(f"{own:.3f} bytes a token on {len(held_out):,} held-out pieces ({held_out.bytes / 1e6:,.1f} MB)")
-    for name in others:
+def _known(names: Sequence[str]) -> Iterator[tuple[str, Tokenizer]]:
+    """The tokenizers to compare with that are here, by their names."""
+    for name in names:
         data = vocabulary_at(Path(name)) if Path(name).exists() else known_vocabulary(name)
         if data is None:
             log.note(f"no file of {name} is here to compare with; --compare-with FILE names one")
             continue
-        other = build_tokenizer(data)
+        yield name, build_tokenizer(data)
+
+
+def _compare(tokenizer: Tokenizer, held_out: TextSample, others: Mapping[str, Tokenizer]) -> None:
+    """Say how many bytes a token stands for, in this vocabulary and in others."""
+    own = bytes_per_token(tokenizer, held_out)
+    print(f"{own:.3f} bytes a token on {len(held_out):,} held-out pieces ({held_out.bytes / 1e6:,.1f} MB)")
+    for name, other in others.items():
         theirs = bytes_per_token(other, held_out)
         print(
             f"{theirs:.3f} bytes a token by {name} ({other.vocab_size:,} ids), so that this one takes "

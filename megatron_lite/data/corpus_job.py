@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_lite import log
 from megatron_lite.config.data import DataConfig
+from megatron_lite.data.indexed import MOST_IDS
 from megatron_lite.data.text_blocks import BLOCK_BYTES, NO_LIMIT, Limit
 from megatron_lite.data.text_input import KEYLESS, Source, TxtDocuments, warn_of_pages
 from megatron_lite.data.tokenizer_interface import Tokenizer
@@ -62,6 +63,12 @@ class CorpusJob:
         return f"{self.output_prefix}_{key}_document"
 
     @property
+    def own_paths(self) -> tuple[str, ...]:
+        """How the paths begin that a run of the job writes."""
+        sets = (f"{path}." for path in self.prefixes)
+        return (*sets, f"{self.output_prefix}.work/", f"{self.output_prefix}.refine/")
+
+    @property
     def prefixes(self) -> list[str]:
         """The token sets of all keys."""
         return [self.prefix(key) for key in self.json_keys]
@@ -88,6 +95,10 @@ class CorpusJob:
             raise TokenizerError(
                 f"--vocab-size {self.vocab_size} is less than the {tokenizer.vocab_size} ids of the tokenizer; "
                 "leave it out or give at least that"
+            )
+        if self.vocab_size is not None and self.vocab_size > MOST_IDS:
+            raise TokenizerError(
+                f"--vocab-size {self.vocab_size:,} is more than {MOST_IDS:,} ids; leave it out or give at most that"
             )
         return self.vocab_size or tokenizer.vocab_size
 

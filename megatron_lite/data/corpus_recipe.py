@@ -50,6 +50,7 @@ class CorpusRecipe:
             max_memory=job.max_memory,
             longest_document=job.longest_document,
             log_interval=job.log_interval,
+            not_read=job.own_paths,
         )
         if problems := self._refine_job.problems():
             raise ConfigError(problems)

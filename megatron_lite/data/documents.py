@@ -124,9 +124,9 @@ class WindowsOfDocuments(abc.ABC):
             return
         num_blocks = -(-self.num_tokens // _SCAN_BLOCK)
         if num_blocks > _SCAN_BLOCKS:
-            log.note(
-                f"{self.reader.prefix}: {_SCAN_BLOCKS * _SCAN_BLOCK:,} of {self.num_tokens:,} tokens are checked "
-                "against the vocabulary now, the others as they are read."
+            log.once(
+                f"of each large token set whose manifest does not tell, {_SCAN_BLOCKS * _SCAN_BLOCK:,} tokens are "
+                "checked against the vocabulary now, the others as they are read"
             )
         chosen = min(num_blocks, _SCAN_BLOCKS)
         largest = 0

@@ -40,6 +40,10 @@ _CHUNK = 1 << 20
 IdArray = Sequence[int] | np.ndarray
 
 
+MOST_IDS = 1 << 24
+"""Of a vocabulary that text is turned into: tables of all its ids are held in memory."""
+
+
 def dtype_for(vocab_size: int) -> np.dtype:
     """The token dtype Megatron picks: u16 below a vocabulary of 65,500, else i32."""
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")

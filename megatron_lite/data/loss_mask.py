@@ -9,6 +9,7 @@ import numpy as np
 from megatron_lite.data.indexed import IndexedReader, paths
 from megatron_lite.errors import DataError
 
+MASK_VALUES = 2
 _SUFFIX = ".loss_mask"
 _CHUNK = 1 << 20
 
@@ -21,6 +22,14 @@ def mask_prefix(prefix: str | os.PathLike) -> str:
 def is_mask(prefix: str) -> bool:
     """Whether a prefix is that of a loss mask."""
     return prefix.endswith(_SUFFIX)
+
+
+def count_targets(mask: IndexedReader) -> int:
+    """How many tokens a mask leaves to be predicted."""
+    return sum(
+        int(np.count_nonzero(mask.tokens(at, min(at + _CHUNK, mask.num_tokens))))
+        for at in range(0, mask.num_tokens, _CHUNK)
+    )
 
 
 def read_mask(reader: IndexedReader) -> IndexedReader | None:

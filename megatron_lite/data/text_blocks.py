@@ -26,6 +26,7 @@ _ROWS_AT_ONCE = 256
 _WARC_LENGTH = re.compile(rb"^Content-Length:[ \t]*(\d+)[ \t]*\r?$", re.M | re.I)
 _WARC_RESPONSE = re.compile(rb"^WARC-Type:[ \t]*(?:response|conversion)[ \t]*\r?$", re.M | re.I)
 _WARC_HEAD_BYTES = 1 << 20
+_MOST_COUNTED = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +249,9 @@ def parse_limit(text: str | None) -> Limit:
     if not match or (match[4] and match[3] and not match[2]) or (not match[4] and (match[2] or match[3])):
         raise ConfigError(f"--limit {text} is not known; give a number of documents (10000) or bytes (500MB, 2GiB).")
     number = float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2].replace("K", "k") or " ")
-    if number < 1 or number != int(number):
+    if number > _MOST_COUNTED:
+        raise ConfigError(f"--limit {text:.40} is more than can be counted; leave it out to read all.")
+    if number < 1 or number % 1:
         raise ConfigError(f"--limit {text} is {number:g}; give a whole number of at least 1.")
     return Limit(bytes=int(number)) if match[4] else Limit(documents=int(number))
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import orjson
 
 from megatron_lite.data.text_blocks import BLANK_LINES, Block
@@ -19,6 +20,7 @@ _ARCHIVE = "warc"
 _DECLARED = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]{2,40})", re.I)
 _DECLARED_WITHIN = 4096
 _LIKELY = "windows-1252"
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +59,15 @@ class Record:
         return value
 
     def number_of(self, key: str) -> float | BadDocument:
-        """The number under a key or a dotted path."""
+        """The number under a key or a dotted path, one that float32 can hold."""
         value = self._value(key)
-        if isinstance(value, BadDocument) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        if isinstance(value, BadDocument):
             return value
-        return BadDocument(self.line, "not a number", f"{key!r} is of type {type(value).__name__}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            return BadDocument(self.line, "not a number", f"{key!r} is of type {type(value).__name__}")
+        if abs(value) > _LARGEST_NUMBER:
+            return BadDocument(self.line, "number too large", f"{key!r} is beyond the {_LARGEST_NUMBER:.3g} of float32")
+        return value
 
     def _value(self, key: str) -> Any:
         value: Any = self.fields

@@ -87,15 +87,18 @@ def format_problems(text: str) -> list[str]:
     return []
 
 
-def find_sources(patterns: Sequence[str], form: str = "auto", txt_documents: TxtDocuments = "file") -> list[Source]:
+def find_sources(
+    patterns: Sequence[str], form: str = "auto", txt_documents: TxtDocuments = "file", own: Sequence[str] = ()
+) -> list[Source]:
     """The inputs that paths, patterns, folders and addresses name, in the order given, by name within one.
 
-    `form` is a --format. By "auto" the suffix tells, and what has none that is known is JSON lines. Raises DataError
-    for a pattern without a file.
+    `form` is a --format. By "auto" the suffix tells, and what has none that is known is JSON lines. Files in folders
+    and of patterns whose paths begin as one of `own`, what the job itself writes, are left out, which is said. Raises
+    DataError for a pattern without a file.
     """
     found: list[Source] = []
     for pattern in patterns:
-        found += _expand(pattern, form, txt_documents)
+        found += _expand(pattern, form, txt_documents, own)
     if not found:
         raise DataError(f"--input {' '.join(patterns)} matches folders alone; name files, as in 'FOLDER/**/*.jsonl'")
     sources = list({source.path: source for source in found}.values())
@@ -111,7 +114,7 @@ def warn_of_pages(sources: Sequence[Source]) -> None:
         log.warn(f"{page.name} is read as it stands, tags and all; tools/refine_data.py takes the text out of pages")
 
 
-def _expand(pattern: str, form: str, txt_documents: TxtDocuments) -> list[Source]:
+def _expand(pattern: str, form: str, txt_documents: TxtDocuments, own: Sequence[str]) -> list[Source]:
     if pattern.startswith(NAMED):
         return _named(pattern)
     if pattern.startswith(_DATA_SET):
@@ -121,15 +124,25 @@ def _expand(pattern: str, form: str, txt_documents: TxtDocuments) -> list[Source
     elif pattern == STANDARD_INPUT or os.path.isfile(pattern):
         paths = [pattern]
     elif os.path.isdir(pattern):
-        paths = _inside(pattern, sorted(str(path) for path in Path(pattern).rglob("*") if path.is_file()))
+        files = sorted(str(path) for path in Path(pattern).rglob("*") if path.is_file())
+        paths = _inside(pattern, _foreign(files, own))
     elif os.path.exists(pattern):  # a pipe or a device
         paths = [pattern]
     else:
         matches = sorted(glob.glob(pattern, recursive=True))
         if not matches:
             raise DataError(f"--input {pattern}: no such file, and no file matches it as a pattern")
-        paths = [path for path in matches if not os.path.isdir(path)]
+        paths = _foreign([path for path in matches if not os.path.isdir(path)], own)
     return [_source(path, form, txt_documents) for path in paths]
+
+
+def _foreign(paths: list[str], own: Sequence[str]) -> list[str]:
+    """The paths that do not begin as one of `own`."""
+    begins = tuple(os.path.abspath(path) + "/" * path.endswith("/") for path in own)
+    left = [path for path in paths if os.path.abspath(path).startswith(begins)]
+    if left:
+        log.note(f"{len(left):,} files that the job itself writes are not read, as {left[0]}")
+    return [path for path in paths if path not in set(left)]
 
 
 def _inside(folder: str, paths: list[str]) -> list[str]:
@@ -213,7 +226,7 @@ def _named(pattern: str) -> list[Source]:
         raise DataError(f"--input {pattern}: there is no source of that name; there are {known}")
     entry = BY_NAME[name]
     log.note(f"{pattern} is {entry.input}: {entry.what}; its text is in {entry.text_key!r}")
-    return [dataclasses.replace(source, text_key=entry.text_key) for source in _expand(entry.input, "auto", "file")]
+    return [dataclasses.replace(source, text_key=entry.text_key) for source in _expand(entry.input, "auto", "file", ())]
 
 
 def _suffixes(path: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.data.indexed import IndexedReader, paths
 from megatron_lite.data.loss_mask import read_mask
 from megatron_lite.data.provenance import read_provenance, scores_path
 from megatron_lite.data.token_documents import joined_pieces
@@ -42,10 +42,16 @@ def divide(
     Difficulty is the number of tokens; the share of their size that a document's ids take when deflated, text that
     repeats itself being easy; or a score, of the set's own column or of the file `scores`. Low is easy, or high if
     `descending`. Buckets have as nearly equal numbers of tokens as whole documents allow. Memory is 50 bytes a
-    document. Raises DataError for a column that is not of this set, a set with a loss mask, and a bucket that would
-    have no document.
+    document. Raises DataError for a column that is not of this set, a set with a loss mask, a bucket that would have no
+    document, and one of another division that would stay.
     """
     reader = IndexedReader(prefix)
+    left = [f"{prefix}_bucket{number}" for number in range(buckets, MOST_BUCKETS)]
+    if left := [name for name in left if any(path.exists() for path in paths(name))]:
+        raise DataError(
+            f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''} of another division are there, and --buckets "
+            f"{buckets} would leave {len(left)} among the new ones; remove them first"
+        )
     if (mask := read_mask(reader)) is not None:
         raise DataError(
             f"{prefix} has a loss mask, {mask.prefix}, and parts would not; divide sets before they are joined"

@@ -38,7 +38,7 @@ def join(prefixes: Sequence[str], context: Sequence[str], output: str) -> tuple[
             kept[:, part] -= (lengths[:, part] > 0) & lengths[:, part + 1 :].any(axis=1)
     counts = np.array([prefix not in context for prefix in prefixes], np.uint8)
     counted = None if None in facts else max(of.vocab_size for of in facts)
-    with token_set(output, dtype=readers[0].dtype, counted=counted) as made:
+    with token_set(output, dtype=readers[0].dtype, counted=counted, masked=bool(context)) as made:
         if context:
             # Published ahead of the set, which would else be trained on whole.
             with IndexedWriter(mask_prefix(output), dtype=np.uint8) as mask:

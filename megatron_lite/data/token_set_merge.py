@@ -47,7 +47,7 @@ def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
     has_scores = len(columns) == len(readers) and documents > 0
     scored = documents if has_scores else None
     counted = None if None in facts else max(of.vocab_size for of in facts)
-    with token_set(output, dtype=readers[0].dtype, scored=scored, counted=counted) as made:
+    with token_set(output, dtype=readers[0].dtype, scored=scored, counted=counted, masked=bool(masks)) as made:
         for number, reader in enumerate(readers):
             for batch in document_batches(reader, document_lengths(reader)):
                 scores = columns[number][batch.documents] if has_scores else None

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lite.data.indexed import IndexedWriter
+from megatron_lite.data.indexed import IndexedWriter, paths
+from megatron_lite.data.loss_mask import mask_prefix
 from megatron_lite.data.provenance import Provenance, manifest_path, scores_path, write_provenance
 from megatron_lite.errors import DataError
 from megatron_lite.publish import published
@@ -61,12 +62,14 @@ def token_set(
     dtype: np.dtype | None = None,
     scored: int | None = None,
     counted: int | None = None,
+    masked: bool = False,
 ) -> Iterator[TokenSetWriter]:
     """A set that is published when the block ends well.
 
     `scored` is its number of documents where they have scores; `counted` the size of the vocabulary where the entropy
-    of ids is to be found. Facts and scores of a set that was there before are gone first. Raises DataError as
-    IndexedWriter does, and for an id outside the vocabulary.
+    of ids is to be found. Facts, scores and the loss mask of a set that was there before are gone first, but for a mask
+    that was made for this one, which is `masked`. Raises DataError as IndexedWriter does, and for an id outside the
+    vocabulary.
     """
     with contextlib.ExitStack() as publishing:
         writer = publishing.enter_context(IndexedWriter(prefix, vocab_size, dtype))
@@ -74,7 +77,7 @@ def token_set(
         if scored is not None:
             scores = publishing.enter_context(_score_column(scores_path(prefix), scored))
         yield TokenSetWriter(writer, scores, None if counted is None else IdCounts(counted))
-        for path in (manifest_path(prefix), scores_path(prefix)):
+        for path in (manifest_path(prefix), scores_path(prefix), *(() if masked else paths(mask_prefix(prefix)))):
             path.unlink(missing_ok=True)
 
 

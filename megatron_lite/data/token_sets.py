@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.data.loss_mask import MASK_VALUES, count_targets, read_mask
 from megatron_lite.data.provenance import Provenance, manifest_path, read_manifest, read_provenance, scores_path
 from megatron_lite.data.token_documents import in_chunks
 from megatron_lite.errors import DataError
@@ -80,17 +81,25 @@ def describe(prefix: str) -> dict[str, Any]:
             "empty": int((lengths == 0).sum()),
             "quantiles": {f"{share:g}": value for share, value in zip(_QUANTILES, values, strict=True)},
         }
+    mask = read_mask(reader)
+    found["loss_mask"] = None if mask is None else {"prefix": mask.prefix, "targets": count_targets(mask)}
     return found | {"manifest": facts and dataclasses.asdict(facts)}
 
 
 def faults(prefix: str, vocab_size: int | None = None) -> Iterator[str]:
-    """What is wrong with a set, a sentence each: index, ids, and files against the manifest, where there is one."""
+    """What is wrong with a set, a sentence each: index, ids, loss mask, and files against the manifest, where there are
+    those."""
     try:
         reader = IndexedReader(prefix)
     except DataError as error:
         yield str(error)
         return
     facts = None
+    try:
+        if (mask := read_mask(reader)) is not None and (found := _ids_outside(mask, MASK_VALUES)):
+            yield found
+    except DataError as error:
+        yield str(error)
     if manifest_path(prefix).exists():
         try:
             facts = read_manifest(prefix, reader.num_tokens)
@@ -121,8 +130,10 @@ def _differences(prefix: str, reader: IndexedReader, facts: Provenance) -> Itera
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                if size != stated.get("bytes"):
-                    yield f"{path}: it has {size:,} bytes, and the manifest speaks of {stated.get('bytes'):,}"
+                if type(stated.get("bytes")) is not int:
+                    yield f"{manifest_path(prefix)}: it does not say how many bytes {path} has"
+                elif size != stated["bytes"]:
+                    yield f"{path}: it has {size:,} bytes, and the manifest speaks of {stated['bytes']:,}"
                 elif hashlib.file_digest(file, "sha256").hexdigest() != stated.get("sha256"):
                     yield f"{path}: its SHA-256 is not the manifest's: some bytes have changed since it was made"
         except OSError as error:

@@ -73,7 +73,7 @@ class _Run:
         self._job = job
         self._tokenizer = build_tokenizer(job.tokenizer)
         self._vocab_size = job.ids_for(self._tokenizer)
-        self._sources = find_sources(job.inputs, job.format, job.txt_documents)
+        self._sources = find_sources(job.inputs, job.format, job.txt_documents, job.own_paths)
         job.check_sources(self._sources)
         self._recipe = _recipe(job)
         self._facts = self._stated()

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from megatron_lite.data.indexed import MOST_IDS
 from megatron_lite.data.text_blocks import Limit, limited, read_blocks
 from megatron_lite.data.text_documents import BadDocument, parse_block
 from megatron_lite.data.text_input import Source
@@ -27,10 +28,10 @@ _SENTENCEPIECE_THREADS = 8  # fixed: sums in another order would be another mode
 class TrainingText:
     """A sample of the text of some sources in pieces of some lines, some of it kept apart to measure on.
 
-    A piece has 8,192 characters and what is left of a line, at most as many again: one large file has many. Every twentieth is for `held_out`, the others
-    are for training; of both, a uniform sample of at most 8 MiB and of `most_bytes` is kept in memory. The sources are
-    read when it is made, which raises DataError for a document that cannot be used, unless `skip_bad`; then `skipped`
-    counts them.
+    A piece has 8,192 characters and what is left of a line, at most as many again: one large file has many. Every
+    twentieth is for `held_out`, the others are for training; of both, a uniform sample of at most 8 MiB and of
+    `most_bytes` is kept in memory. The sources are read when it is made, which raises DataError for a document that
+    cannot be used, unless `skip_bad`; then `skipped` counts them.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ def _cut(text: str) -> Iterator[str]:
 
 
 def _check_size(vocab_size: int, specials: Sequence[str]) -> None:
+    if vocab_size > MOST_IDS:
+        raise TokenizerError(f"--vocab-size {vocab_size:,} is more than {MOST_IDS:,} ids; give at most that")
     least = 256 + len(specials)
     if vocab_size < least:
         raise TokenizerError(

@@ -104,4 +104,4 @@ def test_a_very_large_set_is_checked_in_blocks_spread_evenly(tmp_path, monkeypat
     windows = TokenWindows(write(tmp_path / "set", [ids]), 4)
     with pytest.raises(DataError, match="token id 90"):
         windows.check_vocabulary(90)
-    assert "50 of 200 tokens are checked" in capsys.readouterr().err
+    assert "of each large token set whose manifest does not tell, 50 tokens are checked" in capsys.readouterr().err

@@ -87,6 +87,11 @@ def flip(path: Path, at: int, mask: int = 1) -> None:
             lambda path: path.write_text(path.read_text().replace('"documents": 6', '"documents": 7')),
             "it has 6 documents, and the manifest speaks of 7",
         ),
+        (
+            "manifest.json",
+            lambda path: path.write_text(path.read_text().replace('"bytes": ', '"size": ')),
+            "does not say how many bytes",
+        ),
     ],
 )
 def test_damage_is_found(tmp_path, suffix, damage, said):
@@ -197,6 +202,14 @@ def test_documents_of_several_sequences_stay_whole_when_divided(tmp_path):
     assert not manifest_path(tmp_path / "a_bucket0").exists()
 
 
+def test_what_is_left_of_another_division_is_refused(tmp_path):
+    prefix = make(tmp_path, "a", [letter * 5 for letter in "abcdef"])
+    divide(prefix, "length", 3)
+    with pytest.raises(DataError, match=r"bucket2 of another division are there, and --buckets 2 would leave 1 among"):
+        divide(prefix, "length", 2)
+    assert len(divide(prefix, "length", 3)) == 3
+
+
 def test_what_cannot_be_divided(tmp_path):
     prefix = make(tmp_path, "a", ["x" * 100, "y", "z"])
     with pytest.raises(DataError, match=r"3 documents of 105 tokens, and bucket 1 of 4 would have none"):
@@ -240,6 +253,19 @@ def test_parts_of_documents_are_joined_and_context_does_not_count(tmp_path):
         merge([whole, answer], str(tmp_path / "mixed"))
     with pytest.raises(DataError, match="divide sets before they are joined"):
         divide(whole, "length", 2)
+
+
+def test_an_old_loss_mask_goes_with_its_set(tmp_path):
+    question, answer = make(tmp_path, "q", TEXTS), make(tmp_path, "a", TEXTS)
+    whole = str(tmp_path / "whole")
+    _, _, counted = join([question, answer], [question], whole)
+    assert describe(whole)["loss_mask"] == {"prefix": mask_prefix(whole), "targets": counted}
+    flip(Path(f"{mask_prefix(whole)}.bin"), 0, 2)
+    assert any("loss_mask.bin: token id" in fault for fault in faults(whole))
+    Path(f"{mask_prefix(whole)}.bin").write_bytes(b"")
+    assert any("loss_mask" in fault for fault in faults(whole))
+    join([question, answer], [], whole)
+    assert describe(whole)["loss_mask"] is None and list(faults(whole)) == []
 
 
 def test_what_cannot_be_joined_is_refused_before_anything_is_written(tmp_path):

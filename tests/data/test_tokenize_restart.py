@@ -342,6 +342,26 @@ def test_a_score_that_is_no_number_is_a_bad_document(corpus, tmp_path):
         tokenize_corpus(job_of(plain, tmp_path / "out", json_keys=("text",)))
 
 
+@pytest.mark.parametrize("number", ["9" * 401, "1e39", "-Infinity"])
+def test_a_score_beyond_float32_is_a_bad_document(tmp_path, number):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "x", "n": {number}}}')
+    job = CorpusJob((str(tmp_path / "a.jsonl"),), str(tmp_path / "out"), BYTES, score_key="n")
+    with pytest.raises(DataError, match=r"line 1: number too large: 'n' is beyond the 3\.4e\+38 of float32"):
+        tokenize_corpus(job)
+
+
+@pytest.mark.parametrize("recipe", [None, "none"])
+def test_what_a_job_writes_is_not_its_input(corpus, tmp_path, capsys, recipe):
+    """A folder that takes the output is input of the same job after a kill, and once more."""
+    (tmp_path / "a.jsonl").write_bytes(corpus.read_bytes())
+    job = job_of(tmp_path, tmp_path / "x", json_keys=("text",), recipe=recipe, score_key=None)
+    made = tokenize_corpus(job)
+    assert tokenize_corpus(job) == made and "files that the job itself writes are not read" in capsys.readouterr().err
+    tokenize_corpus(dataclasses.replace(job, inputs=(f"{tmp_path}/**/*.json*",)))
+    assert [entry["name"] for entry in next(iter(made.values())).inputs] == [str(tmp_path / "a.jsonl")]
+    assert IndexedReader(tmp_path / "x_text_document").num_documents == 59
+
+
 def test_small_files_share_units(tmp_path):
     for number in range(50):
         (tmp_path / f"{number:02d}.txt").write_text(f"file {number}")

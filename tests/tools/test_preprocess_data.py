@@ -101,6 +101,8 @@ def test_bad_line(tmp_path):
         (("--tokenizer-type", "NullTokenizer", "--partitions", "4"), "2 problems in the configuration"),
         (("--split-sentences",), "--split-sentences is refused: it is for BERT"),
         (("--dataset-impl", "lazy"), "--dataset-impl lazy is refused"),
+        (("--vocab-size", "100000000000"), "--vocab-size 100,000,000,000 is more than 16,777,216 ids"),
+        (("--limit", "9" * 400), "is more than can be counted; leave it out"),
         (("--workers", "0"), "--workers 0 is below 1"),
         (("--tokenizer-type", "Llama2Tokenizer"), "--tokenizer-type SentencePieceTokenizer needs --tokenizer-model"),
         (("--tokenizer-type", "WordTokenizer"), "choose one of GPT2BPETokenizer"),

