@@ -19,6 +19,7 @@ from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.provenance import read_manifest
 from megatron_lite.data.text_blocks import Limit
 from megatron_lite.data.tokenize_corpus import tokenize_corpus
+from megatron_lite.data.unit_file import open_unit, write_unit
 from megatron_lite.errors import DataError
 
 BYTES = DataConfig(tokenizer_type="ByteTokenizer")
@@ -241,6 +242,13 @@ def test_units_of_no_known_job_or_of_another_are_made_again(begun, expected, tmp
     assert {name: found for name, found in contents(tmp_path).items() if name.endswith(".bin")} == {
         name: found for name, found in expected.items() if name.endswith(".bin")
     }
+
+
+def test_a_unit_that_says_it_is_of_another_job_is_made_again(begun, tmp_path):
+    path = tmp_path / "out.work" / "units" / "000000000.unit"
+    unit = open_unit(path)
+    write_unit(path, {**unit.head, "job": "another", "documents": 0}, {})
+    assert tokenize_corpus(begun)[str(tmp_path / "out_text_document")].documents == 59
 
 
 def test_a_damaged_note_of_the_job_is_told(begun, tmp_path):
