@@ -55,7 +55,8 @@ def _sample_problems(data: DataConfig) -> Iterator[str]:
         )
     for name in ("fim_rate", "fim_spm_rate"):
         rate = getattr(data, name)
-        if rate is not None and not 0 <= rate <= 1:
+        # A rate that is no number is told of elsewhere.
+        if rate is not None and (rate < 0 or rate > 1):
             yield f"{name}={rate} is out of range; give a share from 0 to 1."
     if data.fim_rate and data.tokenizer_type is None:
         yield (
