@@ -93,12 +93,12 @@ class SegmentedBlend:
         """Lay a segment out until `stop` or until a set has reached its limit: where it ends, and that set."""
         at, shares = segment.first, whole_shares(segment.weights, self._largest_period)
         period = sum(shares)
-        if stop is None:
-            parts = [(None, shares)]
+        length = None if stop is None else stop - at
+        if length is None:
+            first = period * any(self._lacks)
         else:
-            length = stop - at
-            whole = length // period * period if length > self._largest_period else 0
-            parts = [(whole, shares), (length - whole, self._made_up_for(shares, length - whole))]
+            first = length if length <= self._largest_period else length % period
+        parts = [(first, self._made_up_for(shares, first)), (None if length is None else length - first, shares)]
         for length, counts in parts:
             if length == 0:
                 continue

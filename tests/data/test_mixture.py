@@ -102,6 +102,17 @@ def test_no_set_is_drawn_beyond_its_limit(lengths, all_weights, limits, redistri
                 assert blend.drawn(segment.first)[segment.exhausted] == limits[segment.exhausted]
 
 
+@pytest.mark.parametrize("sets", [8, 31, 63])
+def test_those_that_are_left_share_alike_while_one_after_another_is_exhausted(sets):
+    limits = [20 + 37 * i % 180 for i in range(sets)]
+    every = (Fraction(1),) * sets
+    blend = SegmentedBlend([Segment(0, every)], PERIOD_OF_CHANGES, limits=limits, redistribute=True)
+    assert blend.ends_after == sum(limits) and len(blend.segments) > sets / 2
+    for segment in blend.segments:
+        drawn = [n for n, weight in zip(blend.drawn(segment.first), segment.weights, strict=True) if weight]
+        assert max(drawn) - min(drawn) < 8
+
+
 def test_a_later_segment_begins_at_once_where_the_one_before_has_no_set_left():
     first, last = (Fraction(1), Fraction(0), Fraction(0)), (Fraction(1), Fraction(1), Fraction(0))
     blend = SegmentedBlend([Segment(0, first), Segment(100, last)], limits=[10, 20, 30], redistribute=True)
