@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Effective training time: a run under tools/supervise.py of which a random rank is killed every few minutes.
 
-The share is useful steps times the median step's time over the wall time, from the command to the end: starts, saves,
-steps done twice and everything between a fault and the next new step are what is missing to 1. Of each fault: seconds
+The share is the time of useful steps over the wall time, from the command to the end: starts, validations, steps done
+twice and everything between a fault and the next new step are what is missing to 1. Of each fault: seconds
 from the kill until all ranks and their launcher are gone, until it is started again, and until the first step after it.
 
     OMP_NUM_THREADS=1 python tools/bench/effective.py --minutes 16 --kill-every 5 --output results.json
@@ -145,7 +145,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=16.0, help="how long it trains")
     parser.add_argument("--kill-every", type=float, default=5.0, help="minutes of training before each kill")
-    parser.add_argument("--save-interval", type=int, default=20, help="steps")
+    parser.add_argument("--save-interval", type=int, default=50, help="steps")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--launcher", choices=LAUNCHERS, default="deepspeed")
     parser.add_argument("--seed", type=int, default=0, help="of the ranks that are killed")
@@ -168,11 +168,12 @@ def main(argv: list[str]) -> None:
         records, attempts = run.records(), len(run.history.read_text().splitlines())
     step_seconds = statistics.median(record["iteration_time"] for record in records)
     wall = ended - run.began
-    useful = len(records) * step_seconds
+    useful = sum(record["iteration_time"] for record in records)
     medians = {what: statistics.median(found[what] for found in faults) for what in faults[0]} if faults else {}
     print(
-        f"{len(faults)} kills in {wall / 60:.1f} minutes, {attempts} attempts: {len(records):,} useful steps of "
-        f"{step_seconds:.3f} s = {useful / wall:.2%} of the time, {useful / (ended - began):.2%} from the first step on"
+        f"{len(faults)} kills in {wall / 60:.1f} minutes, {attempts} attempts: {len(records):,} useful steps "
+        f"(median {step_seconds:.3f} s) = {useful / wall:.2%} of the time, "
+        f"{useful / (ended - began):.2%} from the first step on"
     )
     print("; ".join(f"{value:.1f} {what}" for what, value in medians.items()), "(medians)")
     if options.output:
