@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import threading
-import zlib
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from checkpoint.forked import fork_ranks
 from checkpoint.test_failures import RUN, interrupt_at, pieces, value_in
 from ranks import run_on_ranks
 
-from megatron_lite.checkpoint import store
+from megatron_lite.checkpoint import shard, store
 from megatron_lite.checkpoint.background import Background
 from megatron_lite.checkpoint.find import find
 from megatron_lite.checkpoint.host_copies import HostCopies
@@ -106,16 +105,16 @@ def test_a_rank_that_is_stopped_during_a_save(then, as_ranks, one_rank, tmp_path
 
 
 def _stop_rank_one(root, then):
-    crc32 = zlib.crc32
+    crc32 = shard.crc32
 
     def act(rank):
         def stop(*values):
             os.kill(os.getpid(), signal.SIGSTOP)
-            zlib.crc32 = crc32
+            shard.crc32 = crc32
             return crc32(*values)
 
         if rank.global_rank == 1:
-            zlib.crc32 = stop
+            shard.crc32 = stop
         save_beside(root, NEW, rank)
 
     first, second = fork_ranks(act, 2)

@@ -190,7 +190,9 @@ def test_close_ends_the_processes(opened):
 
 RANK = """
 if __name__ == "__main__":
-    import sys, time, psutil
+    import signal, sys, time, psutil
+    # A shell's background jobs are started with interrupts ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from megatron_lite.data.loader import BatchLoader
     from megatron_lite.data.stream import MockStream
     each = BatchLoader(
