@@ -81,9 +81,8 @@ def test_pairs_of_layouts(request, tmp_path):
     for number, (before, after) in enumerate(PAIRS):
         # 8-bit state is quantised anew where blocks differ: tests/checkpoint/test_codes.py holds that.
         first = _draw(before, source, optimizer=source.choice(["adamw", "sgd"]), dtype=("fp32", "bf16")[number % 2])
-        second = _draw(
-            after, source, layers=first.layers, model=first.model, optimizer=first.optimizer, dtype=first.dtype
-        )
+        kept = ("layers", "model", "optimizer", "dtype", "documents", "pieces")
+        second = _draw(after, source, **{name: getattr(first, name) for name in kept})
         pairs.append((first, second, tmp_path / f"{number}-whole", tmp_path / f"{number}-parts"))
     _train_by_world(
         [(ranks, _config(first, whole)) for (ranks, _), (first, _, whole, _) in zip(PAIRS, pairs, strict=True)]
