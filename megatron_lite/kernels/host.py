@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import threading
 from types import ModuleType
 
 from megatron_lite import log
@@ -12,13 +13,21 @@ from megatron_lite.errors import KernelError
 from megatron_lite.kernels import sources
 from megatron_lite.kernels.build import built, find_pybind11
 
+_LOADING = threading.Lock()
+"""A module that one thread is initialising is empty to another."""
 
-@functools.cache
+
 def module() -> ModuleType | None:
     """`megatron_lite._host`, compiled first in a source tree that has none; None where it cannot be had.
 
     Its users have the same in Python; the log says once that it is used, and why.
     """
+    with _LOADING:
+        return _module()
+
+
+@functools.cache
+def _module() -> ModuleType | None:
     try:
         return _load()
     except (KernelError, ImportError) as error:

@@ -1,6 +1,9 @@
 """zlib's checksum, computed faster."""
 
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
@@ -32,3 +35,22 @@ def test_it_goes_on_from_the_bytes_before(data, value, cut):
 def test_a_buffer_with_gaps_is_refused():
     with pytest.raises((ValueError, BufferError)):
         crc32(memoryview(BYTES)[::2])
+
+
+def test_threads_that_ask_at_once_load_it_once(monkeypatch):
+    """To a second one a module that is being initialised would be there, and empty."""
+    loads = []
+
+    def load():
+        loads.append(threading.get_ident())
+        time.sleep(0.2)
+        return host
+
+    monkeypatch.setattr(host, "_load", load)
+    host._module.cache_clear()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = [asked.result() for asked in [pool.submit(host.module) for _ in range(4)]]
+    finally:
+        host._module.cache_clear()
+    assert found == [host] * 4 and len(loads) == 1
