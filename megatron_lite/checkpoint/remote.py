@@ -126,8 +126,9 @@ class RemoteCopies:
         def begin() -> str | None:
             if ranks.global_rank != 0:
                 return None
-            if (size := self._files.size(f"{source}/{FILE_NAME}")) > MAX_BYTES:
-                raise CheckpointError(f"{source}/{FILE_NAME} has {size} bytes, more than a manifest may have")
+            # Some services tell no size.
+            if (size := self._files.size(f"{source}/{FILE_NAME}")) is None or size > MAX_BYTES:
+                raise CheckpointError(f"{source}/{FILE_NAME} has {size} bytes, and a manifest has {MAX_BYTES} at most")
             token = store.new_token()
             folder = root / store.temporary_name(name, token)
             folder.mkdir(parents=True)
