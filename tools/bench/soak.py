@@ -349,12 +349,16 @@ def main(argv: list[str]) -> int:
     from megatron_lite import log
     from megatron_lite.config import sources
     from megatron_lite.config.run import RunConfig
+    from megatron_lite.kernels import extension, host
     from megatron_lite.monitor.versions import versions
     from megatron_lite.train.engine import load_libraries
 
     torch.set_num_threads(1)
     # What this process says of checkpoints that it looks at is not the output.
     log.configure(1, 2)
+    # Compiled by a rank, they would try the patience of the other.
+    extension.load("cpu")
+    host.module()
     cases = [CASES[number] for number in options.cases]
     load_libraries(
         sources.override(RunConfig(), {"parallel": {"zero_stage": max(c.parallel["zero_stage"] for c in cases)}})
