@@ -12,12 +12,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from megatron_lite import log
-from megatron_lite.config.command_line import read
+from megatron_lite.config.command_line import Repeated, read
 from megatron_lite.config.opening import OpeningConfig
 from megatron_lite.errors import ConfigError, TokenizerError, UserError
 from megatron_lite.parallel.door import among_ranks, exit_code_of
@@ -28,7 +25,7 @@ from megatron_lite.parallel.launch import Launch, end_process
 class GenerateOptions:
     """What is continued and how."""
 
-    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    prompt: Repeated[tuple[str, ...]] = ()
     """A text to continue; may be given several times."""
     prompts_file: str | None = None
     """File of prompts, one a line."""
@@ -48,7 +45,7 @@ class GenerateOptions:
     """Another seed draws other samples."""
     num_samples: int = 1
     """Continuations of each prompt."""
-    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    stop: Repeated[tuple[str, ...]] = ()
     """Text that ends a continuation and is left out of it; may be given several times."""
     batch_size: int = 16
     """Continuations made together."""

@@ -13,10 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
-import tyro
-
 from megatron_lite import log
-from megatron_lite.config.command_line import read
+from megatron_lite.config.command_line import Repeated, read
 from megatron_lite.config.data import DataConfig
 from megatron_lite.config.megatron_flags import BY_NAME
 from megatron_lite.config.tokenizer import TokenizerFiles
@@ -60,7 +58,7 @@ class PreprocessOptions(TokenizerFiles):
     recipe: str | None = None
     """Clean, filter and deduplicate before: web, code, books, none, or a YAML file of stages, as in
     tools/refine_data.py. What was dropped and why is in OUTPUT_PREFIX.refine/report.html."""
-    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    set: Repeated[tuple[str, ...]] = ()
     """STAGE.OPTION=VALUE in place of the recipe's; may be given again and again."""
     shuffle_seed: int | None = None
     """Put the documents in an order that follows from this number; default: the order they are read in."""

@@ -15,10 +15,8 @@ import sys
 import typing
 from collections.abc import Sequence
 
-import tyro
-
 from megatron_lite import log
-from megatron_lite.config.command_line import read
+from megatron_lite.config.command_line import Repeated, read
 from megatron_lite.data.refine.job import RefineJob, refine
 from megatron_lite.data.refine.output import OutputFormat
 from megatron_lite.data.refine.recipe import STAGES, read_recipe
@@ -42,7 +40,7 @@ class RefineOptions:
     """Folder to write: documents/*.jsonl.zst, report.json, report.html."""
     recipe: str
     """web, code, books, none, or a YAML file of stages."""
-    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    set: Repeated[tuple[str, ...]] = ()
     """STAGE.OPTION=VALUE in place of the recipe's, as in gopher_quality.min_words=30; may be given again and again."""
     format: str = "auto"
     """jsonl, txt, html, parquet or warc, packed ones with .gz, .zst, .bz2 or .xz behind; auto: by the suffix, or

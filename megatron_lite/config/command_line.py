@@ -1,24 +1,30 @@
 """A command line read into a dataclass of dataclasses, its mistakes said in sentences and all at once.
 
-Every field is a flag, whatever dataclass it lies in; dashes and underscores are alike.
+Every field is a flag, whatever dataclass it lies in; dashes and underscores are alike. `tyro` writes the --help, and is
+imported for that alone: it takes longer to load than some tools take to work.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import io
+import sys
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import tyro
-
-from megatron_lite.config.sources import nearest, respell
+from megatron_lite.config.typed_values import nearest, typed_words
 from megatron_lite.errors import ConfigError
 
 T = TypeVar("T")
+
+
+class Repeated:
+    """The annotation of a flag that may be given several times, with one value each: Repeated[tuple[str, ...]]."""
+
+    def __class_getitem__(cls, kind: Any) -> Any:
+        tyro = sys.modules.get("tyro")
+        return Annotated[kind, cls] if tyro is None else tyro.conf.UseAppendAction[Annotated[kind, cls]]
 
 
 def field_name(flag: str) -> str:
@@ -76,32 +82,33 @@ class _Field:
 
     expected: Any
     is_repeated: bool
-    """The flag may be given several times, with one value each."""
     is_required: bool
+
+
+@functools.cache
+def _hints(kind: type) -> Mapping[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 @functools.cache
 def _fields(kind: type) -> Mapping[str, _Field]:
     found: dict[str, _Field] = {}
-    hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
-        hint = hints[field.name]
+        hint = _hints(kind)[field.name]
         if dataclasses.is_dataclass(hint):
             found |= _fields(hint)
             continue
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        repeated = tyro.conf.UseAppendAction in getattr(hint, "__metadata__", ())
+        repeated = Repeated in getattr(hint, "__metadata__", ())
         found[field.name] = _Field(typing.get_args(hint)[0] if repeated else hint, repeated, required)
     return found
 
 
-def _words(item: Given, fields: Mapping[str, _Field]) -> list[str]:
-    """One given flag as tyro reads it. Raises ConfigError for an unknown flag and a value of a wrong type."""
-    if item.asks_for_help:
-        return item.words
-    name = item.name
+def _named(item: Given, fields: Mapping[str, _Field]) -> tuple[str, Any]:
+    """The field of a given flag and its value. Raises ConfigError for an unknown flag and a value of a wrong type."""
+    name, value = item.name, True
     if name not in fields and name.removeprefix("no_") in fields:
-        name = name.removeprefix("no_")
+        name, value = name.removeprefix("no_"), False
         if fields[name].expected is not bool:
             raise ConfigError(f"{item.flag} is not a known flag; {flag_name(name)} takes a value.")
     if name not in fields:
@@ -114,8 +121,22 @@ def _words(item: Given, fields: Mapping[str, _Field]) -> list[str]:
                 f"{item.flag} takes one value, but {len(item.values)} were given; put it in quotes, or give "
                 f"{item.flag} again for each."
             )
-        return [f"{item.flag}={item.values[0]}"]
-    return [item.flag, *respell(flag_name(name), item.values, field.expected)]
+        return name, item.values
+    words = typed_words(flag_name(name), item.values, field.expected)
+    return name, value and words if field.expected is bool else words
+
+
+def _filled(kind: type[T], values: Mapping[str, Any], default: T | None) -> T:
+    """`kind` with these values, in whichever dataclass each belongs, and for the rest what `default` has."""
+    own = {}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hint := _hints(kind)[field.name]):
+            has_factory = field.default_factory is not dataclasses.MISSING
+            before = field.default_factory() if default is None and has_factory else getattr(default, field.name, None)
+            own[field.name] = _filled(hint, values, before)
+        elif field.name in values:
+            own[field.name] = values[field.name]
+    return kind(**own) if default is None else dataclasses.replace(default, **own)
 
 
 def read(
@@ -123,20 +144,24 @@ def read(
 ) -> T:
     """The dataclass `kind` that a command line asks for; what it leaves out is as in `default`.
 
-    Values may be spelled as in a YAML file (3e11 for a whole number). Raises ConfigError with every unknown
-    flag, value of a wrong type and missing flag, or with what the `problems()` of `kind` says if it has any, and
-    SystemExit 0 for --help, which is printed if `shown`.
+    Values may be spelled as in a YAML file (3e11 for a whole number); of a flag that is given twice, the later one
+    holds. Raises ConfigError with every unknown flag, value of a wrong type and missing flag, or with what the
+    `problems()` of `kind` says if it has any, and SystemExit 0 for --help, which is printed if `shown`.
     """
-    fields = _fields(kind)
     stray, given = split(argv)
+    if any(item.asks_for_help for item in given):
+        _help(kind, prog, description, default, shown)
+    fields = _fields(kind)
     problems = [f"{word} belongs to no flag; --help lists them." for word in stray]
-    words: list[str] = []
+    values: dict[str, Any] = {}
     for item in given:
         try:
-            words += _words(item, fields)
+            name, value = _named(item, fields)
         except ConfigError as error:
             problems += error.problems
-    if default is None and not any(item.asks_for_help for item in given):
+        else:
+            values[name] = values.get(name, ()) + value if fields[name].is_repeated else value
+    if default is None:
         named = {item.name for item in given}
         problems += [
             f"{flag_name(name)} is needed; --help says what it is."
@@ -145,21 +170,21 @@ def read(
         ]
     if problems:
         raise ConfigError(problems)
-    usage_error = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(usage_error):
-            options = tyro.cli(
-                tyro.conf.OmitArgPrefixes[kind],
-                args=words,
-                default=default,
-                prog=prog,
-                description=description,
-                console_outputs=shown,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ConfigError(f"The command line cannot be read:\n{usage_error.getvalue().rstrip()}") from None
+    options = _filled(kind, values, default)
     if problems := getattr(options, "problems", list)():
         raise ConfigError(problems)
     return options
+
+
+def _help(kind: type, prog: str, description: str, default: Any, shown: bool) -> None:
+    """Print what the flags are and end the process."""
+    import tyro
+
+    tyro.cli(
+        tyro.conf.OmitArgPrefixes[kind],
+        args=["--help"],
+        default=default,
+        prog=prog,
+        description=description,
+        console_outputs=shown,
+    )

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_lite import log
 from megatron_lite.config.command_line import Given, flag_name, split
 from megatron_lite.config.megatron_flags import BY_NAME, Flag
-from megatron_lite.config.sources import nearest
+from megatron_lite.config.typed_values import nearest
 from megatron_lite.errors import ConfigError
 
 ELSEWHERE = {

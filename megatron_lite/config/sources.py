@@ -7,11 +7,9 @@ field, so `lr: 1e-4` is a float and `skip_samples: [10:20]` a string, whatever Y
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
-import math
 import re
 import types
 import typing
@@ -22,6 +20,7 @@ from typing import Any, ClassVar
 import yaml
 
 from megatron_lite.config.run import RunConfig
+from megatron_lite.config.typed_values import Mismatch, nearest, typed_value
 from megatron_lite.credentials import without_credentials
 from megatron_lite.errors import ConfigError
 
@@ -62,78 +61,6 @@ def override(config: RunConfig, overrides: Overrides) -> RunConfig:
         section: dataclasses.replace(getattr(config, section), **fields) for section, fields in overrides.items()
     }
     return dataclasses.replace(config, **sections)
-
-
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """ "; perhaps you meant X" for the most similar known word, or nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; perhaps you meant {found[0]}" if found else ""
-
-
-class Mismatch(Exception):
-    """A value that its field's type does not admit; the text says what is expected."""
-
-
-def typed_value(value: Any, expected: Any) -> Any:
-    """`value`, of YAML or JSON, as the type `expected`. Raises Mismatch if it is not one."""
-    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
-    if origin in (typing.Union, types.UnionType):
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return None if value is None else typed_value(value, inner)
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise Mismatch(f"one of {', '.join(map(str, arguments))}{nearest(str(value), arguments)}")
-        return value
-    if origin is tuple:
-        items = value if isinstance(value, (list, tuple)) else str(value).split() if value is not None else ()
-        if arguments[-1] is Ellipsis:
-            return tuple(typed_value(item, arguments[0]) for item in items)
-        if len(items) != len(arguments):
-            raise Mismatch(f"{len(arguments)} values, not {len(items)}")
-        return tuple(map(typed_value, items, arguments))
-    if expected is bool:
-        if not isinstance(value, bool):
-            raise Mismatch("true or false")
-        return value
-    if expected is str:
-        if not isinstance(value, str):
-            raise Mismatch("text; put it in quotes")
-        if "\0" in value:
-            raise Mismatch("text without a NUL character")
-        return value
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value)
-        if expected is float:
-            return number
-        if isinstance(value, int) or re.fullmatch(r"[-+]?[0-9_]+", str(value)):
-            return int(value)
-        if math.isfinite(number) and number == int(number):
-            return int(number)
-    except (TypeError, ValueError):
-        pass
-    raise Mismatch("a number" if expected is float else "a whole number")
-
-
-def respell(flag: str, words: typing.Sequence[str], expected: Any) -> list[str]:
-    """The words of a flag's value as Python spells the type `expected`: 3e11 in digits where it is a whole number.
-
-    Raises ConfigError for words of another type, and for more or fewer than the type admits.
-    """
-    is_tuple = any(typing.get_origin(part) is tuple for part in (expected, *typing.get_args(expected)))
-    text = " ".join(words)
-    if expected is bool:
-        if words:
-            raise ConfigError(f"{flag} takes no value, but {text!r} was given; write {flag} or --no-{flag[2:]}.")
-        return []
-    if not is_tuple and len(words) != 1:
-        raise ConfigError(f"{flag} takes one value, but {text!r} was given." if words else f"{flag} needs a value.")
-    try:
-        value = typed_value(None if words and words[-1] == "None" else words if is_tuple else words[0], expected)
-    except Mismatch as mismatch:
-        raise ConfigError(f"{flag} is {text!r}, but should be {mismatch}.") from None
-    return [str(item) for item in (value if isinstance(value, tuple) else [value])]
 
 
 class PlainLoader(yaml.SafeLoader):

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_lite import log
 from megatron_lite.config import check
 from megatron_lite.config.run import RunConfig
-from megatron_lite.config.sources import nearest
+from megatron_lite.config.typed_values import nearest
 from megatron_lite.errors import ConfigError
 
 _WIRE_TYPES = ("fp32", "bf16", "fp16")

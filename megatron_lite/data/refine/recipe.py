@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from megatron_lite.config.sources import Mismatch, PlainLoader, nearest, typed_value
+from megatron_lite.config.sources import PlainLoader
+from megatron_lite.config.typed_values import Mismatch, nearest, typed_value
 from megatron_lite.data.refine.bounds import CodeQuality, Length
 from megatron_lite.data.refine.clean import HtmlToText, MaskPersonal, RepairText, RepeatedLines, Urls, WhiteSpace
 from megatron_lite.data.refine.decontaminate import Decontaminate
