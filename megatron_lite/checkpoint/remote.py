@@ -30,7 +30,7 @@ _STEP = re.compile(r"step-([0-9]{8,})")
 
 class RemoteCopies:
     """The copies under `url`. Raises ConfigError where fsspec, or what it needs for that kind of URL, is missing,
-    and for credentials in one whose kind takes none."""
+    for a service that refuses, and for credentials in a URL whose kind takes none."""
 
     def __init__(self, url: str):
         self.url = url

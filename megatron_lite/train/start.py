@@ -161,8 +161,9 @@ def _make_ready(config: RunConfig) -> None:
 def _assemble(
     config: RunConfig, mesh: ProcessMesh, stop: StopRequest, memory: MemoryMeter, claim: store.Claim | None
 ) -> Run:
+    copy_to = config.checkpoint.save_copy_to
+    copies = build.together(mesh, lambda: RemoteCopies(copy_to) if copy_to else None)
     with build.alike():
-        copies = RemoteCopies(config.checkpoint.save_copy_to) if config.checkpoint.save_copy_to else None
         found = _what_to_load(config, mesh, copies)
     data = build.together(mesh, lambda: _open_data(config, mesh))
     agreement.agree(mesh, agreement.of_data(data.facts))

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import socket
 from pathlib import Path
 
 import fsspec
@@ -141,3 +142,11 @@ def test_a_url_of_no_known_kind_is_refused():
         ConfigError, match=r"--save-copy-to gopher://there cannot be reached: .*megatron_lite\[remote\]"
     ):
         RemoteCopies("gopher://there")
+
+
+def test_a_service_that_refuses_is_told_by_its_address_without_the_password():
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # the port is taken, and nobody listens
+        with pytest.raises(ConfigError, match=r"cannot be reached: ConnectionRefusedError: .* leave it out") as told:
+            RemoteCopies(f"ftp://user:canary@127.0.0.1:{nobody.getsockname()[1]}/copies")
+    assert "ftp://***@127.0.0.1" in str(told.value) and "canary" not in str(told.value)
