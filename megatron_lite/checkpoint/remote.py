@@ -43,6 +43,12 @@ class RemoteCopies:
                 f"--save-copy-to {url} cannot be reached: {error}; `pip install megatron_lite[remote]`, and what fsspec"
                 f" needs for that kind of URL"
             ) from None
+        except Exception as error:
+            # Some kinds connect at once, and each service has errors of its own.
+            raise ConfigError(
+                f"--save-copy-to {url} cannot be reached: {type(error).__name__}: {error}; see that the service runs "
+                "and lets you in, or leave it out"
+            ) from None
         if stay_in(root):
             raise ConfigError(
                 f"--save-copy-to {url} has credentials, and addresses of this kind take none; leave them to the "
