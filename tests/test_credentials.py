@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -127,10 +128,10 @@ def addresses(monkeypatch):
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "https", vault.Vault)
     files = fsspec.filesystem("https")
     lines = "".join(json.dumps({"text": f"Text number {number}, which is long enough."}) + "\n" for number in range(20))
-    for name in ("corpus.jsonl", "refused.jsonl"):
-        files.pipe_file(f"/host/{name}", lines.encode())
+    for name in ("corpus.jsonl.gz", "refused.jsonl.gz"):  # known to be packed by the suffix before the query
+        files.pipe_file(f"/host/{name}", gzip.compress(lines.encode()))
     yield tuple(
-        f"https://user:{CANARY}7@host/{name}.jsonl?token={CANARY}8" for name in ("corpus", "refused", "missing")
+        f"https://user:{CANARY}7@host/{name}.jsonl.gz?token={CANARY}8" for name in ("corpus", "refused", "missing")
     )
     vault.Vault.store.clear()
 

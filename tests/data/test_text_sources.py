@@ -5,20 +5,26 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import fsspec
+import pyarrow
 import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from megatron_lite.data.text_blocks import Limit, limited, parse_limit, read_blocks
 from megatron_lite.data.text_documents import BadDocument, decoded_page, parse_block, parse_records
 from megatron_lite.data.text_input import Source, find_sources, format_problems, warn_of_pages
 from megatron_lite.errors import ConfigError, DataError
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def read(*inputs: str, form="auto", keys=("text",), block_bytes=1 << 20, limit=Limit(), longest=None, **how) -> list:  # noqa: B008
@@ -110,7 +116,6 @@ def archive(*bodies: bytes, kind=b"response", content_type=b"text/html; charset=
 
 
 def test_a_web_archive_gives_its_pages(tmp_path):
-    pytest.importorskip("fastwarc", reason="web archives need fastwarc")
     path = tmp_path / "crawl.warc.gz"
     parts = [
         archive(b"asked", kind=b"request"),
@@ -136,9 +141,6 @@ def test_a_web_archive_gives_its_pages(tmp_path):
 
 
 def test_rows_of_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow, which is large")
-    from pyarrow import parquet
-
     rows = [{"text": f"row {i}", "meta": {"url": f"u{i}"}, "data": b"\xff"} for i in range(1000)]
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=100)
@@ -176,13 +178,41 @@ def test_data_sets_are_streamed_and_names_stand_for_them(monkeypatch, capsys):
         read("hf:owner/name")
 
 
-def test_a_stored_data_set_is_a_folder(tmp_path):
-    datasets = pytest.importorskip("datasets", reason="Hugging Face data sets need datasets, which is large")
-    datasets.Dataset.from_list([{"text": "1"}, {"text": "2"}]).save_to_disk(tmp_path / "stored")
-    assert read(f"hf:{tmp_path}/stored") == [("1",), ("2",)]
+OF_FOLDERS = """
+import sys
+
+import datasets
+
+from megatron_lite.data.text_blocks import read_blocks
+from megatron_lite.data.text_documents import texts_of
+from megatron_lite.data.text_input import find_sources
+from megatron_lite.errors import DataError
+
+rows, more = (datasets.Dataset.from_list([{"text": text} for text in texts]) for texts in ("12", "3"))
+rows.save_to_disk("stored")
+datasets.DatasetDict(train=rows, test=more).save_to_disk("divided")
+for name in ("stored", "stored::train", "divided", "divided::test", "files", "files::train", "files::test", "none"):
+    (source,) = find_sources([f"hf:{name}"])
+    try:
+        print(name, *texts_of(read_blocks(source), ["text"]))
+    except DataError as error:
+        print(name, error)
+"""
+
+
+def test_data_sets_in_folders(tmp_path):
     (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "a.jsonl").write_bytes(jsonl("3"))
-    assert read(f"hf:{tmp_path}/files::train") == [("3",)]
+    (tmp_path / "files" / "a.jsonl").write_bytes(jsonl("4"))
+    # A process of its own: the library starts threads, and keeps copies where these variables say.
+    ours = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", OF_FOLDERS], cwd=tmp_path, env=os.environ | ours, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *found, wrong_split, no_folder = done.stdout.splitlines()
+    assert found == ["stored 1 2", "stored::train 1 2", "divided 1 2", "divided::test 3", "files 4", "files::train 4"]
+    assert wrong_split.startswith("files::test hf:files::test cannot be opened: ")
+    assert no_folder.startswith("none hf:none cannot be")
 
 
 def test_a_limit_is_a_count_or_a_size():

@@ -111,6 +111,16 @@ def test_stages_are_listed():
     assert b"gopher_quality" in done.stdout and b"- min_words: int | None = 50" in done.stdout
 
 
+def test_a_classifier_drops_offensive_text(tmp_path):
+    """By the tool: what the classifier brings along has threads that this process is to be without."""
+    (tmp_path / "r.yaml").write_text("stages: [harmful_classifier]")
+    (tmp_path / "a.txt").write_text("you fucking idiot, go to hell\nThe harbour was described by a teacher.\n")
+    options = ["--input", tmp_path / "a.txt", "--txt-documents", "line", "--recipe", tmp_path / "r.yaml"]
+    done = run(*options, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr.decode()
+    assert read(tmp_path / "out") == [{"text": "The harbour was described by a teacher."}]
+
+
 def test_a_scorer_is_trained(tmp_path):
     tool = ROOT / "tools" / "train_scorer.py"
     (tmp_path / "good.txt").write_text("the cat sat on the mat\n" * 10)

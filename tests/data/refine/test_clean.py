@@ -9,7 +9,7 @@ import pytest
 
 from megatron_lite.data.refine.clean import HtmlToText, MaskPersonal, RepairText, RepeatedLines, Urls, WhiteSpace
 from megatron_lite.data.refine.document import Document
-from megatron_lite.data.refine.harmful import HarmfulClassifier, HarmfulWords
+from megatron_lite.data.refine.harmful import HarmfulWords
 from megatron_lite.data.refine.language import Language
 from megatron_lite.data.refine.stage import DocumentStage
 from megatron_lite.errors import DataError
@@ -140,12 +140,6 @@ def test_a_list_of_words_drops_what_has_them(tmp_path):
         with pytest.raises(DataError, match="cannot be read"):
             wrong.prepare(tmp_path)
     assert "file is not given" in next(HarmfulWords().problems())
-
-
-def test_a_classifier_drops_offensive_text():
-    pytest.importorskip("profanity_check", reason="the classifier needs alt-profanity-check, which is large")
-    assert through(HarmfulClassifier(), "you fucking idiot, go to hell") == "offensive"
-    assert through(HarmfulClassifier(), SAMPLES["en"]) == SAMPLES["en"]
 
 
 def test_a_missing_library_is_asked_for_by_name(monkeypatch):

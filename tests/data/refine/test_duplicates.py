@@ -9,6 +9,7 @@ import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasketch
 import numpy as np
 import pytest
 
@@ -105,7 +106,6 @@ def test_signatures_estimate_the_similarity_of_texts():
 
 
 def test_signatures_agree_with_datasketch():
-    datasketch = pytest.importorskip("datasketch", reason="datasketch brings scipy, which is large")
     texts = corpus(2, 40, 150, 10)
     stage = NearDuplicates(bands=32, rows=8)
     ours = [stage.signature(Document(text, {}, "here", 1)).ravel() for text in texts]
