@@ -132,6 +132,7 @@ def _evaluate(me: Launch, store, command: _CommandLine) -> None:
         ckpt_step=opening.ckpt_step,
         tensor_size=opening.tensor_model_parallel_size,
         pipe_size=opening.pipeline_model_parallel_size,
+        timeout_minutes=opening.distributed_timeout_minutes,
         dtype=opening.dtype,
         overrides=opening.overrides,
     )
@@ -200,9 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Score a trained model: loss, perplexity, bits per byte and next-token accuracy.",
             shown=me.rank == 0,
         )
-        if problems := command.evaluate.problems():
+        if problems := command.opening.problems() + command.evaluate.problems():
             raise ConfigError(problems)
-        with among_ranks(me) as store:
+        with among_ranks(me, command.opening.distributed_timeout_minutes) as store:
             _evaluate(me, store, command)
 
     return exit_code_of(evaluate)

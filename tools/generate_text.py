@@ -124,6 +124,7 @@ class _Session:
             ckpt_step=opening.ckpt_step,
             tensor_size=opening.tensor_model_parallel_size,
             pipe_size=opening.pipeline_model_parallel_size,
+            timeout_minutes=opening.distributed_timeout_minutes,
             dtype=opening.dtype,
             overrides=opening.overrides,
         )
@@ -229,7 +230,7 @@ def _generate(me: Launch, command: _CommandLine) -> None:
     prompts = _given_prompts(command.generate)
     from megatron_lite.train.build import close_ranks
 
-    with among_ranks(me) as store:
+    with among_ranks(me, command.opening.distributed_timeout_minutes) as store:
         session = _Session(me, store, command)
         if prompts is None:
             prompts = session.read(_piped)
@@ -251,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Continue prompts with a trained model; without --prompt, those typed or piped in, one a line.",
             shown=me.rank == 0,
         )
-        if problems := command.generate.problems():
+        if problems := command.opening.problems() + command.generate.problems():
             raise ConfigError(problems)
         _generate(me, command)
 

@@ -23,9 +23,6 @@ from megatron_lite.errors import (
 )
 from megatron_lite.parallel.launch import Launch, open_store, watch_launcher
 
-MINUTES = 10.0
-"""Longest that ranks of a tool wait for one another."""
-
 
 def exit_code_of(act: Callable[[Launch], None]) -> int:
     """Act as the rank that the launcher's environment names; returns this rank's exit code.
@@ -47,7 +44,7 @@ def exit_code_of(act: Callable[[Launch], None]) -> int:
 
 
 @contextlib.contextmanager
-def among_ranks(me: Launch, timeout_minutes: float = MINUTES) -> Iterator[Any]:
+def among_ranks(me: Launch, timeout_minutes: float) -> Iterator[Any]:
     """Within it the ranks that were launched end together: yields the store they are to be started with, if any.
 
     The launcher's death ends this process. An error of this rank is told with its number, and ends the others; a rank

@@ -24,7 +24,6 @@ from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.init import initial_value
 from megatron_lite.parallel import launch
-from megatron_lite.parallel.door import MINUTES
 from megatron_lite.parallel.pipeline import rules
 from megatron_lite.parallel.pipeline.rules import pipeline_plan
 from megatron_lite.parallel.process_mesh import ProcessMesh
@@ -53,18 +52,19 @@ def open_model(
     ckpt_step: int | None = None,
     tensor_size: int | None = None,
     pipe_size: int = 1,
+    timeout_minutes: float = 10.0,
     dtype: str | None = None,
     overrides: sources.Overrides | None = None,
 ) -> OpenedModel:
     """Start the ranks that were launched, of which this is `me`, and open a model on them, as `open_on` does.
 
-    `store` is that of `door.among_ranks`.
+    `store` is that of `door.among_ranks`; a collective may take `timeout_minutes`.
 
     `tensor_size` ranks share each of `pipe_size` stages of the model (default: all that are left). Raises what
     `open_on` does.
     """
     tensor = tensor_size or max(1, me.world_size // pipe_size)
-    mesh = build.start_ranks(me, tensor=tensor, pipe=pipe_size, timeout_minutes=MINUTES, store=store)
+    mesh = build.start_ranks(me, tensor=tensor, pipe=pipe_size, timeout_minutes=timeout_minutes, store=store)
     with build.alike():
         return open_on(mesh, load_dir, ckpt_step=ckpt_step, dtype=dtype, overrides=overrides)
 

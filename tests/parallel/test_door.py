@@ -118,7 +118,7 @@ import sys, time
 from megatron_lite.parallel.door import among_ranks, exit_code_of
 
 def act(me):
-    with among_ranks(me):
+    with among_ranks(me, timeout_minutes=2):
         print("ready", flush=True)
         time.sleep({seconds})
     print("done", flush=True)

@@ -22,6 +22,7 @@ from megatron_lite.eval.loss import score
 from megatron_lite.eval.passage import passage_of_documents
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
+from megatron_lite.train import build
 
 main = load_tool("evaluate").main
 
@@ -133,6 +134,7 @@ def test_a_text_file_is_scored_whole(run, capsys):
             ["--load", "{folder}/saved", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "absent"],
             "--tokenizer-model absent: there is no such file",
         ),
+        (["--load", "x", "--distributed-timeout-minutes", "0"], "distributed_timeout_minutes=0 is no time to wait"),
     ],
 )
 def test_a_users_error_is_a_sentence_and_exit_code_2(run, capsys, arguments, message):
@@ -145,6 +147,15 @@ def test_special_tokens_and_a_pattern_can_be_named(run):
     assert evaluate(run, "--special-tokens", "<new>", "<two>")["total"]["tokens"] > 0
     opening = load_tool("evaluate").OpeningConfig(load="x", tiktoken_pattern="p", special_tokens=("<new>",))
     assert opening.overrides == {"data": {"tiktoken_pattern": "p", "special_tokens": ("<new>",)}}
+
+
+def test_ranks_wait_for_one_another_as_long_as_asked(run, monkeypatch):
+    waited, start_ranks = [], build.start_ranks
+    monkeypatch.setattr(
+        build, "start_ranks", lambda *a, **o: waited.append(o["timeout_minutes"]) or start_ranks(*a, **o)
+    )
+    evaluate(run, "--distributed-timeout-minutes", "2.5")
+    assert waited == [2.5]
 
 
 def test_a_result_that_cannot_be_written_leaves_nothing(run, monkeypatch):
