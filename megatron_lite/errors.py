@@ -78,6 +78,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, damaged or of another model."""
 
 
+class CheckpointDamaged(CheckpointError):
+    """A checkpoint whose bytes cannot be read or are not those that were saved: the one before may be whole."""
+
+
 class KernelError(UserError):
     """Native kernels that are wanted and cannot be found, compiled or loaded."""
 

@@ -48,6 +48,8 @@ class Arrival:
         self.rectangle = piece.rectangle
         self._piece = piece
         self._numbers: torch.Tensor | None = piece.tensor.detach()
+        is_plain = piece.tensor.device.type == "cpu" and piece.tensor.is_contiguous() and piece.absmax is None
+        self._memory = piece.bytes_view() if is_plain and stored.dtype == piece.dtype_name else None
         self._codes: torch.Tensor | None = None
         self._shared: dict[StoredBox, tuple[torch.Tensor, torch.Tensor]] = {}
         if piece.absmax is None:
@@ -60,6 +62,20 @@ class Arrival:
                     self._shared[box] = here, _ = shared_blocks(self.rectangle, box.rectangle)
                     self._anew[here] = False
         self._numbers = torch.zeros(piece.tensor.shape) if self._anew.any() else None
+
+    def straight(self, box: StoredBox) -> tuple[int, memoryview] | None:
+        """The memory that what is taken of a box lies in as it is stored, and the byte of the box which that begins at.
+
+        None where it must be converted or is no single run of bytes, there or here.
+        """
+        shared = self.rectangle.overlap(box.rectangle)
+        if self._memory is None or shared is None:
+            return None
+        there, here = (shared.flat_range_in(outer) for outer in (box.rectangle, self.rectangle))
+        if not shared.size == there[1] - there[0] == here[1] - here[0]:
+            return None
+        item = self._piece.tensor.element_size()
+        return there[0] * item, self._memory[here[0] * item : here[1] * item]
 
     def take(self, shared: Rectangle, source: Rectangle, values: Values, flat: int) -> None:
         """Copy the rectangle `shared` out of `source`, which is `values` from element `flat` of its box on."""

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_lite import log
 from megatron_lite.checkpoint import store
-from megatron_lite.checkpoint.manifest import FILE_NAME, box_bytes, read_manifest
+from megatron_lite.checkpoint.manifest import FILE_NAME, Manifest, box_bytes, read_manifest
 from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
 from megatron_lite.checkpoint.shard import ShardReader, by_readers
 from megatron_lite.errors import CheckpointError
 
 
+class Found(NamedTuple):
+    """A checkpoint to go on from."""
+
+    folder: Path
+    manifest: Manifest
+
+
 def find(root: str | os.PathLike[str], ranks: Ranks, step: int | None = None, *, only: str = "") -> Path | None:
+    """The newest checkpoint under `root` (or that of `step`) whose every byte matches its checksum, as `search` has
+    it."""
+    found = search(root, ranks, step, only=only)
+    return found and found.folder
+
+
+def search(
+    root: str | os.PathLike[str], ranks: Ranks, step: int | None = None, *, only: str = "", values: bool = True
+) -> Found | None:
     """The newest checkpoint under `root` (or that of `step`) whose every byte matches its checksum.
 
     All ranks call and get the same answer; each reads its share of the bytes. A damaged one is named,
     with the file at fault, and the step before is tried. `only` leaves tensors unread whose name does
-    not begin with it. `root` may itself be the folder of one checkpoint.
+    not begin with it. Without `values` manifest, sizes and headers are looked at alone: for a load, which checks the
+    values it reads. `root` may itself be the folder of one checkpoint.
 
     None when there is no checkpoint at all. Raises CheckpointError when there are some and none is
     whole, or when `step` is not there: a run must not start from nothing by accident.
@@ -33,18 +53,24 @@ def find(root: str | os.PathLike[str], ranks: Ranks, step: int | None = None, *,
             there = ", ".join(str(at) for at, _ in names) or "none"
             raise CheckpointError(f"{root} holds no checkpoint of step {step}; it holds {there}")
         names = [(at, name) for at, name in names if at == step]
+    manifest: Manifest
+
+    def check(folder: Path, at: int | None) -> None:
+        nonlocal manifest
+        manifest = verify(folder, at, only, ranks.global_rank, ranks.world_size, values=values)
+
     faults = []
     for at, name in names:
         folder = root / name
         try:
-            together(ranks, lambda folder=folder, at=at: verify(folder, at, only, ranks.global_rank, ranks.world_size))
+            together(ranks, functools.partial(check, folder, at))
         except RankFailures as failures:
             faults.append(f"{folder} cannot be used: {failures}")
             log.warn(faults[-1])
             continue
         if faults:
             log.warn(f"going back to {folder}")
-        return folder
+        return Found(folder, manifest)
     if faults:
         raise CheckpointError(
             f"no checkpoint under {root} can be used:\n" + "\n".join(f"  {fault}" for fault in faults)
@@ -60,9 +86,16 @@ def _candidates(root: Path) -> list[tuple[int | None, str]]:
 
 
 def verify(
-    folder: str | os.PathLike[str], step: int | None = None, only: str = "", part: int = 0, parts: int = 1
-) -> None:
-    """Check manifest, files and checksums of one checkpoint; every `parts`-th chunk from `part` on.
+    folder: str | os.PathLike[str],
+    step: int | None = None,
+    only: str = "",
+    part: int = 0,
+    parts: int = 1,
+    *,
+    values: bool = True,
+) -> Manifest:
+    """The manifest of one checkpoint, checked with sizes, headers and checksums: every `parts`-th file and chunk from
+    `part` on, no chunks without `values`.
 
     Raises CheckpointError naming file and byte range, or file and field.
     """
@@ -70,21 +103,18 @@ def verify(
     manifest = read_manifest(folder)
     if step is not None and manifest.step != step:
         raise CheckpointError(f"{folder / FILE_NAME}: step is {manifest.step}, but the folder stands for {step}")
-
-    def read(reader_part: int, reader_parts: int) -> None:
-        turn = 0
-        with ShardReader(folder, manifest) as reader:
-            if reader_part == 0:
-                for name in manifest.files:
-                    reader.check_file(name)
-            for name, tensor in manifest.tensors.items():
-                if not name.startswith(only):
-                    continue
-                for box in tensor.boxes:
-                    nbytes = box_bytes(tensor.dtype, box.rectangle.size)
-                    for index in range(len(box.crc32)):
-                        if turn % (parts * reader_parts) == part * reader_parts + reader_part:
-                            reader.chunk(box, nbytes, index)
-                        turn += 1
-
-    by_readers(read)
+    with ShardReader(folder, manifest) as reader:
+        for name in list(manifest.files)[part::parts]:
+            reader.check_file(name)
+    if values:
+        chunks = (
+            (box, box_bytes(tensor.dtype, box.rectangle.size), index)
+            for name, tensor in manifest.tensors.items()
+            if name.startswith(only)
+            for box in tensor.boxes
+            for index in range(len(box.crc32))
+        )
+        by_readers(
+            folder, manifest, itertools.islice(chunks, part, None, parts), lambda reader, chunk: reader.chunk(*chunk)
+        )
+    return manifest

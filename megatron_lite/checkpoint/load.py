@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,32 +29,39 @@ from megatron_lite.checkpoint.manifest import (
 from megatron_lite.checkpoint.piece import DTYPES, Piece
 from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
 from megatron_lite.checkpoint.shard import ShardReader, by_readers
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointDamaged, CheckpointError
 
 _SHOWN = 4
 
 
 def load(
-    folder: str | os.PathLike[str], pieces: Sequence[Piece], ranks: Ranks, *, only: str = "", cast: bool = False
+    folder: str | os.PathLike[str],
+    pieces: Sequence[Piece],
+    ranks: Ranks,
+    *,
+    only: str = "",
+    cast: bool = False,
+    manifest: Manifest | None = None,
 ) -> dict[str, Any]:
     """The state of the checkpoint in `folder`, its tensors written into `pieces` in place. All ranks call.
 
     With `only`, pieces and stored tensors whose names do not begin with it are left alone
     (`only="weight/"` takes no optimizer state). With `cast`, values are rounded to the dtype of the
     piece they go to; without it only 8-bit codes and fp32 may take each other's place, which is said in the
-    log. Every byte that is used has been checked.
+    log. Every byte that is used has been checked. `manifest` is that of `folder`, where it has been read already.
 
-    Raises CheckpointError on all ranks alike when a tensor is missing, superfluous, of another shape
-    or dtype, or damaged. `pieces` may then have been written in part.
+    Raises, on all ranks alike: CheckpointError when a tensor is missing, superfluous, or of another shape or dtype,
+    and nothing has been written; CheckpointDamaged when what is stored cannot be read or does not match its checksum,
+    and `pieces` may have been written in part.
     """
     folder = Path(folder)
     wanted = [piece for piece in pieces if piece.name.startswith(only)]
     try:
-        manifest = _read_and_match(folder, wanted, ranks, only, cast)
+        manifest = _read_and_match(folder, manifest, wanted, ranks, only, cast)
         _tell_conversions(folder, manifest, wanted)
         together(ranks, lambda: fill(folder, manifest, wanted))
     except RankFailures as failures:
-        raise CheckpointError(f"{folder} cannot be loaded: {failures}") from failures
+        raise CheckpointDamaged(f"{folder} cannot be loaded: {failures}") from failures
     return manifest.state
 
 
@@ -71,16 +78,17 @@ def read_tensor(folder: str | os.PathLike[str], name: str) -> torch.Tensor:
     return whole
 
 
-def _read_and_match(folder: Path, wanted: list[Piece], ranks: Ranks, only: str, cast: bool) -> Manifest:
+def _read_and_match(
+    folder: Path, manifest: Manifest | None, wanted: list[Piece], ranks: Ranks, only: str, cast: bool
+) -> Manifest:
     """The manifest, if what all ranks want together is what it holds.
 
     Each rank tells which stored tensors it takes as the bits of one number, not by thousands of names.
     """
-    manifest: Manifest
 
     def compare() -> dict[str, Any]:
         nonlocal manifest
-        manifest = read_manifest(folder)
+        manifest = manifest or read_manifest(folder)
         names = {piece.name for piece in wanted}
         return {
             "taken": hex(sum(1 << bit for bit, name in enumerate(manifest.tensors) if name in names)),
@@ -157,41 +165,64 @@ def fill(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> None:
     for piece in pieces:
         by_name[piece.name].append(piece)
 
-    def read(part: int, parts: int) -> None:
-        with ShardReader(folder, manifest) as reader:
-            for name in list(by_name)[part::parts]:
-                stored = manifest.tensors[name]
-                arrivals = [Arrival(piece, stored) for piece in by_name[name]]
-                for box in stored.boxes:
-                    touched = [arrival for arrival in arrivals if arrival.rectangle.overlap(box.rectangle)]
-                    if touched:
-                        _fill_from_box(reader, manifest.chunk_bytes, stored.dtype, box, touched)
-                for arrival in arrivals:
-                    arrival.finish()
+    def read(reader: ShardReader, name: str) -> None:
+        stored = manifest.tensors[name]
+        arrivals = [Arrival(piece, stored) for piece in by_name[name]]
+        for box in stored.boxes:
+            touched = [arrival for arrival in arrivals if arrival.rectangle.overlap(box.rectangle)]
+            if touched:
+                _fill_from_box(reader, manifest.chunk_bytes, stored.dtype, box, touched)
+        for arrival in arrivals:
+            arrival.finish()
 
-    by_readers(read)
+    # The longest first, so that all threads end at about the same time.
+    by_readers(folder, manifest, sorted(by_name, key=lambda name: -sum(p.nbytes for p in by_name[name])), read)
+
+
+class _Taker(NamedTuple):
+    """An arrival, the bytes [first, last) of a box that it takes from, and what `straight` says of it."""
+
+    arrival: Arrival
+    first: int
+    last: int
+    straight: tuple[int, memoryview] | None
+
+    def memory(self, first: int, last: int) -> memoryview | None:
+        """Where bytes [first, last) of the box go just as they are, if all of them do."""
+        begin, held = self.straight or (0, memoryview(b""))
+        return held[first - begin : last - begin] if begin <= first and last <= begin + len(held) else None
 
 
 def _fill_from_box(reader: ShardReader, chunk_bytes: int, dtype: str, box: StoredBox, arrivals: list[Arrival]) -> None:
     """Copy what `arrivals` want of one box, chunk by chunk; a chunk is a few rectangles of its box."""
     head, item = absmax_bytes(dtype, box.rectangle.size), ITEM_BYTES[dtype]
+    nbytes = box_bytes(dtype, box.rectangle.size)
     absmax = torch.empty(head // 4)
-    overlaps = [arrival.rectangle.overlap(box.rectangle) for arrival in arrivals]
-    ranges = [overlap.flat_range_in(box.rectangle) for overlap in overlaps if overlap]
-    begin, end = min(first for first, _ in ranges), max(last for _, last in ranges)
-    wanted = {*_chunks(0, head, chunk_bytes), *_chunks(head + begin * item, head + end * item, chunk_bytes)}
+    takers = []
+    for arrival in arrivals:
+        first, last = arrival.rectangle.overlap(box.rectangle).flat_range_in(box.rectangle)
+        takers.append(_Taker(arrival, head + first * item, head + last * item, arrival.straight(box)))
+    wanted = {
+        *_chunks(0, head, chunk_bytes),
+        *_chunks(min(taker.first for taker in takers), max(taker.last for taker in takers), chunk_bytes),
+    }
     for index in sorted(wanted):
-        raw = reader.chunk(box, box_bytes(dtype, box.rectangle.size), index)
         at = index * chunk_bytes
-        absmax.view(torch.uint8)[at : at + len(raw)] = torch.frombuffer(raw, dtype=torch.uint8)[: max(0, head - at)]
-        if at + len(raw) <= head:
+        end = min(at + chunk_bytes, nbytes)
+        touched = [taker for taker in takers if taker.first < end and at < taker.last]
+        into = touched[0].memory(at, end) if len(touched) == 1 else None
+        raw = reader.chunk(box, nbytes, index, into)
+        if into is not None:
+            continue
+        absmax.view(torch.uint8)[at:end] = torch.frombuffer(raw, dtype=torch.uint8)[: max(0, head - at)]
+        if end <= head:
             continue
         values = Values(dtype, raw[max(0, head - at) :], absmax, first=max(0, at - head) // item)
         for part, flat in rectangles_of(box.rectangle.shape, values.first, values.last):
             source = part.moved(box.rectangle.start)
-            for arrival in arrivals:
-                if shared := source.overlap(arrival.rectangle):
-                    arrival.take(shared, source, values, flat)
+            for taker in touched:
+                if shared := source.overlap(taker.arrival.rectangle):
+                    taker.arrival.take(shared, source, values, flat)
     for arrival in arrivals:
         arrival.take_absmax(box, absmax)
 

@@ -149,6 +149,9 @@ class RemoteCopies:
                     raise CheckpointError(f"{source}/{file} has {size} bytes, and the manifest says {entry.size}")
                 self._get(f"{source}/{file}", temporary / file)
 
+        def check() -> None:
+            verify(temporary, step, "", ranks.global_rank, ranks.world_size)
+
         def publish() -> None:
             if ranks.global_rank == 0:
                 store.publish(root, step, token)
@@ -157,7 +160,7 @@ class RemoteCopies:
             token = together(ranks, begin)[0]
             temporary = root / store.temporary_name(name, token)
             together(ranks, fetch_shards)
-            together(ranks, lambda: verify(temporary, step, "", ranks.global_rank, ranks.world_size))
+            together(ranks, check)
             together(ranks, publish)
         except RankFailures as failures:
             log.warn(f"the copy {self.url}/{name} cannot be used: {failures}")

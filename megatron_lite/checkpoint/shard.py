@@ -9,14 +9,17 @@ Every chunk of a box has a CRC-32 in the manifest, so a reader checks just what 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import functools
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from megatron_lite.checkpoint.manifest import (
     CHUNK_BYTES,
@@ -31,8 +34,15 @@ from megatron_lite.checkpoint.piece import Piece
 from megatron_lite.errors import CheckpointError
 from megatron_lite.kernels.crc32 import crc32
 
+Task = TypeVar("Task")
+
 _MOST_OPEN_FILES = 128
 _READERS = 4
+_BLOCK_BYTES = 2**19
+"""What a processor's cache still holds when its checksum is taken before it is written, or after it was read."""
+_FLUSH_BYTES = 8 * 2**20
+"""How much is written before the disk is told to begin with it."""
+_SYNC_FILE_RANGE_WRITE = 2
 
 
 class _Placed(NamedTuple):
@@ -87,12 +97,16 @@ class ShardPlan:
         try:
             with open(path, "xb") as file:
                 file.write(self.header)
+                begun = 0
                 for piece, first, last in self.placed:
                     checksums = _write_chunks(file, piece.bytes_view(), deadline)
                     entry = {"dtype": piece.dtype_name, "shape": list(piece.global_shape), "boxes": []}
                     tensors.setdefault(piece.name, entry)["boxes"].append(
                         box_entry(piece.rectangle, path.name, first, last, checksums)
                     )
+                    if last - begun >= _FLUSH_BYTES:
+                        begun = last
+                        _begin_flush(file)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -113,10 +127,27 @@ def _write_chunks(file: BinaryIO, values: memoryview, deadline: Callable[[], flo
     checksums = []
     for first in range(0, len(values), CHUNK_BYTES):
         keep_to(deadline)
-        chunk = values[first : first + CHUNK_BYTES]
-        checksums.append(crc32(chunk))
-        file.write(chunk)
+        checksum = 0
+        for block in _blocks(values[first : first + CHUNK_BYTES]):
+            checksum = crc32(block, checksum)
+            file.write(block)
+        checksums.append(checksum)
     return checksums
+
+
+def _blocks(values: memoryview) -> Iterator[memoryview]:
+    return (values[first : first + _BLOCK_BYTES] for first in range(0, len(values), _BLOCK_BYTES))
+
+
+@functools.cache
+def _sync_file_range() -> Callable[[int, ctypes.c_int64, ctypes.c_int64, int], int] | None:
+    return getattr(ctypes.CDLL(None), "sync_file_range", None)
+
+
+def _begin_flush(file: BinaryIO) -> None:
+    """Let the disk begin with what has been written so far: a hint, of no consequence where it is not understood."""
+    if (begin := _sync_file_range()) is not None:
+        begin(file.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), _SYNC_FILE_RANGE_WRITE)
 
 
 class ShardReader(contextlib.AbstractContextManager):
@@ -144,15 +175,15 @@ class ShardReader(contextlib.AbstractContextManager):
         self._read(name, 0, entry.header_size, entry.header_crc32)
         self._checked.add(name)
 
-    def chunk(self, box: StoredBox, nbytes: int, index: int) -> memoryview:
-        """Bytes of chunk `index` of a box of `nbytes` in all; valid until the next call.
+    def chunk(self, box: StoredBox, nbytes: int, index: int, into: memoryview | None = None) -> memoryview:
+        """Bytes of chunk `index` of a box of `nbytes` in all, read to `into` or else valid until the next call.
 
         Raises CheckpointError naming file and byte range when the checksum differs.
         """
         self.check_file(box.file)
         first = index * self._manifest.chunk_bytes
         length = min(self._manifest.chunk_bytes, nbytes - first)
-        return self._read(box.file, box.first_byte + first, length, box.crc32[index])
+        return self._read(box.file, box.first_byte + first, length, box.crc32[index], into)
 
     def _file(self, name: str) -> BinaryIO:
         if name not in self._open:
@@ -164,21 +195,23 @@ class ShardReader(contextlib.AbstractContextManager):
                 raise CheckpointError(f"{self._folder / name} cannot be read: {error.strerror}") from None
         return self._open[name]
 
-    def _read(self, name: str, first: int, length: int, checksum: int) -> memoryview:
+    def _read(self, name: str, first: int, length: int, checksum: int, into: memoryview | None = None) -> memoryview:
         file = self._file(name)
-        if length > len(self._buffer):
+        if into is None and length > len(self._buffer):
             self._buffer = bytearray(length)
-        values = memoryview(self._buffer)[:length]
-        done = 0
+        values = memoryview(self._buffer)[:length] if into is None else into
+        done = found = 0
         while done < length:
+            block = values[done : done + _BLOCK_BYTES]
             try:
-                count = os.preadv(file.fileno(), [values[done:]], first + done)
+                count = os.preadv(file.fileno(), [block], first + done)
             except OSError as error:
                 raise CheckpointError(f"{self._folder / name} cannot be read: {error.strerror}") from None
             if count == 0:
                 raise CheckpointError(f"{self._folder / name} ends at byte {first + done}; it was cut off while read")
+            found = crc32(block[:count], found)
             done += count
-        if crc32(values) != checksum:
+        if found != checksum:
             raise CheckpointError(
                 f"{self._folder / name}: bytes {first} to {first + length - 1} do not match their checksum; "
                 f"the file is damaged"
@@ -186,10 +219,33 @@ class ShardReader(contextlib.AbstractContextManager):
         return values
 
 
-def by_readers(read: Callable[[int, int], None]) -> None:
-    """Call `read(part, parts)` for every part, each on a thread of its own: checksums, copies and disks go on side by
-    side. Raises what the first part that fails raises, once all have ended."""
-    parts = min(_READERS, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(parts, "read-checkpoint") as pool:
-        for reading in [pool.submit(read, part, parts) for part in range(parts)]:
+def by_readers(
+    folder: Path, manifest: Manifest, tasks: Iterable[Task], read: Callable[[ShardReader, Task], None]
+) -> None:
+    """Call `read(reader, task)` for every task, begun in their order on a few threads: checksums, copies and disks go
+    on side by side. Raises what the first thread that fails raises, once all have ended; they end early then."""
+    left = deque(tasks)
+
+    def work() -> None:
+        try:
+            with ShardReader(folder, manifest) as reader:
+                for task in _taken(left):
+                    read(reader, task)
+        except BaseException:
+            left.clear()
+            raise
+
+    count = min(_READERS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(count, "read-checkpoint") as pool:
+        for reading in [pool.submit(work) for _ in range(count)]:
             reading.result()
+
+
+def _taken(tasks: deque[Task]) -> Iterator[Task]:
+    """Tasks taken one by one off a queue that other threads take from as well."""
+    while True:
+        try:
+            task = tasks.popleft()
+        except IndexError:
+            return
+        yield task

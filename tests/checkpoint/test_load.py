@@ -187,7 +187,8 @@ def test_only_the_chunks_a_rank_needs_are_read(one_rank, tmp_path, no_fsync, mon
     assert torch.equal(bits(target), bits(tensor[20:23]))
     header = read_manifest(folder).files["rank-00000.safetensors"].header_size
     # Eight rows a chunk: rows 20 to 22 lie in the third.
-    assert read == [0, header + 2 * CHUNK_BYTES]
+    first, *others = read
+    assert first == 0 and others[0] == header + 2 * CHUNK_BYTES and others[-1] < header + 3 * CHUNK_BYTES
 
 
 def test_weights_alone(one_rank, tmp_path, no_fsync):
