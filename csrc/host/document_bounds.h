@@ -42,6 +42,14 @@ class DocumentBounds {
   // The document that holds a token of the flat stream.
   int64_t document_at(int64_t token) const { return documents_.up_to(pointers_.up_to(token * width_) - 1) - 1; }
 
+  // The first token of a document; of the one behind the last, and of all behind the last token, the end of the stream.
+  int64_t first_token(int64_t document, int64_t end) const {
+    const int64_t sequence = documents_[document];
+    return sequence < pointers_.size ? pointers_[sequence] / width_ : end;
+  }
+
+  int64_t documents() const { return documents_.size - 1; }
+
   // Where the documents of tokens `start` to `stop` begin, counted from `start`, the first at 0.
   std::vector<int64_t> starts(int64_t start, int64_t stop) const {
     std::vector<int64_t> found{0};

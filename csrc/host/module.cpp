@@ -8,10 +8,12 @@
 #include "host/crc32.h"
 #include "host/document_bounds.h"
 #include "host/draws.h"
+#include "host/fill_in.h"
 #include "host/permutation.h"
 
 namespace py = pybind11;
 using megatron_lite::DocumentBounds;
+using megatron_lite::FillIn;
 using megatron_lite::Permutation;
 using megatron_lite::UnalignedArray;
 
@@ -95,5 +97,42 @@ PYBIND11_MODULE(_host, module) {
             const std::vector<int64_t> found = bounds.starts(start, stop);
             return py::array_t<int64_t>(found.size(), found.data());
           },
-          py::arg("start"), py::arg("stop"), "int64, counted from `start`, ascending from 0.");
+          py::arg("start"), py::arg("stop"), "int64, counted from `start`, ascending from 0.")
+      .def(
+          "of",
+          [](const DocumentBounds& bounds, const py::array_t<int64_t, py::array::c_style>& documents, int64_t end) {
+            py::array_t<int64_t> starts(documents.size()), ends(documents.size());
+            for (py::ssize_t i = 0; i < documents.size(); ++i) {
+              const int64_t document = documents.data()[i];
+              if (document < 0 || document >= bounds.documents()) throw py::index_error("a document that is not there");
+              starts.mutable_data()[i] = bounds.first_token(document, end);
+              ends.mutable_data()[i] = bounds.first_token(document + 1, end);
+            }
+            return py::make_tuple(starts, ends);
+          },
+          py::arg("documents"), py::arg("end"), "int64, int64: where documents of a stream of `end` tokens lie.");
+
+  py::class_<FillIn>(module, "FillIn", "data/fim.py's permutation of the pieces of a sample; pieces are not checked.")
+      .def(py::init<uint64_t, uint64_t, int64_t, int64_t, int64_t, std::optional<int64_t>, std::optional<int64_t>,
+                    const std::array<uint32_t, 3>&>(),
+           py::arg("rate"), py::arg("spm_rate"), py::arg("prefix"), py::arg("middle"), py::arg("suffix"),
+           py::arg("bos"), py::arg("eod"), py::arg("keys"))
+      .def(
+          "__call__",
+          [](const FillIn& fill_in, uint64_t number, py::array tokens, const py::array_t<int64_t, py::array::c_style>& starts,
+             const std::optional<py::array_t<bool, py::array::c_style>>& counts) {
+            const auto permuted = [&](auto* ids) {
+              return fill_in(number, ids, tokens.size(), starts.data(), starts.size(),
+                             counts ? counts->data() : nullptr);
+            };
+            void* data = tokens.mutable_data();
+            switch (tokens.itemsize()) {
+              case 1: return permuted(static_cast<uint8_t*>(data));
+              case 2: return permuted(static_cast<uint16_t*>(data));
+              case 4: return permuted(static_cast<uint32_t*>(data));
+              default: return permuted(static_cast<uint64_t*>(data));
+            }
+          },
+          py::arg("number"), py::arg("tokens"), py::arg("starts"), py::arg("counts"),
+          "Permute `tokens` (integers, written to) in place; whether any changed.");
 }

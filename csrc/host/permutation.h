@@ -9,6 +9,13 @@
 
 namespace megatron_lite {
 
+inline uint32_t scramble(uint32_t value, uint32_t key) {
+  value ^= key;
+  value = (value ^ (value >> 16)) * 0x7FEB352Du;
+  value = (value ^ (value >> 15)) * 0x846CA68Bu;
+  return value ^ (value >> 16);
+}
+
 class Permutation {
  public:
   // Two 32-bit keys a round.
@@ -27,13 +34,6 @@ class Permutation {
   }
 
  private:
-  static uint32_t scramble(uint32_t value, uint32_t key) {
-    value ^= key;
-    value = (value ^ (value >> 16)) * 0x7FEB352Du;
-    value = (value ^ (value >> 15)) * 0x846CA68Bu;
-    return value ^ (value >> 16);
-  }
-
   uint64_t network(uint64_t index) const {
     uint64_t high = index >> low_bits_, low = index & low_mask_;
     for (int round = 0; round < 8; ++round) {

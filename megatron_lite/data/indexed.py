@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_lite.data.token_documents import places
 from megatron_lite.errors import DataError
 from megatron_lite.kernels import host
 
@@ -198,12 +199,23 @@ class IndexedReader:
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens} in {self.prefix}")
+        self._insist_on_pages()
+        return self._tokens[start:stop]
+
+    def stretches(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """A copy of stretches of the flat stream, each given by its first token, from 0 on, and its length, end to end.
+
+        Raises as `tokens` does.
+        """
+        self._insist_on_pages()
+        return self._tokens[places(starts, lengths)]
+
+    def _insist_on_pages(self) -> None:
         if isinstance(self._bin, mmap.mmap) and self._bin.size() < len(self._bin):
             raise DataError(
                 f"{self._bin_path} shrank from {len(self._bin):,} to {self._bin.size():,} bytes while in use; "
                 "do not rewrite a set in place while a run reads it."
             )
-        return self._tokens[start:stop]
 
     def document_token(self, document: int) -> int:
         """Position in the flat stream at which a document starts; `num_documents` gives the end."""
@@ -223,7 +235,15 @@ class IndexedReader:
 
     def document_tokens(self, first: int, last: int) -> np.ndarray:
         """Positions in the flat stream, int64 [last - first + 1], at which documents start, and the end of the last."""
-        sequences = self.documents[first : last + 1]
+        return self._first_tokens(self.documents[first : last + 1])
+
+    def document_bounds(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions in the flat stream, int64, at which those documents start, and at which they end."""
+        if self._bounds:
+            return self._bounds.of(documents, self.num_tokens)
+        return self._first_tokens(self.documents[documents]), self._first_tokens(self.documents[documents + 1])
+
+    def _first_tokens(self, sequences: np.ndarray) -> np.ndarray:
         inside = sequences < self.num_sequences
         starts = np.full(len(sequences), self.num_tokens, np.int64)
         starts[inside] = self.pointers[sequences[inside]] // self.dtype.itemsize

@@ -113,8 +113,8 @@ class PackedDocuments(WindowsOfDocuments):
     def __len__(self) -> int:
         return self._num_bins + self._num_pieces
 
-    def _pieces(self, sample: int) -> list[tuple[int, int, int]]:
-        """Document, its token at which a piece begins, and the number of tokens, of each piece of a sample."""
+    def _pieces(self, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int64: the document, the first token in the flat stream, and the tokens of each piece of a sample."""
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
         first = self.documents[0]
@@ -122,33 +122,31 @@ class PackedDocuments(WindowsOfDocuments):
             piece = sample - self._num_bins
             at = int(np.searchsorted(self._ends_of_cut, piece, side="right"))
             number = piece - (int(self._ends_of_cut[at - 1]) if at else 0)
-            return [(first + int(self._cut[at]), number * self.seq_length, self.seq_length + 1)]
-        found = []
-        for tail in self._tails[self._starts[sample] : self._starts[sample + 1]].tolist():
-            document = first + tail
-            length = self.reader.document_token(document + 1) - self.reader.document_token(document)
-            begin = (length - 1) // self.seq_length * self.seq_length
-            found.append((document, begin, length - begin))
-        return found
+            document = first + int(self._cut[at])
+            position = self.reader.document_token(document) + number * self.seq_length
+            return np.array([document]), np.array([position]), np.array([self.seq_length + 1])
+        documents = first + self._tails[self._starts[sample] : self._starts[sample + 1]].astype(np.int64)
+        begins, ends = self.reader.document_bounds(documents)
+        sizes = (ends - begins - 1) % self.seq_length + 1
+        return documents, ends - sizes, sizes
 
     def __getitem__(self, sample: int) -> Sample:
+        _, positions, sizes = self._pieces(sample)
+        starts = np.concatenate(([0], sizes.cumsum()))
+        filled = int(starts[-1])
         tokens = np.zeros(self.seq_length + 1, self.reader.dtype)
+        tokens[:filled] = self.reader.stretches(positions, sizes)
         counts = np.zeros(self.seq_length + 1, bool)
-        starts, at = [], 0
-        for document, begin, size in self._pieces(sample):
-            start = self.reader.document_token(document) + begin
-            tokens[at : at + size] = self.reader.tokens(start, start + size)
-            counts[at : at + size] = True if self.mask is None else self.mask.tokens(start, start + size)
-            starts.append(at)
-            at += size
-        if at <= self.seq_length:
-            starts.append(at)
+        counts[:filled] = True if self.mask is None else self.mask.stretches(positions, sizes)
+        starts = starts[: len(starts) - (filled > self.seq_length)]
         counts[starts] = False
-        return Sample(tokens, np.array(starts, np.int64), counts)
+        return Sample(tokens, starts, counts)
 
     def extents(self, sample: int) -> list[Extent]:
         """The stretches of documents that a sample is made of, in order."""
-        return [Extent(*piece) for piece in self._pieces(sample)]
+        documents, positions, sizes = self._pieces(sample)
+        firsts = positions - self.reader.document_bounds(documents)[0]
+        return list(map(Extent, documents.tolist(), firsts.tolist(), sizes.tolist()))
 
     def describe(self) -> str:
         return (

@@ -29,6 +29,12 @@ def joined_pieces(flat: np.ndarray, ends: np.ndarray, lengths: np.ndarray) -> np
     return np.concatenate(pieces) if pieces else flat[:0]
 
 
+def places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64: the places start, start + 1, ... of stretches of those lengths, one stretch after another."""
+    ends = lengths.cumsum()
+    return (starts - ends + lengths).repeat(lengths) + np.arange(int(ends[-1]) if len(ends) else 0)
+
+
 def in_chunks(lengths: np.ndarray, size: int = CHUNK_TOKENS) -> Iterator[slice]:
     """Runs of documents of about `size` tokens together: those that end within the same multiple of it."""
     if not len(lengths):

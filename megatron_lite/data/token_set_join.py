@@ -10,7 +10,7 @@ import numpy as np
 from megatron_lite.data.indexed import IndexedReader, IndexedWriter
 from megatron_lite.data.loss_mask import mask_prefix
 from megatron_lite.data.provenance import read_provenance
-from megatron_lite.data.token_documents import in_chunks
+from megatron_lite.data.token_documents import in_chunks, places
 from megatron_lite.data.token_set_merge import combined_facts, insist_on_likeness
 from megatron_lite.data.token_set_writer import token_set
 from megatron_lite.data.token_sets import document_lengths
@@ -76,6 +76,5 @@ def _batches(
         sizes = lengths[some].T.ravel()
         starts = (np.cumsum(sizes) - sizes).reshape(len(readers), -1).T.ravel()
         taken = kept[some].ravel()
-        at = np.repeat(starts - (np.cumsum(taken) - taken), taken) + np.arange(int(taken.sum()))
-        yield some, ids[at]
+        yield some, ids[places(starts, taken)]
         begun = ends

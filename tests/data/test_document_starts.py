@@ -43,6 +43,13 @@ def test_documents_begin_where_tokens_change_owner(tmp_path_factory, documents, 
             starts = each.document_starts(start, stop)
             assert starts.dtype == np.int64 and starts.tolist() == expected
             assert each.document_at(start) == owners[0]
+        some = np.arange(len(documents))[::-1]
+        ends = np.cumsum([sum(lengths) for lengths in documents])[some]
+        starts, stops = each.document_bounds(some)
+        assert starts.dtype == stops.dtype == np.int64
+        assert stops.tolist() == ends.tolist() and (stops - starts).tolist() == [sum(documents[i]) for i in some]
+        with pytest.raises(IndexError):
+            each.document_bounds(np.array([len(documents)]))
 
 
 def test_a_set_opened_in_another_process_is_the_same(tmp_path):

@@ -1,5 +1,6 @@
 """Fill-in-the-middle: what was permuted can be put back, as often as asked, the same for whoever asks."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -64,6 +65,34 @@ def test_undone_it_is_the_document_in_its_place(lengths, number, spm_rate):
         assert tokens == before[:-1].tolist()[: len(tokens)] and len(tokens) == len(before) - (
             1 if order == "none" else 4
         )
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    st.integers(0, 2**40),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.sampled_from(["u1", "u2", "i4", "i8", "u8"]),
+    st.booleans(),
+    st.data(),
+)
+def test_compiled_or_not_the_tokens_are_the_same(lengths, number, rate, dtype, masked, data):
+    size = sum(lengths)
+    counts = np.array(data.draw(st.lists(st.sampled_from([True] * 9 + [False]), min_size=size, max_size=size)))
+    ids = Sentinels(prefix=91, middle=92, suffix=93, bos=data.draw(st.sampled_from([None, 1, 300])), eod=2)
+    documents = Documents([1])
+    tokens = np.random.default_rng(number).integers(0, 4, size).astype(dtype)
+    starts = np.cumsum([0, *lengths[:-1]]).astype(np.int64)
+    documents.sample = Sample(tokens, starts, counts if masked else None)
+    compiled = FimStream(documents, MixtureConfig(fim_rate=rate, fim_spm_rate=0.5), ids, 7, "train")
+    assert compiled._compiled
+    plain = copy.copy(compiled)
+    plain._compiled = None
+    made, expected = compiled[number], plain[number]
+    assert made.tokens.dtype == expected.tokens.dtype == tokens.dtype
+    assert np.array_equal(made.tokens, expected.tokens) and (made is documents.sample) == (
+        expected is plain._stream.sample
+    )
 
 
 def test_as_many_as_asked_and_cuts_everywhere():

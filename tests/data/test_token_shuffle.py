@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_lite.data.order import Permutation
-from megatron_lite.data.token_documents import TokenDocuments, in_chunks, joined_pieces
+from megatron_lite.data.token_documents import TokenDocuments, in_chunks, joined_pieces, places
 from megatron_lite.data.token_shuffle import shuffled
 
 LENGTHS = np.random.default_rng(0).integers(0, 60, 500)
@@ -65,6 +65,11 @@ def test_chunks_are_whole_documents_in_order():
     assert [number for run in runs for number in range(run.start, run.stop)] == list(range(9))
     assert max(lengths[run].sum() for run in runs) <= 10 + 30
     assert list(in_chunks(lengths[:0])) == []
+
+
+def test_places_of_stretches_follow_one_another():
+    assert places(np.array([7, 0, 3]), np.array([2, 0, 3])).tolist() == [7, 8, 3, 4, 5]
+    assert places(np.zeros(0, int), np.zeros(0, int)).tolist() == []
 
 
 def test_pieces_are_joined_in_the_order_asked_for():

@@ -29,7 +29,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_lite.config.data import DataConfig
+from megatron_lite.config.mixture import MixtureConfig
 from megatron_lite.data.feed import build_stream
+from megatron_lite.data.fim import FimStream, Sentinels
 from megatron_lite.data.indexed import MAGIC, IndexedReader
 from megatron_lite.data.sample import Sample
 from megatron_lite.data.stream import SampleStream
@@ -104,6 +106,9 @@ def microseconds(call: Callable[[int], object], turns: int = 9, calls: int = 100
 def sample(folder: Path) -> dict[str, float]:
     made = {"windows": of_one(folder / "large"), "blend of 64": blended(folder)}
     made["best-fit packing"] = of_one(folder / "large", data_packing="best_fit")
+    ids = Sentinels(prefix=VOCABULARY - 3, middle=VOCABULARY - 2, suffix=VOCABULARY - 1, bos=None, eod=1)
+    for name in ("windows", "best-fit packing"):
+        made[f"{name}, fill-in-the-middle"] = FimStream(made[name], MixtureConfig(fim_rate=0.5), ids, 1, "train")
     return {name: microseconds(stream.__getitem__) for name, stream in made.items()}
 
 
