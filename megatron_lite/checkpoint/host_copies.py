@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -28,23 +28,25 @@ class HostCopies:
     def __init__(self, pieces: Sequence[Piece]):
         self.nbytes = sum(_padded(tensor.nbytes) for piece in _owned(pieces) for tensor in _tensors(piece).values())
         self._memory = torch.empty(self.nbytes, dtype=torch.uint8)
+        self._copies, at = [], 0
+        for piece in _owned(pieces):
+            held = {}
+            for name, tensor in _tensors(piece).items():
+                held[name] = self._memory[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                at += _padded(tensor.nbytes)
+            self._copies.append(dataclasses.replace(piece, **held))
         device = next((piece.tensor.device for piece in pieces if piece.tensor.is_cuda), None)
         self._stream = None
         if device is not None:
             self._stream = torch.cuda.Stream(device)
             self._lock_pages()
 
-    def begin(self, pieces: Sequence[Piece]) -> Copying:
-        """Copy the same pieces as they are now; the copies before are no longer used by anyone."""
-        copies, moves, at = [], [], 0
-        for piece in _owned(pieces):
-            held = {}
-            for name, tensor in _tensors(piece).items():
-                held[name] = self._memory[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-                moves.append((held[name], tensor.detach()))
-                at += _padded(tensor.nbytes)
-            copies.append(dataclasses.replace(piece, **held))
-        return Copying(copies, moves, self._stream)
+    def begin(self, pieces: Callable[[], Sequence[Piece]]) -> Copying:
+        """Copy the same pieces as they are now; the copies before are no longer used by anyone.
+
+        They are asked for by the thread that copies: naming thousands takes a while.
+        """
+        return Copying(self._copies, pieces, self._stream)
 
     def _lock_pages(self) -> None:
         # Registered and not allocated as such: torch rounds page-locked memory up to a power of two.
@@ -54,46 +56,46 @@ class HostCopies:
 
 
 class Copying:
-    """Copies on their way: by a side stream from a GPU, by the thread that calls `finish` on a CPU."""
+    """Copies on their way, by the thread that calls `finish`, from a GPU by a side stream."""
 
-    def __init__(
-        self,
-        copies: list[Piece],
-        moves: list[tuple[torch.Tensor, torch.Tensor]],
-        stream: torch.cuda.Stream | None,
-    ):
+    def __init__(self, copies: list[Piece], pieces: Callable[[], Sequence[Piece]], stream: torch.cuda.Stream | None):
         self._copies = copies
-        self._moves = moves
-        self._done = threading.Event()
+        self._pieces = pieces
+        self._stream = stream
+        # What the GPU has been given to do until now comes before the copies.
+        self._ready = None if stream is None else torch.cuda.current_stream(stream.device).record_event()
         self._arrival: torch.cuda.Event | None = None
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(stream.device))
-            with torch.cuda.stream(stream):
-                self._move()
-            self._arrival = stream.record_event()
+        self._begun = threading.Event()
 
     def finish(self) -> list[Piece]:
         """The pieces as copies, once all have arrived."""
         try:
-            if self._arrival is None:
+            if self._stream is None:
                 self._move()
             else:
-                self._arrival.synchronize()
+                self._stream.wait_event(self._ready)
+                with torch.cuda.stream(self._stream):
+                    self._move()
+                self._arrival = self._stream.record_event()
         finally:
-            self._done.set()
+            self._begun.set()
+        if self._arrival is not None:
+            self._arrival.synchronize()
         return self._copies
 
     def allow_change(self) -> None:
-        """Return when the originals may change: at once on a GPU, whose own work then waits for the copies."""
-        if self._arrival is None:
-            self._done.wait()
-        else:
+        """Return when the originals may change: on a GPU once the copies are under way, whose own work then waits for
+        them."""
+        self._begun.wait()
+        if self._arrival is not None:
             torch.cuda.current_stream().wait_event(self._arrival)
 
     @torch.no_grad()
     def _move(self) -> None:
-        for into, source in self._moves:
-            into.copy_(source, non_blocking=True)
+        for copy, piece in zip(self._copies, _owned(self._pieces()), strict=True):
+            into = _tensors(copy)
+            for name, source in _tensors(piece).items():
+                into[name].copy_(source, non_blocking=True)
 
 
 def _owned(pieces: Sequence[Piece]) -> Iterator[Piece]:

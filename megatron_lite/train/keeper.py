@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +106,7 @@ class Keeper:
         if self.saved_step == step or self._in_flight is not None:
             return
         began = time.perf_counter()
-        pieces = engine.pieces(optimizer=not self._config.checkpoint.no_save_optim)
+        pieces = functools.partial(engine.pieces, optimizer=not self._config.checkpoint.no_save_optim)
         write = self._writer(step, self._state(engine, progress), is_best, deadline)
         if not is_last and self._has_copies(pieces):
             copying = self._copies.begin(pieces)
@@ -113,7 +114,7 @@ class Keeper:
             self._in_flight = _InFlight(step, work, copying, began, time.perf_counter() - began)
             return
         with self._cost(step, is_last):
-            write(pieces, self._mesh)
+            write(pieces(), self._mesh)
             self._note_saved(step, f"in {time.perf_counter() - began:.2f} s")
 
     def allow_change(self) -> None:
@@ -163,11 +164,11 @@ class Keeper:
             raise HangError(f"the save of step {flight.step} does not end on rank {self._mesh.global_rank}")
         self.settle()
 
-    def _has_copies(self, pieces: list[Piece]) -> bool:
+    def _has_copies(self, pieces: Callable[[], list[Piece]]) -> bool:
         """Whether saves run in the background: there is memory for the copies, on all ranks."""
         if self._in_background and self._copies is None:
             with contextlib.suppress(RuntimeError):
-                self._copies = HostCopies(pieces)
+                self._copies = HostCopies(pieces())
             held, *_ = self._mesh.sum_numbers([self._copies is not None])
             self._in_background = held == self._mesh.world_size
             if self._in_background:

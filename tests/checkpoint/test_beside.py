@@ -31,7 +31,7 @@ OLD, NEW = 1, 2
 def save_beside(root, step, ranks, **how):
     """Save in the background, and spoil the originals as soon as that is allowed."""
     live = pieces(step, ranks.global_rank, ranks.world_size)
-    copying = HostCopies(live).begin(live)
+    copying = HostCopies(live).begin(lambda: live)
     work = Background("save", lambda: save(root, step, copying.finish(), {"value": step}, ranks, **RUN, **how))
     copying.allow_change()
     for piece in live:
@@ -129,7 +129,7 @@ def _stop_rank_one(root, then):
 
 def test_originals_may_change_only_when_they_are_copied():
     live = pieces(1, 0, 1)
-    copying = HostCopies(live).begin(live)
+    copying = HostCopies(live).begin(lambda: live)
     changed = threading.Thread(target=lambda: (copying.allow_change(), live[0].tensor.fill_(2)))
     changed.start()
     changed.join(0.1)
@@ -149,10 +149,10 @@ def test_host_memory_is_used_again_and_holds_what_is_owned_alone():
     ]
     copies = HostCopies(live)
     assert copies.nbytes == 64 + 64 + 640 + 64
-    first = copies.begin(live).finish()
+    first = copies.begin(lambda: live).finish()
     assert [piece.name for piece in first] == ["weight/a", "weight/c", "exp_avg/a"]
     live[0].tensor.add_(1)
-    again = copies.begin(live).finish()
+    again = copies.begin(lambda: live).finish()
     for copy, original in zip(again, (live[0], live[2], live[3]), strict=True):
         assert torch.equal(copy.tensor, original.tensor) and copy.bytes_view() == original.bytes_view()
     assert [a.tensor.data_ptr() for a in first] == [a.tensor.data_ptr() for a in again]
