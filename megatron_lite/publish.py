@@ -1,11 +1,15 @@
-"""Files that appear whole or not at all: written beside their place under another name, then renamed."""
+"""Files that appear whole or not at all: written beside their place under another name, then renamed.
+
+Where several belong together, an interrupt waits for a moment at which none or all are there.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -33,6 +37,29 @@ def publish(path: str | os.PathLike, content: str | bytes) -> None:
     """Write a file, text as UTF-8, as `published` does."""
     with published(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def interrupts_awaited() -> Iterator[Callable[[], None]]:
+    """A block that SIGINT and SIGTERM end only where it calls the function this yields, by KeyboardInterrupt.
+
+    One that comes after the last call comes too late and has no effect. For the main thread.
+    """
+    came = []
+    before = {}
+
+    def end_if_asked() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield end_if_asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def insist_on_place(path: str | os.PathLike) -> None:

@@ -36,6 +36,7 @@ from megatron_lite.data.token_sets import describe, faults
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import EXIT_DONE, EXIT_ERROR, EXIT_INTERRUPTED, ConfigError, MegatronLiteError
+from megatron_lite.publish import interrupts_awaited
 
 _SUFFIXES = (".bin", ".idx")
 
@@ -145,7 +146,8 @@ class MergeOptions(_Sets):
     """Prefix of the merged set."""
 
     def run(self) -> int:
-        documents, tokens = merge(self.parts, self.output)
+        with interrupts_awaited() as pause:
+            documents, tokens = merge(self.parts, self.output, pause)
         print(f"{self.output}: {documents:,} documents, {tokens:,} tokens of {len(self.parts)} sets")
         return EXIT_DONE
 
@@ -160,7 +162,8 @@ class JoinOptions(_Sets):
     """Sets that are read and not predicted: the joined set gets a loss mask, OUTPUT.loss_mask, that training uses."""
 
     def run(self) -> int:
-        documents, tokens, counted = join(self.parts, self.context, self.output)
+        with interrupts_awaited() as pause:
+            documents, tokens, counted = join(self.parts, self.context, self.output, pause)
         print(f"{self.output}: {documents:,} documents, {tokens:,} tokens, {counted:,} of them to be predicted")
         return EXIT_DONE
 
@@ -183,7 +186,9 @@ class DivideOptions(_Sets):
             raise ConfigError(f"--buckets {self.buckets} is not possible; give 2 to {MOST_BUCKETS}.")
         if self.scores is not None and self.by != "score":
             raise ConfigError(f"--scores is for --by score, and --by {self.by} was given.")
-        for bucket in divide(self.only("divide"), self.by, self.buckets, self.scores, self.descending):
+        with interrupts_awaited() as pause:
+            made = divide(self.only("divide"), self.by, self.buckets, self.scores, self.descending, pause)
+        for bucket in made:
             print(
                 f"{bucket.prefix}: {bucket.documents:,} documents, {bucket.tokens:,} tokens, "
                 f"{self.by} {bucket.lowest:g} to {bucket.highest:g}"

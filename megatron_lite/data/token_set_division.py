@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -35,15 +36,21 @@ class Bucket:
 
 
 def divide(
-    prefix: str, by: Difficulty, buckets: int, scores: str | None = None, descending: bool = False
+    prefix: str,
+    by: Difficulty,
+    buckets: int,
+    scores: str | None = None,
+    descending: bool = False,
+    pause: Callable[[], None] = lambda: None,
 ) -> list[Bucket]:
     """Write PREFIX_bucket0, the easiest, to PREFIX_bucket{n-1}; inside each, documents are in the order they had.
 
     Difficulty is the number of tokens; the share of their size that a document's ids take when deflated, text that
     repeats itself being easy; or a score, of the set's own column or of the file `scores`. Low is easy, or high if
     `descending`. Buckets have as nearly equal numbers of tokens as whole documents allow. Memory is 50 bytes a
-    document. Raises DataError for a column that is not of this set, a set with a loss mask, a bucket that would have no
-    document, and one of another division that would stay.
+    document. `pause` is called between batches: what it raises leaves all as it was. Raises DataError for a column that
+    is not of this set, a set with a loss mask, a bucket that would have no document, and one of another division that
+    would stay.
     """
     reader = IndexedReader(prefix)
     left = [f"{prefix}_bucket{number}" for number in range(buckets, MOST_BUCKETS)]
@@ -57,7 +64,7 @@ def divide(
             f"{prefix} has a loss mask, {mask.prefix}, and parts would not; divide sets before they are joined"
         )
     lengths = document_lengths(reader)
-    difficulty = _difficulty(reader, lengths, by, scores)
+    difficulty = _difficulty(reader, lengths, by, scores, pause)
     place = np.argsort(-difficulty if descending else difficulty, kind="stable")
     middles = np.cumsum(lengths[place]) - lengths[place] / 2
     number = np.empty(len(lengths), np.uint8)
@@ -74,17 +81,20 @@ def divide(
         bounds = difficulty[of_bucket]
         tokens = int(lengths[of_bucket].sum())
         found.append(Bucket(f"{prefix}_bucket{bucket}", documents, tokens, float(bounds.min()), float(bounds.max())))
-    _write(reader, lengths, number, found, {"by": by, "descending": descending, "of": prefix})
+    _write(reader, lengths, number, found, {"by": by, "descending": descending, "of": prefix}, pause)
     return found
 
 
-def _difficulty(reader: IndexedReader, lengths: np.ndarray, by: Difficulty, scores: str | None) -> np.ndarray:
+def _difficulty(
+    reader: IndexedReader, lengths: np.ndarray, by: Difficulty, scores: str | None, pause: Callable[[], None]
+) -> np.ndarray:
     """float64 [D]."""
     if by == "length":
         return lengths.astype(np.float64)
     if by == "compression":
         shares = np.zeros(len(lengths))
         for batch in document_batches(reader, lengths):
+            pause()
             ends = np.cumsum(lengths[batch.documents])
             for document, ids in enumerate(np.split(batch.ids, ends[:-1]), batch.documents.start):
                 shares[document] = _deflated_share(ids)
@@ -109,7 +119,12 @@ def _deflated_share(ids: np.ndarray) -> float:
 
 
 def _write(
-    reader: IndexedReader, lengths: np.ndarray, number: np.ndarray, buckets: list[Bucket], how: dict[str, object]
+    reader: IndexedReader,
+    lengths: np.ndarray,
+    number: np.ndarray,
+    buckets: list[Bucket],
+    how: dict[str, object],
+    pause: Callable[[], None],
 ) -> None:
     """Deal the documents out and write the facts of each bucket."""
     facts = read_provenance(reader.prefix, reader.num_tokens)
@@ -117,6 +132,7 @@ def _write(
     with contextlib.ExitStack() as publishing:
         sets = [publishing.enter_context(token_set(of.prefix, dtype=reader.dtype, counted=counted)) for of in buckets]
         for batch in document_batches(reader, lengths):
+            pause()
             here = number[batch.documents]
             token_ends = np.cumsum(lengths[batch.documents])
             sequence_ends = np.cumsum(batch.sequences)

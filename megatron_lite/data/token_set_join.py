@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,15 @@ from megatron_lite.data.token_sets import document_lengths
 from megatron_lite.errors import DataError
 
 
-def join(prefixes: Sequence[str], context: Sequence[str], output: str) -> tuple[int, int, int]:
+def join(
+    prefixes: Sequence[str], context: Sequence[str], output: str, pause: Callable[[], None] = lambda: None
+) -> tuple[int, int, int]:
     """Write the set `output`, and its loss mask where sets are `context`; documents, tokens, and tokens that count.
 
-    An end-of-document token stays behind the last part alone, where manifests say that parts have one. Raises
-    DataError for sets of unlike dtypes, tokenizers or numbers of documents, an output that is one of them, and
-    context that is not, or that leaves nothing to predict.
+    An end-of-document token stays behind the last part alone, where manifests say that parts have one. `pause`
+    is called between batches: what it raises leaves all as it was. Raises DataError for sets of unlike dtypes,
+    tokenizers or numbers of documents, an output that is one of them, and context that is not, or that leaves nothing
+    to predict.
     """
     _insist_on_names(prefixes, context, output)
     readers = [IndexedReader(prefix) for prefix in prefixes]
@@ -38,17 +42,19 @@ def join(prefixes: Sequence[str], context: Sequence[str], output: str) -> tuple[
             kept[:, part] -= (lengths[:, part] > 0) & lengths[:, part + 1 :].any(axis=1)
     counts = np.array([prefix not in context for prefix in prefixes], np.uint8)
     counted = None if None in facts else max(of.vocab_size for of in facts)
-    with token_set(output, dtype=readers[0].dtype, counted=counted, masked=bool(context)) as made:
-        if context:
-            # Published ahead of the set, which would else be trained on whole.
-            with IndexedWriter(mask_prefix(output), dtype=np.uint8) as mask:
-                for some, _ in _batches(readers, lengths, kept):
-                    totals = kept[some].sum(axis=1)
-                    flags = np.repeat(np.tile(counts, len(totals)), kept[some].ravel())
-                    mask.add_many(flags, totals[totals > 0], totals > 0)
+    with contextlib.ExitStack() as publishing:
+        made = publishing.enter_context(
+            token_set(output, dtype=readers[0].dtype, counted=counted, masked=bool(context))
+        )
+        # Published ahead of the set, which would else be trained on whole.
+        mask = publishing.enter_context(IndexedWriter(mask_prefix(output), dtype=np.uint8)) if context else None
         for some, ids in _batches(readers, lengths, kept):
+            pause()
             totals = kept[some].sum(axis=1)
             made.add(ids, totals[totals > 0], totals > 0)
+            if mask is not None:
+                flags = np.repeat(np.tile(counts, len(totals)), kept[some].ravel())
+                mask.add_many(flags, totals[totals > 0], totals > 0)
     if None not in facts:
         made.describe(**combined_facts(prefixes, facts))
     return len(kept), int(kept.sum()), int(kept[:, counts == 1].sum())

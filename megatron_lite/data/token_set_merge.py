@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megatron_lite import log
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.loss_mask import mask_prefix, read_mask
 from megatron_lite.data.provenance import Provenance, read_provenance, scores_path
-from megatron_lite.data.token_set_writer import token_set
+from megatron_lite.data.token_set_writer import TokenSetWriter, token_set
 from megatron_lite.data.token_sets import document_batches, document_lengths, read_scores
 from megatron_lite.errors import DataError
 
@@ -19,25 +22,24 @@ _SAME = ("append_eod", "prepend_bos", "recipe", "shuffle_seed", "score_key")
 """Facts that a merged set has where all its parts agree."""
 
 
-def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
+def merge(prefixes: Sequence[str], output: str, pause: Callable[[], None] = lambda: None) -> tuple[int, int]:
     """Write the documents of all sets, in this order, as the set `output`; its numbers of documents and tokens.
 
-    It has scores where all have, and a manifest where all have one. Raises DataError for sets of unlike dtypes or
-    tokenizers, for an output that is one of them, and where only some have a loss mask.
+    It has scores where all have, and a manifest where all have one. `pause` is called between batches: what it raises
+    leaves all as it was. Raises DataError for sets of unlike dtypes or tokenizers, for an output that is one of them,
+    and where only some have a loss mask.
     """
     if Path(output).absolute() in {Path(prefix).absolute() for prefix in prefixes}:
         raise DataError(f"{output} is one of the sets to merge; give the merged set another name")
     readers = [IndexedReader(prefix) for prefix in prefixes]
     facts = [read_provenance(reader.prefix, reader.num_tokens) for reader in readers]
     insist_on_likeness(readers, facts)
-    masks = [mask.prefix for reader in readers if (mask := read_mask(reader)) is not None]
+    masks = [mask for reader in readers if (mask := read_mask(reader)) is not None]
     if len(masks) not in (0, len(readers)):
         raise DataError(
-            f"{len(masks)} of {len(readers)} sets have a loss mask, such as {masks[0]}: merge those with one and those "
-            "without apart"
+            f"{len(masks)} of {len(readers)} sets have a loss mask, such as {masks[0].prefix}: merge those with one "
+            "and those without apart"
         )
-    if masks:
-        merge(masks, mask_prefix(output))
     documents = sum(reader.num_documents for reader in readers)
     columns = [
         read_scores(scores_path(reader.prefix), reader.num_documents)
@@ -47,17 +49,33 @@ def merge(prefixes: Sequence[str], output: str) -> tuple[int, int]:
     has_scores = len(columns) == len(readers) and documents > 0
     scored = documents if has_scores else None
     counted = None if None in facts else max(of.vocab_size for of in facts)
-    with token_set(output, dtype=readers[0].dtype, scored=scored, counted=counted, masked=bool(masks)) as made:
-        for number, reader in enumerate(readers):
-            for batch in document_batches(reader, document_lengths(reader)):
-                scores = columns[number][batch.documents] if has_scores else None
-                made.add(batch.ids, batch.sequence_lengths, batch.sequences, scores)
+    with contextlib.ExitStack() as publishing:
+        made = publishing.enter_context(
+            token_set(output, dtype=readers[0].dtype, scored=scored, counted=counted, masked=bool(masks))
+        )
+        _copy(readers, made, pause, columns if has_scores else None)
+        if masks:
+            # Published ahead of the set, which would else be trained on whole.
+            _copy(masks, publishing.enter_context(token_set(mask_prefix(output), dtype=masks[0].dtype)), pause)
     if None in facts:
         bare = next(reader.prefix for reader, known in zip(readers, facts, strict=True) if known is None)
         log.note(f"{bare} has no manifest, so {output} has none")
     else:
         made.describe(**combined_facts(prefixes, facts))
     return documents, sum(reader.num_tokens for reader in readers)
+
+
+def _copy(
+    readers: Sequence[IndexedReader],
+    made: TokenSetWriter,
+    pause: Callable[[], None],
+    columns: Sequence[np.ndarray] | None = None,
+) -> None:
+    for number, reader in enumerate(readers):
+        for batch in document_batches(reader, document_lengths(reader)):
+            pause()
+            scores = None if columns is None else columns[number][batch.documents]
+            made.add(batch.ids, batch.sequence_lengths, batch.sequences, scores)
 
 
 def insist_on_likeness(readers: Sequence[IndexedReader], facts: Sequence[Provenance | None]) -> None:

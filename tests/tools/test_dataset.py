@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +17,9 @@ from tiny_run import TOOLS, load_tool, write_token_set
 
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data.corpus_job import CorpusJob
-from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.data.indexed import IndexedReader, IndexedWriter
 from megatron_lite.data.provenance import manifest_path
+from megatron_lite.data.token_documents import in_chunks
 from megatron_lite.data.tokenize_corpus import tokenize_corpus
 
 TEXTS = ["Hello world", "", "naïve 日本 <|endoftext|>", "and " * 300]
@@ -105,6 +108,58 @@ def test_merge_and_divide(capsys, tmp_path):
     code, out, _ = run(capsys, "divide", tmp_path / "all", "--by", "length", "--buckets", 2)
     assert code == 0 and out.startswith(f"{tmp_path}/all_bucket0: ")
     assert sum(IndexedReader(tmp_path / f"all_bucket{i}").num_documents for i in range(2)) == 24
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch) -> dict[str, list[str]]:
+    """The arguments of each command that writes sets, in several batches, over sets that are there already."""
+    q, a = (make(tmp_path, name, DataConfig(tokenizer_type="ByteTokenizer")) for name in "qa")
+    whole, both = f"{tmp_path}/whole", f"{tmp_path}/both"
+    commands = {
+        "join": ["join", q, a, "--context", q, "--output", whole],
+        "merge": ["merge", whole, whole + "2", "--output", both],
+        "divide": ["divide", q, "--by", "compression", "--buckets", "2"],
+    }
+    assert [main(commands["join"]), main([*commands["join"][:-1], whole + "2"])] == [0, 0]
+    assert [main(commands[name]) for name in ("merge", "divide")] == [0, 0]
+    for room in ("token_sets", "token_set_join"):
+        monkeypatch.setattr(f"megatron_lite.data.{room}.in_chunks", functools.partial(in_chunks, size=8))
+    return commands
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["join", "merge", "divide"])
+def test_an_interrupt_leaves_all_as_it_was(capsys, tmp_path, monkeypatch, parts, command, number):
+    before, add_many = contents(tmp_path), IndexedWriter.add_many
+
+    def add_and_be_interrupted(writer, *arguments):
+        add_many(writer, *arguments)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(IndexedWriter, "add_many", add_and_be_interrupted)
+    assert main(parts[command]) == 130
+    assert "stopped; no set was written" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["join", "merge", "divide"])
+def test_an_interrupt_while_sets_get_their_names_comes_too_late(tmp_path, monkeypatch, parts, command, number):
+    before, replace = contents(tmp_path), os.replace
+
+    def be_interrupted_and_replace(*arguments):
+        os.kill(os.getpid(), number)
+        replace(*arguments)
+
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(os, "replace", be_interrupted_and_replace)
+    assert main(parts[command]) == 0
+    assert contents(tmp_path) == before
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 @pytest.mark.parametrize(
