@@ -15,11 +15,12 @@ from pathlib import Path
 from megatron_lite import log
 from megatron_lite.checkpoint import store
 from megatron_lite.config import cli
-from megatron_lite.config.command_line import read
+from megatron_lite.config.command_line import read, split
 from megatron_lite.errors import ConfigError, MegatronLiteError
 from megatron_lite.monitor.supervisor import Patience, Supervisor
 
 TRAINER = "pretrain_gpt.py"
+_WRITE_IT = "write it after --: tools/supervise.py [OPTIONS] -- torchrun ..."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class SuperviseOptions:
 def supervisor_of(command: Sequence[str], options: SuperviseOptions) -> Supervisor:
     """The supervisor of the run that a command starts. Raises ConfigError for one that cannot go on by itself."""
     if not command:
-        raise ConfigError("there is no command to supervise; write it after --: tools/supervise.py -- torchrun ...")
+        raise ConfigError(f"there is no command to supervise; {_WRITE_IT}")
     if shutil.which(command[0]) is None:
         raise ConfigError(f"{command[0]} is no program that can be found; give the command that starts the run")
     script = next((at for at, word in enumerate(command) if Path(word).name == TRAINER), None)
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     cut = words.index("--") if "--" in words else len(words)
     try:
+        if stray := [word for word in words[:cut] if Path(word).name == TRAINER] or split(words[:cut])[0]:
+            raise ConfigError(f"{stray[0]} belongs to the command to supervise, it seems; {_WRITE_IT}")
         options = read(
             SuperviseOptions,
             words[:cut],

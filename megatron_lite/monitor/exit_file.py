@@ -35,6 +35,16 @@ def write_exit(
     return path
 
 
+def read_exit(run_dir: str | os.PathLike) -> tuple[str, int, str] | None:
+    """Cause, code and message that a run left behind; None where there is nothing that can be read."""
+    try:
+        record = json.loads((Path(run_dir) / NAME).read_bytes())
+        told = record["cause"], record["code"], record["message"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return told if tuple(map(type, told)) == (str, int, str) else None
+
+
 def is_there(run_dir: str | os.PathLike | None) -> bool:
     """Whether this run has told already how it ended."""
     return run_dir is not None and (Path(run_dir) / NAME).exists()

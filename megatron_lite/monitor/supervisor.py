@@ -130,10 +130,8 @@ class Supervisor:
             self._launcher.send_signal(signal.SIGTERM)  # it came while there was none to pass it on to
         code = self._launcher.wait()
         self._await_survivors()
-        if _mark(exit_path) in (None, stale):
-            return _End(None, code if code >= 0 else 128 - code, "")
-        record = json.loads(exit_path.read_bytes())
-        return _End(record["cause"], record["code"], record["message"])
+        told = None if _mark(exit_path) in (None, stale) else exit_file.read_exit(self._run_dir)
+        return _End(None, code if code >= 0 else 128 - code, "") if told is None else _End(*told)
 
     def _await_survivors(self) -> None:
         deadline = time.monotonic() + _SURVIVORS_SECONDS
@@ -181,13 +179,18 @@ def _mark(path: Path) -> tuple[int, int] | None:
     """What tells one version of a published file from another."""
     try:
         found = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
 
 
 def _status(code: int) -> str:
-    return f"signal {signal.Signals(code - 128).name}" if code > 128 else f"exit code {code}"
+    """An exit code in words: 128 + N is a shell's for signal N, 256 - N that of DeepSpeed's launcher, which ends by -N,
+    and 255 anyone's for a failure."""
+    number = 256 - code if 192 < code < 255 else code - 128
+    with contextlib.suppress(ValueError):
+        return f"signal {signal.Signals(number).name}"
+    return f"exit code {code}"
 
 
 def _utc(seconds: float) -> str:

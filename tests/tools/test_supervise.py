@@ -16,6 +16,7 @@ import psutil
 import pytest
 from tiny_run import TOOLS
 
+from megatron_lite.monitor import exit_file
 from megatron_lite.monitor.supervisor import Patience
 
 FAKE = '''
@@ -39,6 +40,8 @@ for word in first.split():
     elif name == "tell":
         cause, code = value.split(":")
         tell(cause, int(code))
+    elif name == "damage":
+        (folder / "exit.json").write_text("half")
     elif name == "orphan":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         (folder.parent / "orphan").write_text(str(child.pid))
@@ -112,6 +115,24 @@ def test_the_word_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path):
     assert attempts(tmp_path) == [(None, 1, 0), ("done", 0, 0)]
 
 
+def test_whatever_the_launcher_ends_with_is_told_and_tried_again(tmp_path):
+    """247 is 256 - 9, of DeepSpeed's launcher; 255 that of mpirun and ssh."""
+    code, said = ended(start(tmp_path, "step=1 exit=255", "step=2 exit=247", "step=3 exit=200", "tell=done:0"))
+    assert code == 0 and [code for _, code, _ in attempts(tmp_path)] == [255, 247, 200, 0]
+    for how in ("exit code 255", "signal SIGKILL", "exit code 200"):
+        assert f"the launcher ended with {how} and the run left no word" in said
+
+
+def test_a_damaged_word_is_none(tmp_path):
+    words = ["", "{", "[]", '{"cause": "done"}', '{"cause": "done", "code": "0", "message": ""}', "\ud800", "[" * 10**5]
+    for word in words:
+        (tmp_path / exit_file.NAME).write_bytes(word.encode(errors="surrogatepass"))
+        assert exit_file.read_exit(tmp_path) is None, word
+    (tmp_path / "run").mkdir()
+    code, _ = ended(start(tmp_path, "step=1 tell=done:0 damage exit=1", "tell=done:0"))
+    assert code == 0 and attempts(tmp_path) == [(None, 1, 1), ("done", 0, 1)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on_and_nothing_is_started_after_it(tmp_path, number):
     process = start(tmp_path, "sleep=100", "never")
@@ -141,6 +162,8 @@ def test_what_cannot_be_kept_going_is_refused(tmp_path):
         (["--", sys.executable, trainer, "--save", str(tmp_path / "x"), "--resume", "never"], "--resume never forbids"),
         (["--auto-restart", "-1", "--", sys.executable, trainer], "--auto-restart -1 is too small"),
         (["--auto-restarts", "1"], "--auto-restart"),
+        ([sys.executable, trainer], "belongs to the command to supervise, it seems; write it after --"),
+        (["--auto-restart", "3", "torchrun", trainer], "write it after --"),
     ):
         done = subprocess.run([sys.executable, str(TOOLS / "supervise.py"), *words], capture_output=True, text=True)
         assert done.returncode == 2 and said in done.stderr, done.stderr
