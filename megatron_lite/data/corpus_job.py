@@ -12,7 +12,7 @@ from megatron_lite.data.indexed import MOST_IDS
 from megatron_lite.data.text_blocks import BLOCK_BYTES, NO_LIMIT, Limit
 from megatron_lite.data.text_input import KEYLESS, Source, TxtDocuments, warn_of_pages
 from megatron_lite.data.tokenizer_interface import Tokenizer
-from megatron_lite.data.tokenizer_ladder import Engine, insist_on_rung
+from megatron_lite.data.tokenizer_ladder import Engine
 from megatron_lite.errors import ConfigError, DataError, TokenizerError
 
 UNIT_BYTES = 4 << 20
@@ -75,7 +75,6 @@ class CorpusJob:
 
     def ids_for(self, tokenizer: Tokenizer) -> int:
         """The vocabulary size that files are written for. Raises TokenizerError if the tokenizer cannot do the job."""
-        insist_on_rung(tokenizer, self.tokenizer_engine)
         if self.append_eod and tokenizer.eod is None:
             raise TokenizerError(
                 f"--append-eod: this {tokenizer.kind} has no token that ends a document; add one by "

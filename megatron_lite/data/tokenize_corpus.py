@@ -28,7 +28,7 @@ from megatron_lite.data.text_progress import TextProgress
 from megatron_lite.data.token_assembly import assemble
 from megatron_lite.data.tokenize_units import TokenUnit, UnitTokenizer, crc_of, grouped
 from megatron_lite.data.tokenizer import build_tokenizer
-from megatron_lite.data.tokenizer_ladder import WITHOUT_THREADS, climb
+from megatron_lite.data.tokenizer_ladder import WITHOUT_THREADS, Ladder
 from megatron_lite.data.unit_file import finished_unit, unit_path
 from megatron_lite.data.work_folder import begin, claimed, clear, digest_of, job_facts, read_note
 from megatron_lite.errors import DataError
@@ -72,6 +72,7 @@ class _Run:
     def __init__(self, job: CorpusJob):
         self._job = job
         self._tokenizer = build_tokenizer(job.tokenizer)
+        self._ladder = Ladder(self._tokenizer, job.tokenizer_engine)
         self._vocab_size = job.ids_for(self._tokenizer)
         self._sources = find_sources(job.inputs, job.format, job.txt_documents, job.own_paths)
         job.check_sources(self._sources)
@@ -154,7 +155,7 @@ class _Run:
         )
         first = list(itertools.islice(blocks, 1))
         blocks = itertools.chain(first, blocks)
-        engine = climb(self._tokenizer, job.tokenizer_engine, texts_of(first, keys))
+        engine = self._ladder.climb(texts_of(first, keys))
         count = 0
 
         def left() -> Iterator[TokenUnit]:

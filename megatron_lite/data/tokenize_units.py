@@ -50,7 +50,7 @@ class UnitTokenizer:
 
     A file has, for each of `keys` by number, the ids of all documents (`ids-0`, in the dtype of the set), their lengths
     (`lengths-0`, int32) and how often each id occurs (`counts-0`, uint32); and scores, float32, where there are any.
-    `digest` is the job's; `engine` is what `climb` said of `tokenizer`, which is made anew where this is unpickled.
+    `digest` is the job's; `engine` is what a `Ladder` said of `tokenizer`, which is made anew where this is unpickled.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import mmap
 import re
@@ -34,18 +35,18 @@ class _Gigatoken:
 
     def __init__(self, make: Callable[[], Any]):
         self._make = make
-        self._renew()
+        self._encode = make().encode
+        self._before: int | None = None
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._before is None:
+            self._before, self._characters = _resident_bytes(), 0
         grown = (_resident_bytes() or self._before) - self._before
         if grown > _CACHE_BYTES or (self._before == 0 and self._characters > _CACHED_CHARACTERS):
-            self._renew()
+            self._encode = self._make().encode
+            self._before, self._characters = _resident_bytes(), 0
         self._characters += sum(map(len, texts))
         return list(map(self._encode, texts))
-
-    def _renew(self) -> None:
-        self._encode = self._make().encode
-        self._before, self._characters = _resident_bytes(), 0
 
 
 def _resident_bytes() -> int:
@@ -133,19 +134,23 @@ def require_byte_level(description: Mapping[str, Any]) -> None:
         if odd := [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]:
             raise Unfit(f"its added token {token['content']!r} has {odd[0]}")
     vocab = model["vocab"]
-    if not vocab.keys() >= set(BYTE_ALPHABET):
+    if not all(map(vocab.__contains__, BYTE_ALPHABET)):
         raise Unfit("it has no token for some of the 256 bytes")
     pairs = merge_pairs(model)
-    merged = list(map("".join, pairs))
     left, right, made = (
         np.fromiter(map(vocab.__getitem__, tokens), np.int64, len(pairs))
-        for tokens in (map(itemgetter(0), pairs), map(itemgetter(1), pairs), merged)
+        for tokens in (map(itemgetter(0), pairs), map(itemgetter(1), pairs), map("".join, pairs))
     )
     if (made <= np.maximum(left, right)).any() or (np.diff(made) < 0).any():
         raise Unfit("its merges are not in the order of its ids")
-    unmade = vocab.keys() - {*BYTE_ALPHABET, *merged}
+    if model.get("ignore_merges"):
+        return
+    ids = np.fromiter(vocab.values(), np.int64, len(vocab))
+    can_be = np.zeros(ids.max() + 1, bool)
+    can_be[made] = can_be[[vocab[token] for token in BYTE_ALPHABET]] = True
+    unmade = set(itertools.compress(vocab, ~can_be[ids]))
     unmade -= {token["content"] for token in description.get("added_tokens") or ()}
-    if unmade and not model.get("ignore_merges"):
+    if unmade:
         raise Unfit(f"{len(unmade):,} of its tokens come of no merge, as {min(unmade)!r}")
 
 

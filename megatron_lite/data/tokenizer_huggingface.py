@@ -61,38 +61,45 @@ def _essence(value: Any) -> Any:
 class HuggingFaceTokenizer(Tokenizer):
     """The tokenizer of a tokenizer.json, run by `tokenizers`; what its post-processor adds is `template`.
 
-    `description` is the content of the file, and `library` what comes of it where that is not to be read once more.
-    `roles` come from a tokenizer_config.json beside it, else from the usual names among its special tokens.
+    `description` is the content of the file. `roles` come from a tokenizer_config.json beside it, else from the usual
+    names among its special tokens.
     """
 
     kind = "HuggingFaceTokenizer"
     library = "tokenizers"
 
-    def __init__(
-        self,
-        description: Mapping[str, Any],
-        roles: Mapping[str, str],
-        source: str,
-        library: tokenizers.Tokenizer | None = None,
-    ):
+    def __init__(self, description: Mapping[str, Any], roles: Mapping[str, str], source: str):
+        self._description, self._source = description, source
+        self._added = self._added_tokens()
         with _described_by(source):
-            self._library = library or tokenizers.Tokenizer.from_buffer(orjson.dumps(description))
-            self._library.encode_special_tokens = True
-            self._library.no_truncation()
-            self._library.no_padding()
-            self.template = tuple(self._library.encode("", add_special_tokens=True).tokens)
-        self._description = description
+            has_template = description.get("post_processor") is not None
+            self.template = tuple(self._library.encode("", add_special_tokens=True).tokens) if has_template else ()
         names = {name for candidates in ROLE_NAMES.values() for name in candidates}
-        added = self._library.get_added_tokens_decoder()
-        specials = {token.content: id for id, token in added.items() if token.special or token.content in names}
+        specials = {text: id for text, (id, is_special) in self._added.items() if is_special or text in names}
         vocab = description["model"].get("vocab")
-        ids = vocab | {token.content: id for id, token in added.items()} if isinstance(vocab, dict) else None
+        ids = vocab | {text: id for text, (id, _) in self._added.items()} if isinstance(vocab, dict) else None
         ids = ids or self._library.get_vocab(with_added_tokens=True)
         role_ids = {role: ids.get(token) for role, token in roles.items()}
         unknown = description["model"].get("unk_token")
         if isinstance(unknown, str):
             role_ids.setdefault("unk", ids.get(unknown))
         super().__init__(max(ids.values(), default=-1) + 1, specials, role_ids)
+
+    @functools.cached_property
+    def _library(self) -> tokenizers.Tokenizer:
+        with _described_by(self._source):
+            library = self._made_library()
+            library.encode_special_tokens = True
+            library.no_truncation()
+            library.no_padding()
+            return library
+
+    def _made_library(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_buffer(orjson.dumps(self._description))
+
+    def _added_tokens(self) -> Mapping[str, tuple[int, bool]]:
+        """The id of each token that was added to the model's own, and whether it is special."""
+        return {token.content: (id, token.special) for id, token in self._library.get_added_tokens_decoder().items()}
 
     @classmethod
     def from_path(cls, path: Path) -> HuggingFaceTokenizer:
@@ -144,7 +151,7 @@ class HuggingFaceTokenizer(Tokenizer):
         model = dict(self._description["model"])
         vocabulary = {"vocab": model.pop("vocab", None), "merges": merge_pairs({"merges": model.pop("merges", ())})}
         parts = {part: self._description.get(part) for part in ("normalizer", "pre_tokenizer")}
-        added = {token.content: id for id, token in self._library.get_added_tokens_decoder().items()}
+        added = {text: id for text, (id, _) in self._added.items()}
         return _essence({"model": model, "added": added, **parts}) | vocabulary
 
 
@@ -157,16 +164,14 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
     def from_files(cls, vocab_file: Path, merge_file: Path) -> GPT2BPETokenizer:
         """Load vocabulary and merges. Raises TokenizerError naming file and line of what does not fit."""
         vocab = _read_json(vocab_file)
-        if not isinstance(vocab, dict) or not all(type(id) is int for id in vocab.values()):
+        if not isinstance(vocab, dict) or not all(type(id) is int and id >= 0 for id in vocab.values()):
             raise TokenizerError(f"{vocab_file} is not a map of tokens to ids; give GPT-2's encoder.json or vocab.json")
         lines = merge_file.read_text(encoding="utf-8").split("\n")
         filled = [line for line in lines[lines[0].startswith("#version") :] if line.strip()]
         merges = [tuple(line.split()) for line in filled]
-        known = vocab.keys()
-        if not (
-            set(map(len, merges)) <= {2} and known >= {*itertools.chain.from_iterable(merges), *map("".join, merges)}
-        ):
-            wrong = next(pair for pair in merges if len(pair) != 2 or not known >= {*pair, "".join(pair)})
+        tokens = itertools.chain(itertools.chain.from_iterable(merges), map("".join, merges))
+        if not (set(map(len, merges)) <= {2} and all(map(vocab.__contains__, tokens))):
+            wrong = next(pair for pair in merges if len(pair) != 2 or not vocab.keys() >= {*pair, "".join(pair)})
             line = filled[merges.index(wrong)]
             raise TokenizerError(
                 f"{merge_file}, line {lines.index(line) + 1}: {line!r} is not a merge of two tokens of {vocab_file}; "
@@ -183,10 +188,17 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
             "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocab, "merges": merges},
         }
-        source = f"{vocab_file} with {merge_file}"
-        with _described_by(source):
-            library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
-            library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-            library.decoder = tokenizers.decoders.ByteLevel()
-            library.add_special_tokens([tokenizers.AddedToken(token["content"], special=True) for token in added])
-        return cls(description, {}, source, library)
+        return cls(description, {}, f"{vocab_file} with {merge_file}")
+
+    # The files were looked through: the library, which takes a while to make, waits until it is asked.
+
+    def _made_library(self) -> tokenizers.Tokenizer:
+        model = self._description["model"]
+        library = tokenizers.Tokenizer(tokenizers.models.BPE(model["vocab"], model["merges"]))
+        library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = tokenizers.decoders.ByteLevel()
+        library.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in self._added])
+        return library
+
+    def _added_tokens(self) -> Mapping[str, tuple[int, bool]]:
+        return {token["content"]: (token["id"], token["special"]) for token in self._description["added_tokens"]}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from megatron_lite import log
@@ -47,38 +49,70 @@ _HARD = (
 """Texts at which implementations of the same tokenizer differ, if they do."""
 
 
-def insist_on_rung(tokenizer: Tokenizer, wish: Engine) -> None:
-    """Raise TokenizerError if a library is wished for that never runs tokenizers of this kind."""
-    libraries = [*tokenizer.engines(), tokenizer.library]
-    if wish not in ("auto", *libraries):
-        raise TokenizerError(
-            f"--tokenizer-engine {wish}: a {tokenizer.kind} is run by {' or '.join(libraries)}; leave it out"
-        )
+class Ladder:
+    """The libraries that may encode the blocks of a tokenizer, the fastest first: a thread makes that one's encoder.
 
-
-def climb(tokenizer: Tokenizer, wish: Engine, sample: Sequence[str]) -> str:
-    """Let the fastest library that gives the same ids encode the blocks of a tokenizer; its name.
-
-    `sample` is text of the corpus, of which some is tried beside texts that are hard. Raises TokenizerError if a
-    library is wished for that cannot run this tokenizer.
+    Raises TokenizerError if a library is wished for that never runs tokenizers of this kind.
     """
-    insist_on_rung(tokenizer, wish)
-    own, others = tokenizer.library, tokenizer.engines()
-    texts = list(_trials(tokenizer, sample))
-    for name in others if wish == "auto" else [wish] if wish in others else []:
-        reason = _reason_against(tokenizer, name, texts)
-        if reason is None:
-            log.note(f"text is encoded by {name}, whose ids are those of {own} on the {len(texts):,} texts tried")
-            return name
-        if wish == name:
-            raise TokenizerError(f"--tokenizer-engine {name} cannot run this {tokenizer.kind}: {reason}; leave it out")
-        log.note(f"{name} does not encode the text: {reason}")
-    log.note(f"text is encoded by {own}")
-    return own
+
+    def __init__(self, tokenizer: Tokenizer, wish: Engine):
+        others = tokenizer.engines()
+        if wish not in ("auto", *others, tokenizer.library):
+            raise TokenizerError(
+                f"--tokenizer-engine {wish}: a {tokenizer.kind} is run by "
+                f"{' or '.join([*others, tokenizer.library])}; leave it out"
+            )
+        self._tokenizer, self._wish = tokenizer, wish
+        self._names = list(others) if wish == "auto" else [wish] if wish in others else []
+        self._first = _BeingMade(tokenizer, self._names[0]) if self._names else None
+
+    def climb(self, sample: Sequence[str]) -> str:
+        """Let the fastest library that gives the same ids encode the blocks of the tokenizer; its name.
+
+        `sample` is text of the corpus, of which some is tried beside texts that are hard. Raises TokenizerError if a
+        library is wished for that cannot run this tokenizer.
+        """
+        tokenizer, own = self._tokenizer, self._tokenizer.library
+        trials = [(text, tokenizer.encode(text)) for text in _trials(tokenizer, sample)] if self._names else []
+        for rung, name in enumerate(self._names):
+            encoder = self._first if rung == 0 else functools.partial(_made, tokenizer, name)
+            reason = _reason_against(tokenizer, trials, encoder)
+            if reason is None:
+                log.note(f"text is encoded by {name}, whose ids are those of {own} on the {len(trials):,} texts tried")
+                return name
+            if self._wish == name:
+                raise TokenizerError(
+                    f"--tokenizer-engine {name} cannot run this {tokenizer.kind}: {reason}; leave it out"
+                )
+            log.note(f"{name} does not encode the text: {reason}")
+        log.note(f"text is encoded by {own}")
+        return own
+
+
+class _BeingMade:
+    """An encoder that a thread makes."""
+
+    def __init__(self, tokenizer: Tokenizer, name: str):
+        self._tokenizer, self._name = tokenizer, name
+        self._thread = threading.Thread(target=self._make)
+        self._thread.start()
+
+    def _make(self) -> None:
+        try:
+            self._found = _made(self._tokenizer, self._name)
+        except Unfit as reason:
+            self._found = reason
+
+    def __call__(self) -> Encode:
+        """Wait for it. Raises Unfit."""
+        self._thread.join()
+        if isinstance(self._found, Unfit):
+            raise self._found
+        return self._found
 
 
 def stand_on(tokenizer: Tokenizer, name: str) -> None:
-    """Let the library that `climb` has named encode the blocks of another instance of the same tokenizer."""
+    """Let the library that a `Ladder` has named encode the blocks of another instance of the same tokenizer."""
     tokenizer.run_by(None if name == tokenizer.library else _made(tokenizer, name))
 
 
@@ -93,12 +127,14 @@ def _made(tokenizer: Tokenizer, name: str) -> Encode:
         raise Unfit(f"{name} says: {str(error).partition(chr(10))[0]:.120}") from None
 
 
-def _reason_against(tokenizer: Tokenizer, name: str, texts: Sequence[str]) -> str | None:
+def _reason_against(
+    tokenizer: Tokenizer, trials: Sequence[tuple[str, list[int]]], encoder: Callable[[], Encode]
+) -> str | None:
     """Why a library is not to encode for this tokenizer; None if it does from now on."""
     try:
-        tokenizer.run_by(_made(tokenizer, name))
-        for text in texts:
-            if tokenizer.encode_block([text])[0].tolist() != tokenizer.encode(text):
+        tokenizer.run_by(encoder())
+        for text, ids in trials:
+            if tokenizer.encode_block([text])[0].tolist() != ids:
                 tokenizer.run_by(None)
                 return f"its ids differ from those of {tokenizer.library}, as for {text!r:.80}"
     except Unfit as reason:

@@ -21,11 +21,15 @@ from megatron_lite.data.tokenize_corpus import tokenize_corpus
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_engines import Unfit, require_byte_level, tiktoken_of_description
 from megatron_lite.data.tokenizer_huggingface import HuggingFaceTokenizer
-from megatron_lite.data.tokenizer_ladder import climb, stand_on
+from megatron_lite.data.tokenizer_ladder import Ladder, stand_on
 from megatron_lite.errors import TokenizerError
 
 RUNGS = [(kind, engine) for kind in ("gpt2", "bpe") for engine in ("gigatoken", "tiktoken", "tokenizers")]
 RUNGS += [("tiktoken", "gigatoken"), ("tiktoken", "tiktoken")]
+
+
+def climb(tokenizer, wish, sample):
+    return Ladder(tokenizer, wish).climb(sample)
 
 
 @pytest.fixture(scope="module")
