@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -58,6 +59,9 @@ class AdamW(torch.optim.Optimizer):
     keep_second_moments: as `kernels.adamw8bit` takes it. `load_state_dict` is refused: a checkpoint is read into what
     `allocate` made.
     """
+
+    # Torch's loads its compiler when the first group comes, which takes as long as torch itself.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 
     def __init__(
         self,

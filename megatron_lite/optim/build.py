@@ -22,9 +22,14 @@ def build_optimizer(config: OptimizerConfig, groups: list[dict[str, object]]) ->
         "eps": config.adam_eps,
         "weight_decay": config.weight_decay,
     }
-    if config.optimizer == "adamw" and not extension.load(_device(groups)):
+    if is_torchs_own(config, _device(groups)):
         return torch.optim.AdamW(groups, **rule, fused=True)
     return AdamW(groups, **rule, keep_second_moments=not config.adam8bit_nearest_codes)
+
+
+def is_torchs_own(config: OptimizerConfig, device: str) -> bool:
+    """Whether the optimizer on such a device is one of torch's."""
+    return config.optimizer == "sgd" or (config.optimizer == "adamw" and not extension.load(device))
 
 
 def _device(groups: list[dict[str, object]]) -> str:

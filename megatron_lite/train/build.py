@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
 
@@ -29,7 +29,6 @@ from megatron_lite.optim.groups import default_rules, parameter_groups
 from megatron_lite.parallel import launch
 from megatron_lite.parallel.mesh_shape import REPLICAS, MeshShape
 from megatron_lite.parallel.pipeline.rules import pipeline_plan
-from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import Exchange, ProcessMesh
 from megatron_lite.parallel.recompute import Recompute
 from megatron_lite.plan.parameters import parameter_shapes
@@ -39,6 +38,9 @@ from megatron_lite.train.backward import SharedWeight
 from megatron_lite.train.engine import ZeroEngine, build_partitioned
 from megatron_lite.train.engine_interface import DTYPES, Engine
 from megatron_lite.train.replica_engine import ReplicaEngine
+
+if TYPE_CHECKING:
+    from megatron_lite.parallel.pipeline.runner import Pipeline
 
 T = TypeVar("T")
 
@@ -139,6 +141,8 @@ def build_pipeline(config: RunConfig, model: GPT, mesh: ProcessMesh) -> Pipeline
     """The pipeline of this rank's stages; None where one rank holds all layers."""
     if mesh.size("pipe") == 1:
         return None
+    from megatron_lite.parallel.pipeline.runner import Pipeline
+
     batch, length = config.training.micro_batch_size, config.data.seq_length
     parts = mesh.size("context") * (mesh.size("tensor") if config.parallel.sequence_parallel else 1)
     return Pipeline(

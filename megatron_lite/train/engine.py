@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import ConfigError
+from megatron_lite.optim.build import is_torchs_own
 from megatron_lite.optim.gradient_norm import clip_factor
 from megatron_lite.parallel.layout import ParameterLayout
 from megatron_lite.parallel.mesh_shape import REPLICAS
@@ -295,11 +296,15 @@ def build_partitioned(
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def load_libraries(config: RunConfig) -> None:
-    """Import what an engine needs now, so that measures of time and memory from here on leave it out."""
-    import torch._dynamo  # noqa: F401  torch's optimizers do so when the first one is made: 70 MB
+def load_libraries(config: RunConfig, device: str = "cpu") -> None:
+    """Import what a run on such a device needs now, so that measures of time and memory from here on leave it out."""
+    if config.parallel.pipeline_model_parallel_size > 1:
+        import torch.distributed.pipelining
+    recomputes, stage = config.training.recompute_granularity != "none", config.effective_zero_stage
+    if recomputes or stage == 3 or is_torchs_own(config.optimizer, device):
+        import torch._dynamo  # noqa: F401  70 MB that they would load when they are first used
 
-    if config.effective_zero_stage > 0:
+    if stage > 0:
         _import_deepspeed()
         path = config.parallel.deepspeed_config
         if path and (problems := schema_problems(read(path), _schemas())):

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,7 +26,6 @@ from megatron_lite.monitor.sinks import Sinks
 from megatron_lite.optim.schedule import Schedule
 from megatron_lite.parallel.launch import StopRequest
 from megatron_lite.parallel.mesh_shape import REPLICAS
-from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.whereabouts import CHECKPOINT, HERE, STEP
 from megatron_lite.plan.memory import Moment
@@ -35,6 +35,9 @@ from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.progress import Progress
 from megatron_lite.train.reading import checksum, count_targets, no_target, read
 from megatron_lite.train.step import StepResult, raise_non_finite, train_step, validate
+
+if TYPE_CHECKING:
+    from megatron_lite.parallel.pipeline.runner import Pipeline
 
 EARLY_STOPPING = "early stopping"
 """The reason to stop that holds still when a run is started again."""

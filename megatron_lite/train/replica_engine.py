@@ -52,7 +52,7 @@ class ReplicaEngine(Engine):
 
     @contextlib.contextmanager
     def gradients(self, count: int) -> Iterator[Backward]:
-        self._optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)
         self.holds_gradients = True
         done = 0
 

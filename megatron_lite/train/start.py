@@ -115,8 +115,8 @@ def train_on(
             claim = _claim_folders(config, mesh, held)
         run = None
         try:
-            build.together(mesh, lambda: load_libraries(config))
             build.prepare_kernels(config, mesh)
+            build.together(mesh, lambda: load_libraries(config, mesh.device.type))
             agreement.agree(mesh, agreement.of_kernels(mesh.device))
             ending.watch = watch_for_hangs(config.parallel, mesh, run_folder(config), ending.tell_hang)
             if ending.watch is not None:

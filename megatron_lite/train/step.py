@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,12 +15,14 @@ from megatron_lite.data.micro_batch import MicroBatch
 from megatron_lite.errors import NonFiniteError
 from megatron_lite.monitor.health import Hurt, describe, first_hurt
 from megatron_lite.parallel.mesh_shape import REPLICAS
-from megatron_lite.parallel.pipeline.runner import Pipeline
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import micro_batch_seed
 from megatron_lite.parallel.whereabouts import HERE, VALIDATION
 from megatron_lite.train.engine_interface import Engine, StepOutcome
 from megatron_lite.train.reading import no_target, read
+
+if TYPE_CHECKING:
+    from megatron_lite.parallel.pipeline.runner import Pipeline
 
 
 @dataclasses.dataclass(frozen=True)
