@@ -14,15 +14,17 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def published(path: str | os.PathLike, synced: bool = True) -> Iterator[Path]:
+def published(path: str | os.PathLike, synced: bool = True, within: Path | None = None) -> Iterator[Path]:
     """The temporary path to write a file to, in a folder that is made; it becomes `path` when the block ends well.
+
+    It lies beside `path`, or in the folder `within`, which is on the same disk and cleared after a kill.
 
     Its bytes are on disk before it has its name, if it is `synced`: without, it is whole after a kill, but not after a
     loss of power. After an error nothing is left. Raises OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = (within or path.parent) / f"{path.name}.{os.getpid()}.tmp"
     try:
         yield temporary
         if synced:
@@ -33,9 +35,9 @@ def published(path: str | os.PathLike, synced: bool = True) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def publish(path: str | os.PathLike, content: str | bytes) -> None:
+def publish(path: str | os.PathLike, content: str | bytes, within: Path | None = None) -> None:
     """Write a file, text as UTF-8, as `published` does."""
-    with published(path) as temporary:
+    with published(path, within=within) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

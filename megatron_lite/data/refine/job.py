@@ -110,8 +110,8 @@ def refine(job: RefineJob) -> Report:
         for this in plan(job.stages):
             run.do(this, sources)
         report = gather(job.stages, run.finished, fingerprint, run.inputs)
-        _assemble(job, run.finished, output)
-        report.write(output)
+        _assemble(job, run.finished, output, work)
+        report.write(output, work)
         clear(work)
         return report
 
@@ -323,9 +323,9 @@ def _keys(unit: Path, number: int) -> np.ndarray:
     return keys.reshape(opened.head["shapes"][str(number)])
 
 
-def _assemble(job: RefineJob, finished: Sequence[Sequence[Path]], output: Path) -> None:
+def _assemble(job: RefineJob, finished: Sequence[Sequence[Path]], output: Path, work: Path) -> None:
     """Put the pieces of all units end to end."""
-    making = output / _WORK / "documents"
+    making = work / "documents"
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
     shards = 0
@@ -337,11 +337,13 @@ def _assemble(job: RefineJob, finished: Sequence[Sequence[Path]], output: Path) 
                 if shard.tell() >= job.shard_bytes:
                     break
                 piece = next(pieces, None)
+            shard.flush()
+            os.fsync(shard.fileno())
         shards += 1
     remove_documents(output)
     os.replace(making, documents_folder(output))
     for section, name in (("quarantine", "quarantine.jsonl"), ("dropped", "dropped.jsonl.zst")):
-        with published(output / name) as temporary, open(temporary, "wb") as file:
+        with published(output / name, within=work) as temporary, open(temporary, "wb") as file:
             for units in finished:
                 for unit in units:
                     file.write(open_unit(unit).section(section))

@@ -78,10 +78,10 @@ class Report:
         counts = {name: getattr(self, name) for name in ("documents", "kept", "dropped", "quarantined")}
         return {**counts, "stages": stages, "cost": cost, "inputs": self.inputs, "job": self.job}
 
-    def write(self, output: Path) -> None:
-        """Publish report.html, then report.json, which says that the job is done."""
-        publish(output / PAGE_NAME, page(self.plain()))
-        publish(output / JSON_NAME, json.dumps(self.plain(), indent=1, ensure_ascii=False) + "\n")
+    def write(self, output: Path, work: Path) -> None:
+        """Publish report.html, then report.json, which says that the job is done; made in the folder `work`."""
+        publish(output / PAGE_NAME, page(self.plain()), work)
+        publish(output / JSON_NAME, json.dumps(self.plain(), indent=1, ensure_ascii=False) + "\n", work)
 
     @classmethod
     def read(cls, output: Path) -> Report:

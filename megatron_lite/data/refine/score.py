@@ -39,13 +39,6 @@ class Score(DocumentStage):
         if self.min is not None and self.max is not None and self.min > self.max:
             yield f"min {self.min} is above max {self.max}, which drops everything."
 
-    def _function(self) -> Callable[..., Any]:
-        module, _, name = self.function.partition(":")
-        try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise DataError(f"{self.name}: {self.function} cannot be loaded: {error}") from None
-
     def prepare(self, folder: Path) -> None:
         self._scorer()
 

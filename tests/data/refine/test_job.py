@@ -192,14 +192,15 @@ def test_killed_anywhere_and_run_again_the_bytes_are_the_same(corpus, done, tmp_
     """SIGKILL after each of some files has appeared, in every pass; then once to the end."""
     output = tmp_path / "out"
     work = output / ".work"
-    for mark in (
+    marks = (
         "pass-0/000000003.unit",
         "pass-0/000000012.unit",
         "pass-0/verdicts-3",
         "pass-1/000000002.unit",
         "pass-2/*.unit",
-    ):
-        process = start(corpus, output, workers=1)
+    )
+    for number, mark in enumerate(marks):
+        process = start(corpus, output, workers=1 + number % 2)
         deadline = time.monotonic() + 120
         while not list(work.glob(mark)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -211,6 +212,18 @@ def test_killed_anywhere_and_run_again_the_bytes_are_the_same(corpus, done, tmp_
     report = refine(job_of(corpus, output, keep_metadata=("id", "size")))
     assert contents(output) == contents(done[0])
     assert report.plain()["stages"] == done[1].plain()["stages"]
+
+
+def test_a_killed_run_and_another_job_are_never_mixed(tmp_path):
+    for name, letter in (("a", "w"), ("b", "v")):
+        path = write_corpus(tmp_path / f"{name}.jsonl", 100)
+        path.write_text(path.read_text().replace(" w", f" {letter}"))
+    script = Path(__file__).with_name("killed_runs.py")
+    paths = os.pathsep.join([str(ROOT), str(script.parent)])
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_units_that_are_done_are_not_done_again(corpus, tmp_path, monkeypatch):
