@@ -15,7 +15,7 @@ from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.data.tokenizer_ladder import Engine
 from megatron_lite.errors import ConfigError, DataError, TokenizerError
 
-UNIT_BYTES = 4 << 20
+UNIT_BYTES = 2 << 20
 TEXT_KEY = "text"
 """Where documents of the refinery have their text."""
 

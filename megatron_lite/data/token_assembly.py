@@ -6,7 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from megatron_lite import log
 from megatron_lite.config.tokenizer import TokenizerFiles
 from megatron_lite.data.corpus_job import CorpusJob, InputUnfit
 from megatron_lite.data.provenance import Provenance
-from megatron_lite.data.token_set_writer import IdCounts, token_set
+from megatron_lite.data.token_documents import TokenDocuments
+from megatron_lite.data.token_set_writer import IdCounts, TokenSetWriter, token_set
 from megatron_lite.data.token_shuffle import shuffled
 from megatron_lite.data.tokenize_units import unit_counts, unit_documents
 from megatron_lite.data.tokenizer_interface import Tokenizer
@@ -48,7 +49,21 @@ class _Totals:
             if self.skipped[reason] <= _EXAMPLES:
                 self._places[reason].append(f"{source}:{line}")
 
-    def describe_skipped(self) -> str:
+    def insist_on_text(self, job: CorpusJob) -> None:
+        """Raise InputUnfit if a set would have no token."""
+        for prefix, size in zip(job.prefixes, self.id_bytes, strict=True):
+            if not size:
+                found = f"; {self._describe_skipped()}" if self.skipped else ""
+                raise InputUnfit(
+                    f"there is no text for {prefix} in {', '.join(job.inputs)}{found}; nothing was written"
+                )
+
+    def warn_of_skipped(self) -> None:
+        """Say what was left out, if anything was."""
+        if self.skipped:
+            log.warn(self._describe_skipped())
+
+    def _describe_skipped(self) -> str:
         parts = []
         for reason, count in self.skipped.most_common():
             more = ", ..." if count > _EXAMPLES else ""
@@ -57,42 +72,57 @@ class _Totals:
 
 
 def assemble(
-    job: CorpusJob, tokenizer: Tokenizer, vocab_size: int, units: Sequence[Path], work: Path, more: Mapping[str, Any]
+    job: CorpusJob,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    units: Iterable[Path],
+    work: Path,
+    more: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Provenance]:
     """Publish the token sets of a job out of its units, and return the facts of each by its prefix.
 
-    `more` are facts that units do not tell. Raises InputUnfit if there is no text.
+    Where documents keep their order, each unit is put to the others as soon as `units` gives it. `more` tells at the
+    end what units do not. Raises InputUnfit if there is no text.
     """
     totals = _Totals(len(job.json_keys), vocab_size)
-    for path in units:
-        totals.add(open_unit(path))
-    for prefix, size in zip(job.prefixes, totals.id_bytes, strict=True):
-        if not size:
-            found = f"; {totals.describe_skipped()}" if totals.skipped else ""
-            raise InputUnfit(f"there is no text for {prefix} in {', '.join(job.inputs)}{found}; nothing was written")
     for prefix in job.prefixes:
         _remove_leftovers(Path(prefix))
-    sets = []
     with contextlib.ExitStack() as publishing:
-        for key, prefix in enumerate(job.prefixes):
+        if job.shuffle_seed is None and job.score_key is None:
+            sets = [publishing.enter_context(token_set(prefix, vocab_size)) for prefix in job.prefixes]
+            for unit in map(open_unit, units):
+                totals.add(unit)
+                for key, made in enumerate(sets):
+                    _append(made, unit_documents(unit, key, made.dtype))
+            totals.insist_on_text(job)
+        else:
+            units = list(units)
+            for path in units:
+                totals.add(open_unit(path))
+            totals.insist_on_text(job)
             scored = None if job.score_key is None else totals.documents
-            made = publishing.enter_context(token_set(prefix, vocab_size, scored=scored))
-            batches = (unit_documents(open_unit(path), key, made.dtype) for path in units)
-            if job.shuffle_seed is not None:
-                memory = min(job.max_memory // 2, _MOST_SHUFFLED)
-                batches = shuffled(batches, job.shuffle_seed, totals.id_bytes[key], memory, work / f"shuffle-{key}")
-            for batch in batches:
-                # Megatron writes a document without tokens as one without sequences.
-                filled = batch.lengths > 0
-                made.add(batch.ids, batch.lengths[filled], filled, batch.scores)
-            sets.append(made)
-    if totals.skipped:
-        log.warn(totals.describe_skipped())
-    shared = _shared_facts(job, tokenizer) | {"skipped": dict(totals.skipped), **more}
+            sets = []
+            for key, prefix in enumerate(job.prefixes):
+                made = publishing.enter_context(token_set(prefix, vocab_size, scored=scored))
+                batches = (unit_documents(open_unit(path), key, made.dtype) for path in units)
+                if job.shuffle_seed is not None:
+                    memory = min(job.max_memory // 2, _MOST_SHUFFLED)
+                    batches = shuffled(batches, job.shuffle_seed, totals.id_bytes[key], memory, work / f"shuffle-{key}")
+                for batch in batches:
+                    _append(made, batch)
+                sets.append(made)
+    totals.warn_of_skipped()
+    shared = _shared_facts(job, tokenizer) | {"skipped": dict(totals.skipped), **more()}
     return {
         prefix: made.describe(text_bytes=totals.text_bytes[key], unigram_entropy=totals.counts[key].entropy(), **shared)
         for key, (prefix, made) in enumerate(zip(job.prefixes, sets, strict=True))
     }
+
+
+def _append(made: TokenSetWriter, batch: TokenDocuments) -> None:
+    # Megatron writes a document without tokens as one without sequences.
+    filled = batch.lengths > 0
+    made.add(batch.ids, batch.lengths[filled], filled, batch.scores)
 
 
 def _remove_leftovers(prefix: Path) -> None:

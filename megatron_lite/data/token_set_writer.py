@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +113,8 @@ def _file_facts(path: Path) -> dict[str, int | str]:
 
 
 def _created_by() -> str:
+    import importlib.metadata  # takes a while to load
+
     try:
         return f"megatron_lite {importlib.metadata.version('megatron_lite')}"
     except importlib.metadata.PackageNotFoundError:

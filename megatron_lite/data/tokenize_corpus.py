@@ -1,11 +1,12 @@
-"""Text to token sets: units of the input are encoded by worker processes, kept until all are done, and put together.
+"""Text to token sets: units of the input are encoded by worker processes and put together.
 
-Units that are done lie in PREFIX.work, so that a killed run goes on. When the last one is, they are put end to end or
-shuffled, and the sets are published.
+Units that are done lie in PREFIX.work until all are, so that a killed run goes on. They are put end to end as they
+come, or shuffled when the last one is there; then the sets are published.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -32,7 +33,7 @@ from megatron_lite.data.tokenizer_ladder import WITHOUT_THREADS, Ladder
 from megatron_lite.data.unit_file import finished_unit, unit_path
 from megatron_lite.data.work_folder import begin, claimed, clear, digest_of, job_facts, read_note
 from megatron_lite.errors import DataError
-from megatron_lite.publish import publish
+from megatron_lite.publish import published
 
 if TYPE_CHECKING:
     from megatron_lite.data.corpus_recipe import CorpusRecipe
@@ -54,7 +55,7 @@ def tokenize_corpus(job: CorpusJob) -> dict[str, Provenance]:
         made = run.known()
         try:
             if made is None:
-                made = run.assembled(run.units())
+                made = run.assembled()
         except InputUnfit:
             clear(run.work)
             raise
@@ -80,6 +81,7 @@ class _Run:
         self._facts = self._stated()
         self._digest = digest_of(self._facts)
         self.work = Path(f"{job.output_prefix}.work")
+        self._done = self.work / "units.json"
         self.can_go_on = all(source.is_repeatable for source in self._sources)
 
     def _stated(self) -> dict[str, Any]:
@@ -126,28 +128,42 @@ class _Run:
         if begin(self.work, self._facts, str(self.work), self._job.overwrite, self.can_go_on):
             log.note(f"the job that {self.work} is of goes on")
 
-    def units(self) -> _Units:
-        """All units, those that are left made."""
-        done, folder = self.work / "units.json", self.work / "units"
-        if not done.exists():
-            folder.mkdir(exist_ok=True)
-            publish(done, json.dumps(self._make_units(folder)))
-        count, inputs, recipe = read_note(done, list)
-        return _Units([unit_path(folder, number) for number in range(count)], inputs, recipe)
+    def assembled(self) -> dict[str, Provenance]:
+        """Publish the sets and their facts, all units made that are left."""
+        with contextlib.closing(self._units()) as units:
+            return assemble(self._job, self._tokenizer, self._vocab_size, units, self.work, self._more)
 
-    def _make_units(self, folder: Path) -> tuple[int, list[dict[str, Any]], dict[str, Any] | None]:
-        """How many there are, what was read of sources for them, and what the recipe did."""
-        job, ledger = self._job, InputLedger()
+    def _more(self) -> dict[str, Any]:
+        """The facts that the units do not tell, when there are all."""
+        _, inputs, recipe = read_note(self._done, list)
+        return {"inputs": inputs, "recipe": recipe, "job": self._digest}
+
+    def _units(self) -> Iterator[Path]:
+        """The files of all units in order, those that are left made meanwhile; when they are, `_done` says so."""
+        folder = self.work / "units"
+        if self._done.exists():
+            count, *_ = read_note(self._done, list)
+            yield from (unit_path(folder, number) for number in range(count))
+            return
+        folder.mkdir(exist_ok=True)
+        job, ledger, refined = self._job, InputLedger(), None
+        count = 0
         if self._recipe is None:
-            count = self._tokenize(self._sources, job.json_keys, job.limit, ledger, folder)
-            return count, ledger.entries(), None
-        refined = self._recipe.refined(job.overwrite or not self.can_go_on)
-        count = self._tokenize(refined.sources, (TEXT_KEY,), NO_LIMIT, ledger, folder)
-        return count, refined.inputs, refined.facts
+            made = self._tokenize(self._sources, job.json_keys, job.limit, ledger, folder)
+        else:
+            refined = self._recipe.refined(job.overwrite or not self.can_go_on)
+            made = self._tokenize(refined.sources, (TEXT_KEY,), NO_LIMIT, ledger, folder)
+        with contextlib.closing(made):
+            for path in made:
+                count += 1
+                yield path
+        inputs, facts = (refined.inputs, refined.facts) if refined else (ledger.entries(), None)
+        with published(self._done, synced=False) as temporary:  # as the units are
+            temporary.write_text(json.dumps([count, inputs, facts]))
 
     def _tokenize(
         self, sources: Sequence[Source], keys: Sequence[str], limit: Limit, ledger: InputLedger, folder: Path
-    ) -> int:
+    ) -> Iterator[Path]:
         job = self._job
         fields = keys if job.score_key is None else (*keys, job.score_key)
         blocks = limited(
@@ -156,13 +172,12 @@ class _Run:
         first = list(itertools.islice(blocks, 1))
         blocks = itertools.chain(first, blocks)
         engine = self._ladder.climb(texts_of(first, keys))
-        count = 0
+        paths: collections.deque[Path] = collections.deque()
 
         def left() -> Iterator[TokenUnit]:
-            nonlocal count
-            for group in grouped(ledger.watch(blocks), job.unit_bytes):
-                path = unit_path(folder, count)
-                count += 1
+            for number, group in enumerate(grouped(ledger.watch(blocks), job.unit_bytes)):
+                path = unit_path(folder, number)
+                paths.append(path)
                 if (unit := finished_unit(path, self._digest)) is None:
                     yield TokenUnit(path, group)
                 elif unit.head["input_crc32"] != crc_of(group):
@@ -185,28 +200,17 @@ class _Run:
                         "and count them by --on-error skip"
                     )
                 progress.add(outcome.read, outcome.documents, outcome.text_bytes, outcome.tokens)
+                while paths[0] != outcome.path:
+                    yield paths.popleft()
+                yield paths.popleft()
+        yield from paths
         log.note(progress.summary())
-        return count
-
-    def assembled(self, units: _Units) -> dict[str, Provenance]:
-        """Publish the sets and their facts."""
-        more = {"inputs": units.inputs, "recipe": units.recipe, "job": self._digest}
-        return assemble(self._job, self._tokenizer, self._vocab_size, units.paths, self.work, more)
 
     def clean(self) -> None:
         """Throw the work away, and leave what users look at."""
         clear(self.work)
         if self._recipe is not None:
             self._recipe.clean()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Units:
-    """The files of all units, and what was done to make them."""
-
-    paths: list[Path]
-    inputs: list[dict[str, Any]]
-    recipe: dict[str, Any] | None
 
 
 def _recipe(job: CorpusJob) -> CorpusRecipe | None:

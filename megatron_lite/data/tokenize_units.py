@@ -38,6 +38,7 @@ class TokenUnit:
 class UnitOutcome:
     """What a unit came to. `read` is bytes on disk; `bad` the document that stops the job: then nothing is written."""
 
+    path: Path
     read: int
     documents: int = 0
     text_bytes: int = 0
@@ -87,7 +88,7 @@ class UnitTokenizer:
             scores += [document[-1] for document in documents] if self._number_keys else []
         read = sum(block.read for block in unit.blocks)
         if bad and self._stops:
-            return UnitOutcome(read, bad=bad[0])
+            return UnitOutcome(unit.path, read, bad=bad[0])
         head = {
             "job": self._digest,
             "input_crc32": crc_of(unit.blocks),
@@ -100,6 +101,7 @@ class UnitTokenizer:
             sections |= {f"{name}-{number}": array.data for name, array in tokens.arrays().items()}
         write_unit(unit.path, head, sections, synced=False)
         return UnitOutcome(
+            unit.path,
             read,
             made[0].documents,
             sum(tokens.text_bytes for tokens in made),
@@ -135,7 +137,7 @@ class UnitTokenizer:
             filled = lengths > 0
             ids = np.insert(ids, np.cumsum(lengths)[filled], self._eod)
             lengths = lengths + filled
-        return ids, lengths, sum(len(text.encode()) for text in texts)
+        return ids, lengths, sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
 
 class _KeyTokens:

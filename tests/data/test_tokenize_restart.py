@@ -111,7 +111,7 @@ def test_the_bytes_do_not_depend_on_workers_units_or_memory(corpus, expected, tm
 
 
 KILLER = """
-import dataclasses, os, signal, sys
+import dataclasses, json, os, signal, sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}]
 import test_tokenize_restart as tests
@@ -146,9 +146,10 @@ def finish(job):
         assert "is of another job" in str(error)
         tokenize_corpus(dataclasses.replace(job, overwrite=True))
 
-corpus, top = map(Path, sys.argv[1:])
+corpus, top = map(Path, sys.argv[1:3])
+changes = json.loads(sys.argv[3])
 # Half of another job, and this one in its place, killed while it clears the folder and later.
-for event in range(25):
+for event in range(0 if changes else 25):
     folder = top / ("another-%d" % event)
     folder.mkdir()
     job = tests.job_of(corpus, folder / "out")
@@ -161,7 +162,7 @@ event = 0
 while True:
     folder = top / str(event)
     folder.mkdir()
-    job = tests.job_of(corpus, folder / "out")
+    job = tests.job_of(corpus, folder / "out", **changes)
     if not killed_at(event, job, str(folder)):
         break
     # Killed once more on its way, and then not.
@@ -172,10 +173,18 @@ print(event)
 """
 
 
-def test_killed_anywhere_and_run_again_the_bytes_are_the_same(corpus, expected, tmp_path):
+IN_ORDER = {"shuffle_seed": None, "score_key": None, "json_keys": ["text"]}
+"""Sets that are put together as units come."""
+
+
+@pytest.mark.parametrize("changes", [{}, IN_ORDER], ids=["shuffled", "in order"])
+def test_killed_anywhere_and_run_again_the_bytes_are_the_same(corpus, expected, tmp_path, changes):
+    if changes:
+        tokenize_corpus(job_of(corpus, tmp_path / "expected" / "out", **changes))
+        expected = contents(tmp_path / "expected")
     script = KILLER.format(tests=str(Path(__file__).parent))
     done = subprocess.run(
-        [sys.executable, "-c", script, str(corpus), str(tmp_path)],
+        [sys.executable, "-c", script, str(corpus), str(tmp_path), json.dumps(changes)],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -183,7 +192,7 @@ def test_killed_anywhere_and_run_again_the_bytes_are_the_same(corpus, expected, 
     )
     assert done.returncode == 0, done.stderr[-3000:]
     events = int(done.stdout)
-    assert events > 40
+    assert events > 20
     for event in range(events + 1):
         assert contents(tmp_path / str(event)) == expected, f"killed at event {event}"
     for folder in tmp_path.glob("another-*"):
