@@ -17,8 +17,8 @@ from pathlib import Path
 
 from megatron_lite import log
 from megatron_lite.checkpoint import store
-from megatron_lite.checkpoint.find import find, verify
-from megatron_lite.checkpoint.manifest import FILE_NAME, MAX_BYTES, read_manifest
+from megatron_lite.checkpoint.find import Found, search, verify
+from megatron_lite.checkpoint.manifest import FILE_NAME, MAX_BYTES, Manifest, read_manifest
 from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
 from megatron_lite.checkpoint.shard import keep_to
 from megatron_lite.credentials import stay_in
@@ -107,7 +107,7 @@ class RemoteCopies:
         found = sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
         return [step for step in found if self._files.exists(f"{self._root}/{store.step_name(step)}/{FILE_NAME}")]
 
-    def bring(self, root: Path, ranks: Ranks, newer_than: int | None, step: int | None = None) -> Path | None:
+    def bring(self, root: Path, ranks: Ranks, newer_than: int | None, step: int | None = None) -> Found | None:
         """The newest complete copy (or that of `step`), made a checkpoint under `root`; None if none is newer.
 
         All ranks call and get the same answer. One that is damaged is named, and the one before it tried.
@@ -120,14 +120,15 @@ class RemoteCopies:
         for at in reversed(steps):
             if (step is not None and at != step) or (newer_than is not None and at <= newer_than):
                 continue
-            if self._fetch(root, at, ranks):
+            if manifest := self._fetch(root, at, ranks):
                 log.note(f"brought step {at} from {self.url}")
-                return root / store.step_name(at)
+                return Found(root / store.step_name(at), manifest)
         return None
 
-    def _fetch(self, root: Path, step: int, ranks: Ranks) -> bool:
+    def _fetch(self, root: Path, step: int, ranks: Ranks) -> Manifest | None:
         name = store.step_name(step)
         source, temporary = f"{self._root}/{name}", root
+        manifest: Manifest
 
         def begin() -> str | None:
             if ranks.global_rank != 0:
@@ -150,7 +151,8 @@ class RemoteCopies:
                 self._get(f"{source}/{file}", temporary / file)
 
         def check() -> None:
-            verify(temporary, step, "", ranks.global_rank, ranks.world_size)
+            nonlocal manifest
+            manifest = verify(temporary, step, "", ranks.global_rank, ranks.world_size)
 
         def publish() -> None:
             if ranks.global_rank == 0:
@@ -166,8 +168,8 @@ class RemoteCopies:
             log.warn(f"the copy {self.url}/{name} cannot be used: {failures}")
             if temporary != root and ranks.global_rank == 0:
                 store.discard(temporary)
-            return False
-        return True
+            return None
+        return manifest
 
     def _put(self, path: Path, target: str) -> None:
         self._files.put_file(str(path), target)
@@ -196,23 +198,28 @@ class RemoteCopies:
 
 
 def find_newest(
-    root: str | os.PathLike[str], ranks: Ranks, step: int | None = None, copies: RemoteCopies | None = None
-) -> Path | None:
-    """What `find` finds under `root`, unless a newer checkpoint is among the copies, or that of `step` only there.
+    root: str | os.PathLike[str],
+    ranks: Ranks,
+    step: int | None = None,
+    copies: RemoteCopies | None = None,
+    *,
+    values: bool = True,
+) -> Found | None:
+    """What `search` finds under `root`, unless a newer checkpoint is among the copies, or that of `step` only there.
 
-    Where nothing under `root` can be used a copy stands in; without one the error of `find` is raised.
+    Where nothing under `root` can be used a copy stands in; without one the error of `search` is raised.
     """
     error: CheckpointError | None = None
-    found: Path | None = None
+    found: Found | None = None
     try:
-        found = find(root, ranks, step)
+        found = search(root, ranks, step, values=values)
     except CheckpointError as failure:
         if copies is None:
             raise
         error = failure
     if copies is None or (step is not None and found is not None):
         return found
-    brought = copies.bring(Path(root), ranks, None if found is None else read_manifest(found).step, step)
+    brought = copies.bring(Path(root), ranks, None if found is None else found.manifest.step, step)
     if brought is None and error is not None:
         raise error
     return brought or found

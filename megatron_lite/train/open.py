@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from megatron_lite import log
-from megatron_lite.checkpoint.find import find
+from megatron_lite.checkpoint.find import search
 from megatron_lite.checkpoint.load import load
-from megatron_lite.checkpoint.manifest import Manifest, read_manifest
+from megatron_lite.checkpoint.manifest import Manifest
 from megatron_lite.checkpoint.piece import Piece, pieces_of
 from megatron_lite.config import check, sources
 from megatron_lite.config.data import DataConfig
@@ -20,7 +20,7 @@ from megatron_lite.config.run import RunConfig
 from megatron_lite.data import tokenizer_files
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
-from megatron_lite.errors import CheckpointError, ConfigError
+from megatron_lite.errors import CheckpointDamaged, CheckpointError, ConfigError
 from megatron_lite.model.gpt import GPT
 from megatron_lite.model.init import initial_value
 from megatron_lite.parallel import launch
@@ -88,10 +88,28 @@ def open_on(
     the model alone. Raises CheckpointError, and UserError for a configuration or tokenizer that does not
     fit, on all ranks alike.
     """
-    folder = find(load_dir, mesh, ckpt_step, only="weight/")
-    if folder is None:
+    try:
+        return _open(mesh, load_dir, ckpt_step, dtype, overrides or {}, values=False)
+    except CheckpointDamaged as error:
+        log.warn(str(error))
+    return _open(mesh, load_dir, ckpt_step, dtype, overrides or {}, values=True)
+
+
+def _open(
+    mesh: ProcessMesh,
+    load_dir: str | Path,
+    ckpt_step: int | None,
+    dtype: str | None,
+    overrides: sources.Overrides,
+    *,
+    values: bool,
+) -> OpenedModel:
+    """As `open_on`, the newest checkpoint with its values checked beforehand, or by the load alone."""
+    found = search(load_dir, mesh, ckpt_step, only="weight/", values=values)
+    if found is None:
         raise CheckpointError(f"{load_dir} holds no complete checkpoint; give the --save folder of a run")
-    manifest, config, tokenizer = build.together(mesh, lambda: _read(folder, mesh, overrides or {}))
+    folder, manifest = found
+    config, tokenizer = build.together(mesh, lambda: _read(folder, manifest, mesh, overrides))
     model = GPT(
         config.model,
         mesh,
@@ -105,7 +123,8 @@ def open_on(
     )
     rows = checkpoint_fit.stored_rows(folder, manifest, model.rows, positions_may_grow=False)
     _fill_unstored(model, config, rows)
-    load(folder, checkpoint_fit.within_stored_rows(weight_pieces(model), rows), mesh, only="weight/", cast=True)
+    pieces = checkpoint_fit.within_stored_rows(weight_pieces(model), rows)
+    load(folder, pieces, mesh, only="weight/", cast=True, manifest=manifest)
     return OpenedModel(model.eval(), config, mesh, tokenizer, manifest, manifest.step)
 
 
@@ -119,10 +138,9 @@ def weight_pieces(model: GPT) -> list[Piece]:
 
 
 def _read(
-    folder: Path, mesh: ProcessMesh, overrides: sources.Overrides
-) -> tuple[Manifest, RunConfig, Tokenizer | None]:
-    """Manifest, configuration for this opening, and tokenizer."""
-    manifest = read_manifest(folder)
+    folder: Path, manifest: Manifest, mesh: ProcessMesh, overrides: sources.Overrides
+) -> tuple[RunConfig, Tokenizer | None]:
+    """Configuration for this opening, and tokenizer."""
     stored = sources.from_plain(manifest.config, str(folder))
     config = sources.override(stored, overrides)
     parallel = ParallelConfig(
@@ -138,7 +156,7 @@ def _read(
     )
     if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         config = sources.override(config, {"model": {"vocab_size": tokenizer.vocab_size}})
-    return manifest, config, tokenizer
+    return config, tokenizer
 
 
 def _open_tokenizer(

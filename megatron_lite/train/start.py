@@ -13,9 +13,8 @@ import torch
 
 from megatron_lite import log
 from megatron_lite.checkpoint import store
-from megatron_lite.checkpoint.find import find
+from megatron_lite.checkpoint.find import Found, search
 from megatron_lite.checkpoint.load import load
-from megatron_lite.checkpoint.manifest import Manifest, read_manifest
 from megatron_lite.checkpoint.remote import RemoteCopies, find_newest
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
@@ -26,7 +25,7 @@ from megatron_lite.data.tokenizer_files import FOLDER as TOKENIZER_FOLDER
 from megatron_lite.data.tokenizer_files import copy_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.data.vocabulary import resolve_vocabulary
-from megatron_lite.errors import EXIT_ERROR, CheckpointError, MegatronLiteError
+from megatron_lite.errors import EXIT_ERROR, CheckpointDamaged, CheckpointError, MegatronLiteError
 from megatron_lite.monitor import exit_file, rank_log
 from megatron_lite.monitor.data_wait import DataWait
 from megatron_lite.monitor.memory import MemoryMeter
@@ -52,6 +51,7 @@ from megatron_lite.train.huggingface import begin_with
 from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.loop import Run, train
 from megatron_lite.train.progress import Progress
+from megatron_lite.train.stretches import continued
 from megatron_lite.train.watching import watch_for_hangs
 
 #: What a run leaves behind that failed before it began.
@@ -164,7 +164,7 @@ def _assemble(
     copy_to = config.checkpoint.save_copy_to
     copies = build.together(mesh, lambda: RemoteCopies(copy_to) if copy_to else None)
     with build.alike():
-        found = _what_to_load(config, mesh, copies)
+        begin = _what_to_load(config, mesh, copies, values=False)
     data = build.together(mesh, lambda: _open_data(config, mesh))
     agreement.agree(mesh, agreement.of_data(data.facts))
     plan = data.plan
@@ -173,10 +173,16 @@ def _assemble(
     model = build.build_model_to_train(config, mesh, data.vocab_size)
     engine = build.build_engine(config, model, mesh)
     curve = schedule(config.optimizer, plan.total_iterations, plan.total_samples, config.model.hidden_size)
-    start = _Start(Progress(), curve, config.training.seed)
-    if found is not None:
+    stretches = continued({}, Progress(), config, data.facts["train_data"])
+    start = _Start(Progress(), curve, config.training.seed, stretches)
+    if begin is not None:
         with build.alike():
-            start = _load(config, mesh, engine, found, start, data.facts)
+            try:
+                start = _load(config, mesh, engine, begin, start, data.facts)
+            except CheckpointDamaged as error:
+                log.warn(str(error))
+                begin = _instead_of(begin, _what_to_load(config, mesh, copies, values=True))
+                start = _load(config, mesh, engine, begin, start, data.facts)
     elif config.checkpoint.load_hf is not None:
         with build.alike():
             begin_with(config.checkpoint.load_hf, mesh, engine)
@@ -236,6 +242,7 @@ def _assemble(
             schedule=start.schedule,
             dropout_seed=start.dropout_seed,
             facts=data.facts,
+            stretches=start.stretches,
             versions=made_with,
             saved_step=start.saved_step,
             remote=copies,
@@ -303,43 +310,60 @@ class _Start:
     progress: Progress
     schedule: Schedule
     dropout_seed: int
+    stretches: list[dict[str, Any]]
     saved_step: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class _Beginning:
     """A checkpoint to begin from, and whether it is of this run (or only given by --load)."""
 
-    folder: Path
-    manifest: Manifest
+    found: Found
     is_own: bool
 
 
-def _what_to_load(config: RunConfig, mesh: ProcessMesh, copies: RemoteCopies | None) -> _Found | None:
-    """The checkpoint this run begins from, by --resume, --save and --load. Raises CheckpointError."""
+def _what_to_load(
+    config: RunConfig, mesh: ProcessMesh, copies: RemoteCopies | None, *, values: bool
+) -> _Beginning | None:
+    """The checkpoint this run begins from, by --resume, --save and --load, its values checked or left to the load.
+
+    Raises CheckpointError.
+    """
     options = config.checkpoint
     # Megatron's scripts name one folder twice, to write to and to go on from: there is nothing else to load then.
     elsewhere = None if options.loads_what_it_saves else options.load
     own = None
     if options.save is not None and options.resume != "never":
         step = options.ckpt_step if elsewhere is None else None
-        own = find_newest(options.save, mesh, step, copies)
+        own = find_newest(options.save, mesh, step, copies, values=values)
         if own is None and copies is not None and options.resume == "must":
             raise CheckpointError(f"--resume must, but neither {options.save} nor {copies.url} holds a checkpoint")
     if own is not None:
-        manifest = build.together(mesh, lambda: read_manifest(own))
-        log.note(f"going on with this run from step {manifest.step} in {own} (--resume {options.resume})")
-        return _Found(own, manifest, is_own=True)
+        log.note(f"going on with this run from step {own.manifest.step} in {own.folder} (--resume {options.resume})")
+        return _Beginning(own, is_own=True)
     if elsewhere is not None:
-        folder = find(elsewhere, mesh, options.ckpt_step)
-        if folder is None:
+        given = search(elsewhere, mesh, options.ckpt_step, values=values)
+        if given is None:
             wanted = "complete checkpoint" if options.ckpt_step is None else f"complete step {options.ckpt_step}"
             raise CheckpointError(f"--load {elsewhere} holds no {wanted}")
-        log.note(f"starting from {folder}")
-        return _Found(folder, build.together(mesh, lambda: read_manifest(folder)), is_own=False)
+        log.note(f"starting from {given.folder}")
+        return _Beginning(given, is_own=False)
     if options.save is not None and options.resume == "auto":
         log.note(f"{options.save} holds no checkpoint: starting from step 0 (--resume auto)")
     return None
+
+
+def _instead_of(damaged: _Beginning, whole: _Beginning | None) -> _Beginning:
+    """`whole`, if nothing would stay of what has been taken of `damaged`. Raises CheckpointError."""
+    if whole is None:
+        raise CheckpointError(f"{damaged.found.folder} is gone, and nothing else is there")
+    before, after = damaged.found.manifest.tensors, whole.found.manifest.tensors
+    if grown := [name for name in before.keys() & after.keys() if before[name].shape != after[name].shape]:
+        raise CheckpointError(
+            f"{damaged.found.folder} is damaged, and {whole.found.folder} has fewer rows of {min(grown)}, so that some "
+            f"would stay as they were read; move {damaged.found.folder} away and start again"
+        )
+    return whole
 
 
 def _insist(folder: Path, resume: str, overwrite: bool, has_copies: bool) -> None:
@@ -373,13 +397,13 @@ def _empty(folder: Path) -> None:
 
 
 def _load(
-    config: RunConfig, mesh: ProcessMesh, engine: Engine, found: _Found, fresh: _Start, facts: dict[str, Any]
+    config: RunConfig, mesh: ProcessMesh, engine: Engine, begin: _Beginning, fresh: _Start, facts: dict[str, Any]
 ) -> _Start:
     """Fill the engine from a checkpoint and say where the run begins."""
     options = config.checkpoint
-    weights_only = options.finetune and not found.is_own
+    weights_only = options.finetune and not begin.is_own
     optimizer = not weights_only and not options.no_load_optim
-    folder, manifest = found.folder, found.manifest
+    folder, manifest = begin.found
     if not weights_only and "progress" not in manifest.state:
         raise CheckpointError(
             f"{folder} holds weights that were imported, and no state of a run to go on with; begin a run with them by "
@@ -392,7 +416,7 @@ def _load(
     rows = checkpoint_fit.stored_rows(folder, manifest, engine.module.rows, positions_may_grow=weights_only)
     pieces = checkpoint_fit.within_stored_rows(engine.pieces(optimizer=optimizer), rows)
     # Imported weights have the dtype they came in; masters take them all exactly.
-    state = load(folder, pieces, mesh, only="" if optimizer else "weight/", cast=weights_only)
+    state = load(folder, pieces, mesh, only="" if optimizer else "weight/", cast=weights_only, manifest=manifest)
     engine.refresh()
     if weights_only:
         log.note("took the weights alone (--finetune): step, data position and optimizer start anew")
@@ -404,7 +428,8 @@ def _load(
     if options.no_load_rng:
         seed = fresh.dropout_seed
     progress = Progress.from_state(state["progress"])
-    return _Start(progress, curve, seed, saved_step=progress.step if found.is_own else None)
+    stretches = continued(state, progress, config, facts["train_data"])
+    return _Start(progress, curve, seed, stretches, saved_step=progress.step if begin.is_own else None)
 
 
 def _choose_schedule(config: RunConfig, saved: Schedule, asked: Schedule, take_saved: bool) -> Schedule:

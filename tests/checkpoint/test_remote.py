@@ -37,7 +37,7 @@ def flip(path):
 def test_a_copy_is_sent_by_all_ranks_and_brought_by_all(as_ranks, copies, tmp_path):
     assert as_ranks(lambda ranks: save_and_send(tmp_path / "here", 1, ranks, copies), 2) == [True, True]
     assert copies.steps() == [1]
-    found = as_ranks(lambda ranks: find_newest(tmp_path / "there", ranks, copies=copies), 2)
+    found = as_ranks(lambda ranks: find_newest(tmp_path / "there", ranks, copies=copies).folder, 2)
     assert found == [tmp_path / "there" / "step-00000001"] * 2
     files = sorted(path.name for path in found[0].iterdir())
     assert files == [FILE_NAME, "rank-00000.safetensors", "rank-00001.safetensors"]
@@ -51,7 +51,7 @@ def test_the_newest_of_both_is_used(one_rank, copies, tmp_path, capsys):
     save_value(tmp_path, 4, one_rank)
 
     def newest(step=None):
-        return value_in(find_newest(tmp_path, one_rank, step, copies), one_rank)
+        return value_in(find_newest(tmp_path, one_rank, step, copies).folder, one_rank)
 
     assert newest() == 4
     shutil.rmtree(tmp_path / "step-00000004")

@@ -178,6 +178,21 @@ def test_special_tokens_are_added_to_a_run_and_to_an_opened_model(tmp_path, caps
     assert open_on(mesh, folder).tokenizer.vocab_size == 260
 
 
+def test_rows_of_a_damaged_checkpoint_do_not_stay_in_the_one_before(tmp_path, capsys):
+    folder, run = tmp_path / "run", {"tokenizer_type": "ByteTokenizer", "vocab_size": None}
+    _train(_config(Case(), folder, **run))
+    _train(_config(Case(), folder, **run, special_tokens=("<|user|>",), train_iters=3))
+    shard = folder / "step-00000003" / "rank-00000.safetensors"
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=r"step-00000002 has fewer rows of .* away and start again"):
+        _train(_config(Case(), folder, **run, special_tokens=("<|user|>",), train_iters=4))
+    capsys.readouterr()
+    assert open_on(ProcessMesh.create(MeshShape()), folder).step == 2
+    said = capsys.readouterr().err
+    assert "step-00000003 cannot be loaded: rank 0: " in said and f"going back to {folder / STEP}" in said
+
+
 @pytest.fixture
 def tokenized(tmp_path):
     """A run, its tokenizer.json beside it in another folder."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,24 @@ def test_resume_is_bitwise(ranks, tmp_path):
         assert ours.keys() == theirs.keys()
         for name in theirs:
             assert torch.equal(ours[name], theirs[name]), f"{case}: {name}"
+
+
+def test_a_value_that_is_found_damaged_while_it_is_loaded_costs_one_step(tmp_path):
+    """One rank finds it when much has been loaded: all take the step before, of which the same step follows."""
+    case, folder = Case(1, 2, 2, optimizer="adamw8bit", dtype="bf16"), tmp_path / "run"
+    config = _config(case, folder, train_iters=3, save_interval=1, rampup_batch_size=None)
+    run_on_ranks(_train, 2, config)
+    newest = folder / "step-00000003"
+    before = read_manifest(newest)
+    with open(newest / "rank-00001.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    run_on_ranks(_train, 2, config)
+    after = read_manifest(newest)
+    assert (after.tensors, after.state) == (before.tensors, before.state)
+    assert len(_state(newest)) == len(before.tensors)
 
 
 def test_state_is_the_same_at_another_layout(tmp_path):
