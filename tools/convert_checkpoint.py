@@ -44,7 +44,7 @@ class ConvertOptions:
     save_hf: str | None = None
     """With --load: Hugging Face folder to write, new or empty."""
     family: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3"] | None = None
-    """With --save-hf: model family to write it as; default: the first whose form the model has."""
+    """With --save-hf: model family to write it as; default: what it was imported as, or the first whose form it has."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """Number format of what is written; default: as stored, so that no bit changes."""
     max_file_gb: float = 5.0
@@ -80,19 +80,19 @@ def _import(options: ConvertOptions) -> None:
     from megatron_lite.config import huggingface, sources
     from megatron_lite.config.run import RunConfig
     from megatron_lite.train.engine_interface import DTYPES
-    from megatron_lite.train.imported import arriving, write_imported
+    from megatron_lite.train.imported import arriving, how_to_begin, write_imported
 
     source, target = Path(options.load_hf), Path(options.save)
     with HuggingFaceFolder(source) as folder, arriving(target) as temporary:
+        folder.insist_on_tied_head()
         for note in folder.described.notes:
             log.warn(note)
         config = sources.override(RunConfig(), huggingface.overrides(source))
         dtype = None if options.dtype is None else DTYPES[options.dtype]
-        write_imported(folder, folder.links, config, temporary, target, dtype)
+        family = folder.described.family
+        write_imported(folder, folder.links, config, temporary, target, dtype, family)
         _verify(options, temporary, source)
-    print(
-        f"{target} holds the {folder.described.family} of {source}: begin a run with it by --load {target} --finetune"
-    )
+    print(f"{target} holds the {family} of {source}; begin a run with it:\n{how_to_begin(target)}")
 
 
 def _export(options: ConvertOptions) -> None:
@@ -114,13 +114,14 @@ def _export(options: ConvertOptions) -> None:
     manifest = read_manifest(folder)
     config = sources.from_plain(manifest.config, str(folder))
     model, rows = config.model, manifest.tensors["weight/embedding.word.weight"].shape[0]
-    family = options.family or huggingface.family_of(model)
+    family = options.family or huggingface.family_of(model, manifest.state.get("family"))
+    huggingface.insist_on_family(model, family)
     learned = manifest.tensors.get("weight/embedding.position.weight")
     positions = learned.shape[0] if learned else model.max_position_embeddings or config.data.seq_length
     links = huggingface_names.links(model, family, vocab_size=rows, positions=positions)
     dtype = None if options.dtype is None else DTYPES[options.dtype]
     with arriving(target) as temporary:
-        tokenizer = _export_tokenizer(folder, manifest, config.data, temporary)
+        tokenizer, goes_along = _export_tokenizer(folder, manifest, config.data, temporary)
         written = export_weights(
             folder, manifest, links, temporary, dtype=dtype, max_file_bytes=int(options.max_file_gb * _GB)
         )
@@ -135,32 +136,32 @@ def _export(options: ConvertOptions) -> None:
             eos=tokenizer and tokenizer.eos,
         )
         (temporary / huggingface.CONFIG).write_text(json.dumps(content, indent=2) + "\n")
-        _verify(options, folder, temporary, tokenizer)
+        _verify(options, folder, temporary, tokenizer if goes_along else None)
     files = len(set(written.values()))
     print(f"{target} holds step {manifest.step} of {options.load} as {family}: {len(written)} tensors in {files} files")
 
 
-def _export_tokenizer(folder: Path, manifest: Manifest, data: DataConfig, into: Path) -> Tokenizer | None:
-    """The tokenizer, if it can be had; its files are written, or it is said why not."""
+def _export_tokenizer(folder: Path, manifest: Manifest, data: DataConfig, into: Path) -> tuple[Tokenizer | None, bool]:
+    """The tokenizer, if it can be had, and whether its files were written; it is said why not."""
     from megatron_lite.data import tokenizer_files
     from megatron_lite.data.tokenizer_export import export_tokenizer
     from megatron_lite.errors import TokenizerError
 
     if data.tokenizer_type is None:
         log.warn("the checkpoint names no tokenizer, so none is written")
-        return None
+        return None, False
     plain = dataclasses.replace(data, special_tokens=())
     fingerprint = manifest.state.get("facts", {}).get("tokenizer")
     try:
         tokenizer = tokenizer_files.tokenizer_of_training(folder, data, fingerprint)
     except TokenizerError as error:
         log.warn(f"no tokenizer is written: {error}")
-        return None
+        return None, False
     read_from = tokenizer_files.copied(plain, folder.parent / tokenizer_files.FOLDER) or data
     reason = export_tokenizer(tokenizer, dataclasses.replace(read_from, special_tokens=data.special_tokens), into)
     if reason is not None:
         log.warn(f"no tokenizer is written: {reason}")
-    return tokenizer
+    return tokenizer, reason is None
 
 
 def _verify(options: ConvertOptions, checkpoint: Path, folder: Path, tokenizer: Tokenizer | None = None) -> None:

@@ -139,7 +139,7 @@ def _import(options: ImportOptions) -> None:
     from megatron_lite.config import sources
     from megatron_lite.config.run import RunConfig
     from megatron_lite.data.tokenizer import build_tokenizer
-    from megatron_lite.train.imported import arriving, write_imported
+    from megatron_lite.train.imported import arriving, how_to_begin, write_imported
 
     folder, target = _folder(Path(options.load)), Path(options.save)
     files = list(_files(folder))
@@ -166,9 +166,7 @@ def _import(options: ImportOptions) -> None:
     config = sources.override(config, {"model": fields, "data": length})
     with arriving(target) as temporary:
         write_imported(weights, weights.links, config, temporary, target)
-    print(
-        f"{target} holds {len(weights.links)} weights of {folder}: begin a run with them by --load {target} --finetune"
-    )
+    print(f"{target} holds {len(weights.links)} weights of {folder}; begin a run with them:\n{how_to_begin(target)}")
 
 
 def _settings(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

@@ -24,6 +24,7 @@ from megatron_lite.errors import CheckpointError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _MAX_FILES = 4096
+_COMPARED_NUMBERS = 2**24
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 
 
@@ -91,6 +92,30 @@ class HuggingFaceFolder(contextlib.AbstractContextManager):
 
     def read(self, theirs: str, rectangle: Rectangle, into: torch.Tensor) -> None:
         self._file(self._file_of[theirs]).read(theirs, rectangle, into)
+
+    def insist_on_tied_head(self) -> None:
+        """Raise CheckpointError for a head that is stored, and said to be the embedding, but is another weight.
+
+        Reads both where there is one, some rows at a time.
+        """
+        head = huggingface_names.HEAD
+        if self.described.model.untie_embeddings_and_output_weights or head not in self._file_of:
+            return
+        (embedding,) = self.links["embedding.word.weight"]
+        rows, width = embedding.shape
+        same, stride = self._tensor(head).shape == embedding.shape, max(1, _COMPARED_NUMBERS // width)
+        dtype = foreign.widest(map(self.dtype, (head, embedding.theirs)))
+        for first in range(0, rows if same else 0, stride):
+            part = Rectangle((first, 0), (min(stride, rows - first), width))
+            read = [torch.empty(part.shape, dtype=dtype) for _ in range(2)]
+            for name, into in zip((head, embedding.theirs), read, strict=True):
+                self.read(name, part, into)
+            same = same and torch.equal(*(values.view(torch.uint8) for values in read))
+        if not same:
+            raise CheckpointError(
+                f"{self.folder} has a {head} that differs from {embedding.theirs}, but by its {CONFIG} they are one; "
+                f'to use both, as transformers does, write "tie_word_embeddings": false into it'
+            )
 
     def _tensor(self, name: str) -> FileTensor:
         return self._file(self._file_of[name]).tensors[name]

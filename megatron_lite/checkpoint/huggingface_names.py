@@ -14,9 +14,12 @@ _IDLE = re.compile(
 """Constants that older versions stored beside the weights."""
 
 
+HEAD = "lm_head.weight"
+
+
 def is_idle(name: str, *, tied: bool) -> bool:
-    """Whether a stored tensor is no weight: a constant, or a second copy of the embedding."""
-    return bool(_IDLE.fullmatch(name)) or (tied and name == "lm_head.weight")
+    """Whether a stored tensor is no weight: a constant, or what is said to be a second copy of the embedding."""
+    return bool(_IDLE.fullmatch(name)) or (tied and name == HEAD)
 
 
 def links(
@@ -30,7 +33,7 @@ def links(
         prefix = "" if "embed_tokens.weight" in stored else "model."
         found = list(_llama_kind(model, prefix, vocab_size))
     if model.untie_embeddings_and_output_weights:
-        found.append(whole("head.weight", "lm_head.weight", vocab_size, model.hidden_size))
+        found.append(whole("head.weight", HEAD, vocab_size, model.hidden_size))
     return found
 
 

@@ -41,6 +41,12 @@ _MAX_JSON_BYTES = 64 * 2**20
 
 CONFIG = "config.json"
 
+_ROPE_KEYS = frozenset(
+    "rope_theta rope_type type partial_rotary_factor factor low_freq_factor high_freq_factor "
+    "original_max_position_embeddings".split()
+)
+"""What may be said of the rotary embedding."""
+
 _TOKENIZERS: Mapping[str, Mapping[str, str]] = {
     "HuggingFaceTokenizer": {"tokenizer_model": "tokenizer.json"},
     "SentencePieceTokenizer": {"tokenizer_model": "tokenizer.model"},
@@ -185,6 +191,16 @@ class _Reader:
         if value is not None and value not in allowed:
             self.problems.append(f"{name} is {str(value)[:60]!r}, and only {allowed[0]!r} is in this version")
 
+    def insist_each(self, name: str, *allowed: Any) -> None:
+        """As `insist`, of every entry of a list."""
+        value = self._first((name,))
+        for entry in value if isinstance(value, list) else [] if value is None else [value]:
+            if entry not in allowed:
+                self.problems.append(
+                    f"{name} has {str(entry)[:60]!r}, and only {', '.join(allowed)} is in this version"
+                )
+                break
+
     def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
         value = self._first((name,))
         value = default if value is None else value
@@ -312,27 +328,46 @@ def _longest(read: _Reader, family: str) -> tuple[int, int | None]:
     """Positions, and the window if it is shorter: attention here sees everything before a token."""
     longest = read.integer("max_position_embeddings", default={"llama": 2048, "mistral": 2**17}.get(family, 2**15))
     windowed = family == "mistral" or (family.startswith("qwen") and read.flag("use_sliding_window", False))
-    if not windowed or read.is_null("sliding_window"):
+    windowed = windowed and not read.is_null("sliding_window")
+    read.insist_each("layer_types", "full_attention", *(["sliding_attention"] if windowed else []))
+    if not windowed:
         return longest, None
     window = read.integer("sliding_window", default=4096)
     return longest, window if window < longest else None
 
 
 def _rope(read: _Reader) -> dict[str, Any]:
-    stated = read.object("rope_parameters") or read.object("rope_scaling")
+    stated, older = read.object("rope_parameters"), read.object("rope_scaling")
+    if stated and older and stated != older:
+        read.problems.append("rope_parameters and rope_scaling are both given, and differ")
+    stated = stated or older
     rope = _Reader(stated)
+    rope.problems += [
+        f"the rotary embedding has {str(name)[:60]!r}: {str(value)[:60]}, which is not in this version"
+        for name, value in stated.items()
+        if name not in _ROPE_KEYS and value is not None
+    ]
     base = rope.number("rope_theta", read.number("rope_theta", 10000.0))
     kind = stated.get("rope_type", stated.get("type", "default"))
     for values in (rope, read):
         values.insist("partial_rotary_factor", 1, 1.0)
     fields: dict[str, Any] = {"rotary_base": base}
     if kind == "llama3":
+        # What is left out means one thing to one version of transformers and another, or nothing, to the next.
+        length = "original_max_position_embeddings"
+        rope.problems += [
+            f"rope_type is llama3, and {name} is not given"
+            for name in ("factor", "low_freq_factor", "high_freq_factor", length)
+            if not rope.has(name)
+        ]
+        if read.has(length):
+            read.insist(length, stated.get(length))
         fields |= {
             "use_rope_scaling": True,
             "rope_scaling_factor": rope.number("factor", 8.0),
             "rope_scaling_low_freq_factor": rope.number("low_freq_factor", 1.0),
             "rope_scaling_high_freq_factor": rope.number("high_freq_factor", 4.0),
-            "rope_scaling_original_length": rope.integer("original_max_position_embeddings", default=8192),
+            "rope_scaling_original_length": rope.integer(length, default=8192),
         }
         if not fields["rope_scaling_low_freq_factor"] < fields["rope_scaling_high_freq_factor"]:
             rope.problems.append("high_freq_factor is not above low_freq_factor")
@@ -344,8 +379,8 @@ def _rope(read: _Reader) -> dict[str, Any]:
     return fields
 
 
-def family_of(model: ModelConfig) -> str:
-    """The family whose form a model has. Raises CheckpointError with what fits none."""
+def family_of(model: ModelConfig, preferred: Any = None) -> str:
+    """The family whose form a model has: `preferred` if that is one. Raises CheckpointError with what fits none."""
     faults = {family: _unlike(model, family) for family in FAMILIES}
     fitting = [family for family, found in faults.items() if not found]
     if not fitting:
@@ -353,7 +388,13 @@ def family_of(model: ModelConfig) -> str:
         raise CheckpointError(
             f"this model has the form of none of {', '.join(FAMILIES)}; for {nearest}, {'; '.join(faults[nearest])}"
         )
-    return fitting[0]
+    return preferred if preferred in fitting else fitting[0]
+
+
+def insist_on_family(model: ModelConfig, family: str) -> None:
+    """Raise CheckpointError, with every reason, for a model that has not the form of a family."""
+    if faults := _unlike(model, family):
+        raise CheckpointError(f"this model cannot be written as {family}: {'; '.join(faults)}")
 
 
 def _unlike(model: ModelConfig, family: str) -> list[str]:
@@ -388,8 +429,7 @@ def config_json(
 
     `dtype` is "float32", "bfloat16" or "float16". Raises CheckpointError where the family has another form.
     """
-    if faults := _unlike(model, family):
-        raise CheckpointError(f"this model cannot be written as {family}: {'; '.join(faults)}")
+    insist_on_family(model, family)
     shared = {
         "architectures": [FAMILIES[family]],
         "model_type": family,

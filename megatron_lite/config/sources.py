@@ -189,7 +189,12 @@ def from_plain(sections: Mapping[str, Mapping[str, Any]], source: str) -> RunCon
 
 def dump(config: RunConfig) -> str:
     """The whole configuration as YAML, by section; `parse` of it gives every field back but for credentials."""
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
+    return dump_sections(plain(config))
+
+
+def dump_sections(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """A part of what `plain` gives, as YAML."""
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=120)
 
 
 def config_hash(config: RunConfig) -> str:

@@ -98,8 +98,9 @@ def _transformers_logits(folder: Path, dtype: str | None) -> tuple[torch.Tensor,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"transformers cannot load {folder}: {error}") from None
+    # It raises many kinds for a configuration it cannot make a model of, KeyError and TypeError among them.
+    except Exception as error:
+        raise CheckpointError(f"transformers cannot load {folder}: {_in_words(error)}") from None
     astray = {kind: sorted(map(str, told[kind]))[:4] for kind in ("missing_keys", "unexpected_keys") if told.get(kind)}
     if astray:
         raise CheckpointError(f"transformers loads {folder} with {astray}")
@@ -107,4 +108,13 @@ def _transformers_logits(folder: Path, dtype: str | None) -> tuple[torch.Tensor,
     length = min(_LENGTH, getattr(config, "sliding_window", None) or _LENGTH, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(_SEED)
     tokens = torch.randint(0, config.vocab_size, (_BATCH, length), generator=generator)
-    return model.float().eval()(tokens).logits, tokens
+    try:
+        return model.float().eval()(tokens).logits, tokens
+    except Exception as error:
+        raise CheckpointError(
+            f"the model that transformers makes of {folder} does not run: {_in_words(error)}"
+        ) from None
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:500]}"

@@ -20,6 +20,7 @@ def begin_with(path: str, mesh: ProcessMesh, engine: Engine) -> None:
     """
     with contextlib.ExitStack() as held:
         folder = build.together(mesh, lambda: held.enter_context(HuggingFaceFolder(path)))
+        build.together(mesh, lambda: folder.insist_on_tied_head() if mesh.global_rank == 0 else None)
         rows = checkpoint_fit.rows_of(Path(path), folder.shapes, engine.module.rows, positions_may_grow=True)
         load_weights(folder, checkpoint_fit.within_stored_rows(engine.pieces(optimizer=False), rows), mesh)
         for note in folder.described.notes:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers_models import serial
 
-from megatron_lite.checkpoint import huggingface_names
+from megatron_lite.checkpoint import huggingface, huggingface_names
 from megatron_lite.checkpoint.boxes import Rectangle
 from megatron_lite.checkpoint.foreign import fill, fill_pieces, pieces_to_come
 from megatron_lite.checkpoint.huggingface import INDEX, WEIGHTS, HuggingFaceFolder, load_weights
@@ -95,6 +95,34 @@ def test_names_without_prefix_and_constants_of_old_are_read(folders, tmp_path):
     with HuggingFaceFolder(tmp_path) as folder:
         (part,) = folder.links["embedding.word.weight"]
         assert part.theirs == "wte.weight"
+
+
+def test_a_tied_head_that_was_trained_apart_is_not_dropped(folders, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(huggingface, "_COMPARED_NUMBERS", 100)
+    (tmp_path / "config.json").write_bytes((folders["gpt2"] / "config.json").read_bytes())
+    tensors = dict(stored(folders["gpt2"]))
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    for change, refused in ((0.0, False), (1.0, True)):
+        tensors["lm_head.weight"][-1, -1] += change
+        save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+        with HuggingFaceFolder(tmp_path) as folder:
+            if not refused:
+                folder.insist_on_tied_head()
+                continue
+            with pytest.raises(CheckpointError, match=r'lm_head.weight that differs .*"tie_word_embeddings": false'):
+                folder.insist_on_tied_head()
+    # What the error says to do gives both weights, as transformers has them.
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(theirs.lm_head.weight, tensors["lm_head.weight"])
+    content = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with HuggingFaceFolder(tmp_path) as folder:
+        folder.insist_on_tied_head()
+        (part,) = folder.links["head.weight"]
+        assert part.theirs == "lm_head.weight"
 
 
 def test_a_rank_reads_what_it_needs(tmp_path, monkeypatch):

@@ -19,6 +19,10 @@ LLAMA = {
     "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 100, "n_positions": 64}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 PRESETS = {
     "gpt2-355m": "gpt2", "llama-7b": "llama", "llama-8b": "llama", "llama3.1-8b": "llama", "mistral-7b": "llama",
     "qwen2.5-0.5b": "qwen2", "qwen3-0.6b": "qwen3",
@@ -83,6 +87,28 @@ def test_what_is_left_out_has_the_familys_default(family):
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 0.0}}, "rope_theta or factor is 0"),
         (LLAMA | {"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta is 'inf'"),
+        (
+            LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            "has 'full_attention': {'rope_type': 'y",
+        ),
+        (LLAMA | {"rope_scaling": {"mrope_section": [1, 1, 2]}}, "has 'mrope_section'"),
+        (
+            LLAMA | {"rope_parameters": {"rope_theta": 2.0}, "rope_scaling": {"rope_theta": 3.0}},
+            "are both given, and differ",
+        ),
+        (
+            LLAMA | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": None}},
+            "llama3, and original_max_position",
+        ),
+        (
+            LLAMA | {"rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
+            "original_max_position_embeddings is '16'",
+        ),
+        (LLAMA | {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types has 'chunked_attention'"),
+        (
+            LLAMA | {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2, "sliding_window": None},
+            "layer_types has 'sliding_attention', and only full_attention",
+        ),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is '0.5'"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "weights are quantized"),
         (LLAMA | {"rms_norm_eps": 10**400}, "rms_norm_eps is '1000"),

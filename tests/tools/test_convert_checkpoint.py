@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import os
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from huggingface_folders import POSITIONS, assert_bitwise, save_folder, stored
 from safetensors.torch import save_file
@@ -15,13 +19,17 @@ from small_tokenizers import ENGLISH, GPT2, make_tokenizers
 from tiny_run import load_tool, save_tiny_run
 
 from megatron_lite.checkpoint import huggingface_names
-from megatron_lite.config import sources
+from megatron_lite.config import cli, sources
 from megatron_lite.config.data import DataConfig
+from megatron_lite.errors import CheckpointError
 from megatron_lite.monitor.memory import MemoryMeter
+from megatron_lite.parallel.launch import StopRequest
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.train import against_transformers
+from megatron_lite.train.imported import arriving
 from megatron_lite.train.open import open_on
+from megatron_lite.train.start import train_on
 
 main = load_tool("convert_checkpoint").main
 
@@ -50,31 +58,31 @@ def test_a_trained_run_is_exported_rounded_with_its_window_of_positions(tmp_path
     assert convert("--load", tmp_path / "run", "--save-hf", tmp_path / "there", "--dtype", "bf16") == 0
     said = capsys.readouterr()
     assert "transformers agrees" in said.out and "step 7" in said.out
-    assert "there is no Hugging Face form of ByteTokenizer" in said.err
+    assert "there is no Hugging Face form of ByteTokenizer" in said.err and "other ids" not in said.err
     assert {tensor.dtype for tensor in stored(tmp_path / "there").values()} == {torch.bfloat16}
     content = json.loads((tmp_path / "there" / "config.json").read_text())
     assert content["torch_dtype"] == "bfloat16" and content["vocab_size"] == 258 and content["n_positions"] == 32
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
+def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizers")
-    made = make_tokenizers(folder)
+    kinds = make_tokenizers(folder)
     vocab = {token: id for token, id in json.loads(Path(GPT2.vocab_file).read_bytes()).items() if id < 500}
     merges = [line for line in Path(GPT2.merge_file).read_text().splitlines()[1:] if line.replace(" ", "") in vocab]
     (folder / "encoder.json").write_text(json.dumps(vocab))
     (folder / "vocab.bpe").write_text("\n".join(merges))
     files = {"vocab_file": str(folder / "encoder.json"), "merge_file": str(folder / "vocab.bpe")}
-    return made | {"gpt2": DataConfig(tokenizer_type="GPT2BPETokenizer", **files)}
+    return kinds | {"gpt2": DataConfig(tokenizer_type="GPT2BPETokenizer", **files)}
 
 
 @pytest.mark.parametrize("kind", ["bpe", "gpt2"])
-def test_the_tokenizer_goes_along(kind, tokenizers, tmp_path, capsys):
+def test_the_tokenizer_goes_along(kind, made, tmp_path, capsys):
     from transformers import AutoTokenizer
 
     from megatron_lite.data.tokenizer import build_tokenizer
 
-    data, source = tokenizers[kind], tmp_path / "source"
+    data, source = made[kind], tmp_path / "source"
     save_tiny_run(tmp_path / "run", **{k: v for k, v in dataclasses.asdict(data).items() if v})
     assert convert("--load", tmp_path / "run", "--save-hf", source, "--no-verify") == 0
     assert "logits were not compared" in capsys.readouterr().err
@@ -88,18 +96,18 @@ def test_the_tokenizer_goes_along(kind, tokenizers, tmp_path, capsys):
     assert opened.tokenizer.encode(text) == ours.encode(text)
 
 
-def test_a_tokenizer_that_transformers_reads_otherwise_is_told(tokenizers, tmp_path, capsys):
+def test_a_tokenizer_that_transformers_reads_otherwise_is_told(made, tmp_path, capsys):
     """A SentencePiece model with a normalizer: transformers takes any for LLaMA's, which has none."""
-    fields = {k: v for k, v in dataclasses.asdict(tokenizers["sentencepiece-bpe"]).items() if v}
+    fields = {k: v for k, v in dataclasses.asdict(made["sentencepiece-bpe"]).items() if v}
     save_tiny_run(tmp_path / "run", **fields)
     assert convert("--load", tmp_path / "run", "--save-hf", tmp_path / "there") == 0
     assert "transformers' tokenizer gives other ids" in capsys.readouterr().err
 
 
-def test_added_special_tokens_keep_their_ids(tokenizers, tmp_path):
+def test_added_special_tokens_keep_their_ids(made, tmp_path):
     from transformers import AutoTokenizer
 
-    fields = {k: v for k, v in dataclasses.asdict(tokenizers["bpe"]).items() if v}
+    fields = {k: v for k, v in dataclasses.asdict(made["bpe"]).items() if v}
     save_tiny_run(tmp_path / "run", **fields, special_tokens=("<|user|>", "<|system|>"))
     assert convert("--load", tmp_path / "run", "--save-hf", tmp_path / "there", "--no-verify") == 0
     theirs = AutoTokenizer.from_pretrained(tmp_path / "there")
@@ -114,6 +122,28 @@ def test_the_family_can_be_chosen(tmp_path, capsys):
     assert json.loads((tmp_path / "there" / "config.json").read_text())["sliding_window"] is None
     assert convert("--load", tmp_path / "run", "--save-hf", tmp_path / "else", "--family", "qwen3") == 2
     assert "cannot be written as qwen3: qk_layernorm is False, not True" in capsys.readouterr().err
+
+
+def test_a_family_that_is_not_the_models_is_refused_as_such(tmp_path, capsys):
+    save_tiny_run(tmp_path / "run")
+    assert convert("--load", tmp_path / "run", "--save-hf", tmp_path / "there", "--family", "llama") == 2
+    said = capsys.readouterr().err
+    assert "cannot be written as llama: normalization is LayerNorm, not RMSNorm" in said
+    assert "does not hold the model of its configuration" not in said
+
+
+def test_an_import_goes_back_as_what_it_was(tmp_path):
+    source = save_folder("mistral", tmp_path / "source")
+    assert convert("--load-hf", source, "--save", tmp_path / "run", "--no-verify") == 0
+    assert convert("--load", tmp_path / "run", "--save-hf", tmp_path / "there", "--no-verify") == 0
+    assert json.loads((tmp_path / "there" / "config.json").read_text())["model_type"] == "mistral"
+
+
+def test_a_head_that_would_be_dropped_is_refused(tmp_path, capsys):
+    source = save_folder("gpt2", tmp_path / "source", shard_size="1GB")
+    save_file(dict(stored(source)) | {"lm_head.weight": torch.ones(103, 32)}, source / "model.safetensors")
+    assert convert("--load-hf", source, "--save", tmp_path / "run", "--no-verify") == 2
+    assert "has a lm_head.weight that differs from transformer.wte.weight" in capsys.readouterr().err
 
 
 def test_models_that_differ_are_not_written(tmp_path, monkeypatch, capsys):
@@ -140,28 +170,31 @@ def test_without_transformers_it_is_said_aloud(tmp_path, monkeypatch, capsys):
     assert "transformers is not installed, so logits were NOT compared" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_imported_weights_is_to_be_finetuned(tmp_path, capsys):
-    from megatron_lite.errors import CheckpointError
-    from megatron_lite.parallel.launch import StopRequest
-    from megatron_lite.train.start import train_on
-
-    convert("--load-hf", save_folder("gpt2", tmp_path / "source"), "--save", tmp_path / "run", "--no-verify")
+def test_the_printed_line_begins_a_run(tmp_path, capsys):
+    """Of the folder's shape, with a tokenizer that has more ids than the model; without --finetune it is refused."""
+    source = save_folder("llama", tmp_path / "source")
+    write_tokenizer(source, ["<pad>"])
+    assert convert("--load-hf", source, "--save", tmp_path / "a run", "--no-verify") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("python pretrain_gpt.py"))
+    words = shlex.split(line)[2:]
+    extra = "--mock-data --train-iters 1 --micro-batch-size 2 --global-batch-size 2 --eval-interval 0 --zero-stage 0"
     mesh, stop = ProcessMesh(MeshShape(), 0), StopRequest(None)
-    config = open_on(mesh, tmp_path / "run").config
-    training = {"micro_batch_size": 2, "global_batch_size": 2, "train_iters": 1, "eval_interval": 0}
-    fields = {
-        "training": training,
-        "data": {"mock_data": True},
-        "parallel": {"zero_stage": 0},
-        "precision": {"bf16": False},
-    }
-    config = sources.override(config, {**fields, "checkpoint": {"load": str(tmp_path / "run")}})
+    config, _ = cli.load([*words, *extra.split(), "--no-bf16"])
+    unlike = sources.override(config, {"checkpoint": {"finetune": False}})
     with pytest.raises(CheckpointError, match=r"holds weights that were imported.* by --load and --finetune"):
-        train_on(mesh, config, stop, "")
-    config = sources.override(config, {"checkpoint": {"finetune": True}})
+        train_on(mesh, unlike, stop, "")
     train_on(mesh, config, stop, "")
-    assert "step 1/1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step 1/1" in said and "embedding.word.weight grows from 103 to 104 rows" in said
+    assert "the weights of" not in said
     stop.close()
+
+
+def write_tokenizer(folder, added):
+    """A tokenizer of the 103 ids of a tiny model, and some more."""
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(103)}, unk_token="w0"))
+    library.add_special_tokens(added)
+    library.save(str(folder / "tokenizer.json"))
 
 
 def test_memory_is_that_of_the_largest_tensor(tmp_path):
@@ -224,3 +257,61 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     source = save_folder("qwen2", tmp_path / "source")
     assert convert("--load-hf", source, "--save", source, "--no-verify") == 2
     assert "is there already and not an empty folder" in capsys.readouterr().err
+
+
+def test_the_folder_one_is_in_is_not_replaced(tmp_path, monkeypatch, capsys):
+    save_tiny_run(tmp_path / "run")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", tmp_path / "here"):
+        assert convert("--load", tmp_path / "run", "--save-hf", name, "--no-verify") == 2
+        assert f"{name} is the folder that you are in" in capsys.readouterr().err
+
+
+def test_what_a_kill_left_is_swept_and_what_is_being_made_is_not(tmp_path):
+    dead, alive, other = (tmp_path / name for name in (".x.0123abcd.tmp", ".x.0123abce.tmp", ".y.0123abcd.tmp"))
+    for folder in (dead, alive, other):
+        folder.mkdir()
+        (folder / "a").touch()
+    lock = os.open(alive, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with arriving(tmp_path / "x") as first:
+        with pytest.raises(ZeroDivisionError), arriving(tmp_path / "x"):
+            assert not dead.exists() and alive.exists() and other.exists() and first.exists()
+            raise ZeroDivisionError
+        assert {path.name for path in tmp_path.iterdir()} == {first.name, alive.name, other.name}
+    os.close(lock)
+
+
+def test_all_of_it_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    durable, rename = set(), os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: durable.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+
+    def renamed(source, target):
+        if Path(target) == tmp_path / "x":
+            assert {"config.json", "inner", "model.safetensors", Path(source).name} <= durable
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    with arriving(tmp_path / "x") as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "model.safetensors").touch()
+        (temporary / "config.json").touch()
+    assert tmp_path.name in durable
+
+
+@pytest.mark.parametrize("part", ["load", "run"])
+def test_whatever_transformers_raises_is_told(part, tmp_path, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    def fail(*arguments, **options):
+        raise KeyError("full_attention")
+
+    source = save_folder("llama", tmp_path / "source")
+    monkeypatch.setattr(
+        *{"load": (AutoModelForCausalLM, "from_pretrained"), "run": (LlamaForCausalLM, "forward")}[part], fail
+    )
+    assert convert("--load-hf", source, "--save", tmp_path / "run") == 2
+    words = {"load": "transformers cannot load", "run": "the model that transformers makes of"}[part]
+    said = capsys.readouterr().err
+    assert words in said and "KeyError: 'full_attention'" in said and not (tmp_path / "run").exists()

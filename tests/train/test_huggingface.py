@@ -7,13 +7,14 @@ import json
 
 import pytest
 import torch
-from huggingface_folders import MAKERS, POSITIONS, VOCABULARY, save_folder
+from huggingface_folders import MAKERS, POSITIONS, VOCABULARY, save_folder, stored
 from ranks import run_on_ranks
+from safetensors.torch import save_file
 from transformers_models import serial
 
 from megatron_lite.config import huggingface, sources
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, UserError
 from megatron_lite.parallel.launch import StopRequest
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
@@ -131,3 +132,10 @@ def _refused(folder, config_folder):
 def test_a_folder_of_another_model_is_refused_by_all_ranks(folders):
     for said in run_on_ranks(_refused, 2, folders["llama"], folders["qwen3"]):
         assert "cannot be loaded" in said and "here" in said
+
+
+def test_a_head_that_would_be_dropped_is_refused(tmp_path):
+    source = save_folder("gpt2", tmp_path, shard_size="1GB")
+    save_file(dict(stored(source)) | {"lm_head.weight": torch.ones(VOCABULARY, 32)}, source / "model.safetensors")
+    with pytest.raises(UserError, match=r"has a lm_head.weight that differs from transformer.wte.weight"):
+        begin_with(str(source), ProcessMesh(MeshShape(), 0), None)
