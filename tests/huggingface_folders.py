@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import tokenizers
 import torch
 from safetensors.torch import load_file
 from transformers_models import gpt2, llama, llama3, mistral, qwen2, qwen3, shake
@@ -27,6 +28,14 @@ def save_folder(name: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16,
     shake(model)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     return folder
+
+
+def add_tokenizer(folder: Path, added: list[str]) -> None:
+    """Put a tokenizer of the model's ids, and of some tokens more, into a folder."""
+    words = {f"w{id}": id for id in range(VOCABULARY)}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    library.add_special_tokens(added)
+    library.save(str(folder / "tokenizer.json"))
 
 
 def stored(folder: Path) -> Mapping[str, torch.Tensor]:

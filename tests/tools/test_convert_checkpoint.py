@@ -11,9 +11,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
-from huggingface_folders import POSITIONS, assert_bitwise, save_folder, stored
+from huggingface_folders import POSITIONS, add_tokenizer, assert_bitwise, save_folder, stored
 from safetensors.torch import save_file
 from small_tokenizers import ENGLISH, GPT2, make_tokenizers
 from tiny_run import load_tool, save_tiny_run
@@ -173,7 +172,7 @@ def test_without_transformers_it_is_said_aloud(tmp_path, monkeypatch, capsys):
 def test_the_printed_line_begins_a_run(tmp_path, capsys):
     """Of the folder's shape, with a tokenizer that has more ids than the model; without --finetune it is refused."""
     source = save_folder("llama", tmp_path / "source")
-    write_tokenizer(source, ["<pad>"])
+    add_tokenizer(source, ["<pad>"])
     assert convert("--load-hf", source, "--save", tmp_path / "a run", "--no-verify") == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("python pretrain_gpt.py"))
     words = shlex.split(line)[2:]
@@ -188,13 +187,6 @@ def test_the_printed_line_begins_a_run(tmp_path, capsys):
     assert "step 1/1" in said and "embedding.word.weight grows from 103 to 104 rows" in said
     assert "the weights of" not in said
     stop.close()
-
-
-def write_tokenizer(folder, added):
-    """A tokenizer of the 103 ids of a tiny model, and some more."""
-    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(103)}, unk_token="w0"))
-    library.add_special_tokens(added)
-    library.save(str(folder / "tokenizer.json"))
 
 
 def test_memory_is_that_of_the_largest_tensor(tmp_path):

@@ -7,14 +7,15 @@ import json
 
 import pytest
 import torch
-from huggingface_folders import MAKERS, POSITIONS, VOCABULARY, save_folder, stored
+from huggingface_folders import MAKERS, POSITIONS, VOCABULARY, add_tokenizer, save_folder, stored
 from ranks import run_on_ranks
 from safetensors.torch import save_file
 from transformers_models import serial
 
-from megatron_lite.config import huggingface, sources
+from megatron_lite.config import cli, huggingface, sources
 from megatron_lite.config.run import RunConfig
-from megatron_lite.errors import CheckpointError, UserError
+from megatron_lite.data.vocabulary import resolve_vocabulary
+from megatron_lite.errors import CheckpointError, ConfigError, UserError
 from megatron_lite.parallel.launch import StopRequest
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
@@ -139,3 +140,11 @@ def test_a_head_that_would_be_dropped_is_refused(tmp_path):
     save_file(dict(stored(source)) | {"lm_head.weight": torch.ones(VOCABULARY, 32)}, source / "model.safetensors")
     with pytest.raises(UserError, match=r"has a lm_head.weight that differs from transformer.wte.weight"):
         begin_with(str(source), ProcessMesh(MeshShape(), 0), None)
+
+
+def test_the_model_grows_by_the_tokens_that_its_tokenizer_has_added(tmp_path, capsys):
+    add_tokenizer(save_folder("llama", tmp_path), ["<pad>", "<sep>"])
+    assert resolve_vocabulary(cli.load(["--load-hf", str(tmp_path)])[0])[1] == VOCABULARY + 2
+    assert f"the tokenizer has 105 ids and {tmp_path} 103: the model grows" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"vocab_size=104 is smaller than the tokenizer's 105; .* give at least 105"):
+        resolve_vocabulary(cli.load(["--load-hf", str(tmp_path), "--vocab-size", "104"])[0])
