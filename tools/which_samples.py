@@ -6,7 +6,6 @@ python tools/which_samples.py --load runs/gpt --step 1200 --show-text
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -34,7 +33,7 @@ class WhichSamplesOptions:
     """Steps of a run whose samples are asked for."""
 
     load: str
-    """Folder of the run's checkpoints (its --save folder)."""
+    """Folder of the run's checkpoints (its --save folder), or of one of them."""
     step: tuple[int, ...]
     """Steps, from 1, as metrics.jsonl numbers them."""
     data_path: tuple[str, ...] = ()
@@ -44,17 +43,22 @@ class WhichSamplesOptions:
     json: bool = False
     """One JSON object a sample instead of the table."""
 
+    def problems(self) -> list[str]:
+        """What cannot be, one sentence each."""
+        return [] if self.step else ["--step names no step; give one or more, counted from 1."]
+
 
 @dataclasses.dataclass
 class _Data:
     """The data of a landmark: they may change at a resume."""
 
     landmark: Landmark
+    skip_samples: tuple[str, ...]
     stream: SampleStream
 
     @classmethod
-    def of(cls, landmark: Landmark, moved_to: tuple[str, ...]) -> _Data:
-        config = landmark.config
+    def of(cls, samples: StepSamples, moved_to: tuple[str, ...]) -> _Data:
+        landmark, config = samples.landmark, samples.landmark.config
         if moved_to:
             name = "train_data_path" if config.data.train_data_path else "data_path"
             if len(moved_to) != (count := len(getattr(config.data, name))):
@@ -66,7 +70,7 @@ class _Data:
             split="train",
             vocab_size=config.model.vocab_size,
             tokenizer=cls._tokenizer_of(landmark) if config.data.fim_rate else None,
-            skip_samples=config.training.skip_samples,
+            skip_samples=samples.skip_samples,
             total_samples=samples_of_run(config.training, 1, config.data.seq_length),
         )
         trained_on = landmark.fingerprints.get("train_data")
@@ -75,7 +79,11 @@ class _Data:
                 f"the data that {landmark.folder} names are not those of training any more (fingerprint "
                 f"{stream.fingerprint[:12]}, not {trained_on[:12]}); give those of training by --data-path"
             )
-        return cls(landmark, stream)
+        return cls(landmark, samples.skip_samples, stream)
+
+    def are_of(self, samples: StepSamples) -> bool:
+        """Whether the samples of a step are among these."""
+        return (self.landmark.folder, self.skip_samples) == (samples.landmark.folder, samples.skip_samples)
 
     def beginning(self, sample: int) -> str:
         """The first characters of a sample."""
@@ -97,8 +105,8 @@ def _rows(options: WhichSamplesOptions) -> Iterator[dict]:
     data = None
     for step in options.step:
         samples = ledger.of_step(step)
-        if data is None or data.landmark.folder != samples.landmark.folder:
-            data = _Data.of(samples.landmark, options.data_path)
+        if data is None or not data.are_of(samples):
+            data = _Data.of(samples, options.data_path)
         if step > ledger.newest_step:
             log.note(
                 f"step {step} is behind the newest checkpoint, of step {ledger.newest_step}: these are the samples it "
@@ -151,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Which documents and which of their tokens fed a step. DOCUMENT[A:B] is its tokens A to B - 1.",
         )
         rows = _rows(options)
-        with contextlib.suppress(BrokenPipeError):
+        with log.reader_may_leave():
             for line in map(json.dumps, rows) if options.json else _table(rows):
                 print(line, flush=True)
     except MegatronLiteError as error:

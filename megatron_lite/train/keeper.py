@@ -49,9 +49,9 @@ class _InFlight:
 class Keeper:
     """Saves the state of a run under `root`; does nothing without one.
 
-    `config` is the resolved configuration and `facts` what identifies the run's data (fingerprints). Made on all
-    ranks at once, as it makes a group of its own for saves in the background; all its methods are called on all of
-    them at the same step, but `allow_change` and `let_end`.
+    `config` is the resolved configuration, `facts` what identifies the run's data (fingerprints), `stretches` what its
+    steps were trained on. Made on all ranks at once, as it makes a group of its own for saves in the background; all
+    its methods are called on all of them at the same step, but `allow_change` and `let_end`.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Keeper:
         schedule: Schedule,
         dropout_seed: int,
         facts: dict[str, Any],
+        stretches: list[dict[str, Any]],
         versions: dict[str, Any],
         saved_step: int | None = None,
         remote: RemoteCopies | None = None,
@@ -76,6 +77,7 @@ class Keeper:
         self._schedule = schedule
         self._dropout_seed = dropout_seed
         self._facts = facts
+        self._stretches = stretches
         self._versions = versions
         self._in_background = config.checkpoint.async_save
         self._exchange = mesh.make_exchange() if root is not None and self._in_background else None
@@ -233,6 +235,7 @@ class Keeper:
             # Dropout draws from arithmetic seeds: this number is all there is to random state.
             "random": {"dropout_seed": self._dropout_seed},
             "facts": self._facts,
+            "stretches": self._stretches,
         }
 
 

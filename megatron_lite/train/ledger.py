@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 from megatron_lite.checkpoint import store
-from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.checkpoint.manifest import FILE_NAME, read_manifest
 from megatron_lite.config import sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError, ConfigError
-from megatron_lite.train.batch_plan import BatchPlan
+from megatron_lite.train.stretches import Stretch, batches_of, consumed_at, stretches_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Landmark:
     config: RunConfig
     fingerprints: dict[str, str | None]
     """Those of "train_data", "valid_data" and "tokenizer"."""
+    stretches: list[Stretch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,20 +34,22 @@ class StepSamples:
     step: int
     consumed_samples: int
     count: int
+    skip_samples: tuple[str, ...]
+    """Ranges of samples that were left out."""
     landmark: Landmark
-    """The checkpoint whose configuration the step was, or will be, trained with."""
+    """A checkpoint of the data that the step was, or will be, trained on."""
 
 
 class Ledger:
-    """What the checkpoints under a run's --save folder say of any of its steps.
+    """What the checkpoints under a run's --save folder, or in the folder of one, say of any step of the run.
 
-    A step between two checkpoints was trained with the later one's configuration, for a run that is
-    started anew goes on from the earlier one. Raises CheckpointError for a folder without checkpoints.
+    A step between two checkpoints is told by the later one, for a run that is started anew goes on from the earlier
+    one. Raises CheckpointError for a folder without checkpoints.
     """
 
     def __init__(self, root: Path):
         self._root = root
-        self._folders = store.steps(root)
+        self._folders = {read_manifest(root).step: root} if (root / FILE_NAME).exists() else store.steps(root)
         if not self._folders:
             raise CheckpointError(f"{root} holds no checkpoint; give the --save folder of a run")
 
@@ -57,27 +61,58 @@ class Ledger:
         """The samples that `step`, from 1, trains on. A step behind the newest checkpoint is answered by its
         configuration.
 
-        Raises ConfigError for step 0, CheckpointError where the batch size changed at a checkpoint
-        that is no longer there.
+        Raises ConfigError for step 0, CheckpointError where the data were others, or the batch size of a checkpoint
+        without stretches, and no checkpoint of that time is there.
         """
         if step < 1:
             raise ConfigError(f"step={step}: steps are counted from 1")
-        earlier = max((at for at in self._folders if at < step), default=None)
-        later = min((at for at in self._folders if at >= step), default=None)
-        begin = None if earlier is None else self._landmark(earlier)
-        end = None if later is None else self._landmark(later)
-        trained_by = end or begin
-        plan = _plan_of(trained_by.config)
+        end = self._landmark(min((at for at in self._folders if at >= step), default=self.newest_step))
+        if not end.stretches:
+            return self._by_checkpoints(step, end)
+        stretch = next((each for each in reversed(end.stretches) if each.step < step), None)
+        if stretch is None:
+            raise CheckpointError(
+                f"what step {step} was trained on is not known: {end.folder} tells it from step "
+                f"{end.stretches[0].step + 1} on, and no checkpoint of before is there"
+            )
+        consumed = consumed_at(stretch.plan, stretch.step, stretch.consumed_samples, step - 1)
+        return StepSamples(
+            step,
+            consumed,
+            stretch.plan.global_batch_size(consumed),
+            stretch.skip_samples,
+            self._landmark_of_data(stretch, step, end),
+        )
+
+    def _landmark_of_data(self, stretch: Stretch, step: int, end: Landmark) -> Landmark:
+        """A checkpoint whose configuration is of the data of a stretch: `end`, or the newest of before."""
+        earlier = (self._landmark(at) for at in reversed(self._folders) if at < end.step)
+        for landmark in itertools.chain((end,), earlier):
+            if landmark.fingerprints.get("train_data") == stretch.train_data:
+                return landmark
+        changed = next((each.step for each in end.stretches if each.step > stretch.step), end.step)
+        raise CheckpointError(
+            f"step {step} was trained on other data than those of the checkpoints under {self._root}: "
+            f"{stretch.data_path} (fingerprint {stretch.train_data[:12]}); give the folder of the run that trained it, "
+            f"or ask for a step from {changed + 1} on"
+        )
+
+    def _by_checkpoints(self, step: int, end: Landmark) -> StepSamples:
+        """The samples of a step by checkpoints of before stretches were recorded: the nearest ones tell."""
+        earlier = max((at for at in self._folders if at < min(step, end.step)), default=None)
+        begin = end if end.step < step else None if earlier is None else self._landmark(earlier)
+        plan = batches_of(end.config)
         begun = (0, 0) if begin is None else (begin.step, begin.consumed_samples)
-        if end is not None and (by_plan := _consumed_at(plan, *begun, end.step)) != end.consumed_samples:
+        by_plan = consumed_at(plan, *begun, end.step)
+        if by_plan != end.consumed_samples:
             known = "the beginning" if begin is None else f"step {begin.step}"
             raise CheckpointError(
                 f"{end.folder} had consumed {end.consumed_samples:,} samples, where its batch size gives {by_plan:,} "
                 f"from {known} on: the batch size changed at a checkpoint that is no longer there; ask for a step "
                 f"from {end.step + 1} on"
             )
-        consumed = _consumed_at(plan, *begun, step - 1)
-        return StepSamples(step, consumed, plan.global_batch_size(consumed), trained_by)
+        consumed = consumed_at(plan, *begun, step - 1)
+        return StepSamples(step, consumed, plan.global_batch_size(consumed), end.config.training.skip_samples, end)
 
     def _landmark(self, step: int) -> Landmark:
         folder = self._folders[step]
@@ -85,24 +120,11 @@ class Ledger:
         progress = manifest.state.get("progress")
         if progress is None:
             raise CheckpointError(f"{folder} does not say how many samples were consumed: it is of no training run")
-        config = sources.from_plain(manifest.config, str(folder))
         return Landmark(
-            folder, manifest.step, progress["consumed_samples"], config, dict(manifest.state.get("facts", {}))
+            folder,
+            manifest.step,
+            progress["consumed_samples"],
+            sources.from_plain(manifest.config, str(folder)),
+            dict(manifest.state.get("facts", {})),
+            stretches_in(manifest.state, str(folder)),
         )
-
-
-def _plan_of(config: RunConfig) -> BatchPlan:
-    # What a step takes depends neither on the length of the run nor on the ranks that share it.
-    training = dataclasses.replace(
-        config.training, train_iters=1, train_samples=None, train_tokens=None, train_epochs=None, micro_batch_size=1
-    )
-    return BatchPlan.of(training, 1, config.data.seq_length)
-
-
-def _consumed_at(plan: BatchPlan, step: int, consumed: int, until: int) -> int:
-    """Samples consumed by the first `until` steps, `consumed` of them by the first `step`."""
-    last = plan.stages[-1]
-    while step < until and consumed < last.first_sample:
-        consumed += plan.global_batch_size(consumed)
-        step += 1
-    return consumed + (until - step) * last.batch_size

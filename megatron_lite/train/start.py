@@ -51,6 +51,7 @@ from megatron_lite.train.huggingface import begin_with
 from megatron_lite.train.keeper import Keeper
 from megatron_lite.train.loop import Run, train
 from megatron_lite.train.progress import Progress
+from megatron_lite.train.stretches import continued
 from megatron_lite.train.watching import watch_for_hangs
 
 #: What a run leaves behind that failed before it began.
@@ -172,7 +173,8 @@ def _assemble(
     model = build.build_model_to_train(config, mesh, data.vocab_size)
     engine = build.build_engine(config, model, mesh)
     curve = schedule(config.optimizer, plan.total_iterations, plan.total_samples, config.model.hidden_size)
-    start = _Start(Progress(), curve, config.training.seed)
+    stretches = continued({}, Progress(), config, data.facts["train_data"])
+    start = _Start(Progress(), curve, config.training.seed, stretches)
     if begin is not None:
         with build.alike():
             try:
@@ -240,6 +242,7 @@ def _assemble(
             schedule=start.schedule,
             dropout_seed=start.dropout_seed,
             facts=data.facts,
+            stretches=start.stretches,
             versions=made_with,
             saved_step=start.saved_step,
             remote=copies,
@@ -307,6 +310,7 @@ class _Start:
     progress: Progress
     schedule: Schedule
     dropout_seed: int
+    stretches: list[dict[str, Any]]
     saved_step: int | None = None
 
 
@@ -424,7 +428,8 @@ def _load(
     if options.no_load_rng:
         seed = fresh.dropout_seed
     progress = Progress.from_state(state["progress"])
-    return _Start(progress, curve, seed, saved_step=progress.step if begin.is_own else None)
+    stretches = continued(state, progress, config, facts["train_data"])
+    return _Start(progress, curve, seed, stretches, saved_step=progress.step if begin.is_own else None)
 
 
 def _choose_schedule(config: RunConfig, saved: Schedule, asked: Schedule, take_saved: bool) -> Schedule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -15,13 +16,17 @@ from ranks import run_on_ranks
 from tiny_run import TOOLS, load_tool
 from train.layouts import LENGTH, VOCABULARY, Case, config_of
 
+from megatron_lite.checkpoint.manifest import FILE_NAME, encode, read_manifest
 from megatron_lite.config import sources
 from megatron_lite.data.indexed import IndexedReader, IndexedWriter
+from megatron_lite.errors import CheckpointError
 from megatron_lite.parallel.launch import StopRequest
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.train import loop
+from megatron_lite.train.progress import Progress
 from megatron_lite.train.start import train_on
+from megatron_lite.train.stretches import continued, stretches_in
 
 main = load_tool("which_samples").main
 
@@ -107,9 +112,30 @@ def test_the_samples_of_every_step_are_those_it_was_trained_on(run, capsys):
     assert any(len(row["documents"]) > 2 for row in rows) and {row["epoch"] for row in rows} != {0}
 
 
-def test_pruned_checkpoints_are_not_needed_until_a_batch_size_is_lost_with_one(run, capsys, tmp_path):
+def without_stretches(folder: Path) -> Path:
+    """Checkpoints as they were before their stretches were recorded."""
+    for path in folder.glob(f"step-*/{FILE_NAME}"):
+        manifest = json.loads(path.read_bytes())
+        del manifest["state"]["stretches"]
+        path.write_bytes(encode(**{name: manifest[name] for name in inspect.signature(encode).parameters}))
+    return folder
+
+
+def test_pruned_checkpoints_are_not_needed(run, capsys, tmp_path):
     folder, seen = run
-    copy = shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.copytree(folder / "run" / "step-00000009", copy := tmp_path / "step-00000009")
+    for root in (tmp_path, copy):
+        for step in range(1, 10):
+            rows = rows_of(capsys, root, "--step", step)
+            assert {row["in_batch"]: tokens_of(row) for row in rows} == seen[step]
+
+
+def test_older_checkpoints_are_needed_where_a_batch_size_is_lost_with_one(run, capsys, tmp_path):
+    folder, seen = run
+    copy = without_stretches(shutil.copytree(folder / "run", tmp_path / "run"))
+    for step in range(1, 10):
+        rows = rows_of(capsys, copy, "--step", step)
+        assert {row["in_batch"]: tokens_of(row) for row in rows} == seen[step]
     shutil.rmtree(copy / "step-00000004")
     assert {row["in_batch"]: tokens_of(row) for row in rows_of(capsys, copy, "--step", 2)} == seen[2]
     shutil.rmtree(copy / "step-00000006")
@@ -119,12 +145,64 @@ def test_pruned_checkpoints_are_not_needed_until_a_batch_size_is_lost_with_one(r
     assert {row["in_batch"]: tokens_of(row) for row in rows_of(capsys, copy, "--step", 9)} == seen[9]
 
 
+@pytest.mark.parametrize("in_one_folder", [True, False])
+def test_other_data_are_not_taken_for_those_of_a_step(run, capsys, tmp_path, in_one_folder):
+    """Steps 1 to 2 on the one set, 3 to 5 on the other; the checkpoint between them is gone, or in another folder."""
+    folder, _ = run
+    first = config_of(
+        Case(1, 1, 1),
+        data={"data_path": (str(folder / "a"),), "mock_data": False, "split": "1,0,0"},
+        training={"train_iters": 2, "eval_interval": 0},
+        checkpoint={"save": str(tmp_path / "first"), "keep_last": 1},
+        logging={"tensorboard_dir": "none"},
+    )
+    changes = {"data": {"data_path": (str(folder / "b"),)}, "training": {"train_iters": 4}}
+    if not in_one_folder:
+        changes["checkpoint"] = {"save": str(tmp_path / "second"), "load": str(tmp_path / "first")}
+    second = sources.override(first, changes)
+    again = sources.override(second, {"training": {"train_iters": 5}})
+    (seen,) = run_on_ranks(_watched_training, 1, [first, second, again])
+    saved = Path(second.checkpoint.save)
+    assert [path.name for path in saved.glob("step-*")] == ["step-00000005"]
+    for step in (3, 4, 5):
+        assert {row["in_batch"]: tokens_of(row) for row in rows_of(capsys, saved, "--step", step)} == dict(seen[step])
+    assert main(["--load", str(saved), "--step", "2"]) == 2
+    said = capsys.readouterr()
+    assert f"step 2 was trained on other data than those of the checkpoints under {saved}: {folder / 'a'}" in said.err
+    assert "ask for a step from 3 on" in said.err and not said.out
+    if not in_one_folder:
+        rows = rows_of(capsys, tmp_path / "first", "--step", 2)
+        assert {row["in_batch"]: tokens_of(row) for row in rows} == dict(seen[2])
+
+
+def test_stretches_of_before_they_were_recorded(run):
+    """One that begins at 0 is supposed where nothing speaks against it, and one that begins now elsewhere."""
+    manifest = read_manifest(run[0] / "run" / "step-00000004")
+    config, facts = sources.from_plain(manifest.config, ""), manifest.state["facts"]
+    progress = Progress.from_state(manifest.state["progress"])
+    data = facts["train_data"]
+
+    def begins(state, config=config, data=data):
+        return [stretch["step"] for stretch in continued(state, progress, config, data)]
+
+    other = sources.override(config, {"training": {"rampup_batch_size": None}})
+    before = {"facts": facts}
+    assert begins(before) == [0] and begins(before, other) == begins(before, data="x") == [4]
+    assert begins(manifest.state) == [0] and begins(manifest.state, other) == begins(manifest.state, data="x") == [0, 4]
+    gone_back = {"stretches": continued(manifest.state, progress, other, data)}
+    assert begins(gone_back, data="x") == [0, 4] and begins(gone_back, other) == [0, 4] and begins(gone_back) == [0]
+    for damaged in ([{}], [{**manifest.state["stretches"][0], "training": {"rampup_batch_size": "x"}}], 3):
+        with pytest.raises(CheckpointError, match="its stretches cannot be read"):
+            stretches_in({"stretches": damaged}, "here")
+
+
 def test_what_cannot_be_answered_is_refused(run, capsys, tmp_path):
     folder, _ = run
     saved = folder / "run"
     for arguments, said in (
         (["--load", tmp_path, "--step", 1], "holds no checkpoint"),
         (["--load", saved, "--step", 0], "counted from 1"),
+        (["--load", saved, "--step"], "--step names no step"),
         (["--load", saved, "--step", 1, "--show-text"], "the run names none"),
         (["--load", saved, "--step", 1, "--data-path", "x"], "1 entries where the run had data_path of 4"),
         (["--load", saved, "--step", 1, "--data-path", 1, folder / "b", 3, folder / "a"], "not those of training"),
