@@ -53,26 +53,15 @@ def problems(config: RunConfig) -> list[str]:
             f"sample_stride={data.sample_stride} is above seq_length={data.seq_length}, so tokens between samples "
             f"would never be read; choose 1 to {data.seq_length}."
         )
-    return [*found, *_document_problems(config), *_curriculum_problems(data)]
+    return [*found, *_document_problems(data), *_curriculum_problems(data)]
 
 
-def _document_problems(config: RunConfig) -> Iterator[str]:
-    data, parallel = config.data, config.parallel
+def _document_problems(data: DataConfig) -> Iterator[str]:
     if data.eod_mask_loss and data.tokenizer_type is None:
         yield (
             "--eod-mask-loss leaves out what follows an end-of-document token, and without a tokenizer nobody knows "
             "which that is; give --tokenizer-type with its files, or leave it out."
         )
-    if parallel.context_parallel_size > 1 and parallel.cp_comm_type == "p2p":
-        divides = {
-            "--reset-attention-mask": data.reset_attention_mask,
-            f"curriculum_seq_length_min={data.curriculum_seq_length_min}": data.curriculum_seq_length_min is not None,
-        }
-        for asked in (name for name, is_asked in divides.items() if is_asked):
-            yield (
-                f"{asked} divides sequences, which go whole round the ring of cp_comm_type=p2p; choose --cp-comm-type "
-                "a2a."
-            )
 
 
 def _curriculum_problems(data: DataConfig) -> Iterator[str]:

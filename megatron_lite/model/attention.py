@@ -98,9 +98,8 @@ class Attention(nn.Module):
         if run.context.is_ring:
             if run.drops(self._dropout):
                 raise ValueError("ring attention has no probabilities to drop")
-            if run.documents is not None:
-                raise ValueError("ring attention does not divide sequences into documents")
-            return ring_attention(query_BNSD, key_BKSD, value_BKSD, run.context.group, self._backend)
+            heads = query_BNSD, key_BKSD, value_BKSD
+            return ring_attention(*heads, run.context.group, self._backend, run.documents)
         seed = run.seed(self._layer, Site.ATTENTION_PROBABILITIES, differs=True) if self._dropout else None
         attend = ATTENTION_BACKENDS[self._backend]
         if run.documents is not None:

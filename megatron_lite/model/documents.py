@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
+from megatron_lite.parallel.context import ContextAxis
 from megatron_lite.parallel.random import mix, seed_device
+from megatron_lite.parallel.ring_attention import SharedDocuments
 
 Attend = Callable[..., torch.Tensor]
 """An attention backend: (query [B, N, S, D], key and value [B, K, S, D], mask, dropout, seed) -> [B, N, S, D]."""
@@ -103,7 +105,17 @@ class Blocks:
 
     def of(self, heads_BNSD: torch.Tensor) -> list[torch.Tensor]:
         """The heads of every block, [documents, N, tokens, D]."""
-        places = _IntoBlocks.apply(heads_BNSD.permute(2, 0, 1, 3).flatten(0, 1), self)
+        return self._divided(_IntoBlocks.apply(_tokens(heads_BNSD), self))
+
+    def of_gradient(self, heads_BNSD: torch.Tensor) -> list[torch.Tensor]:
+        """As `of`, zero where blocks are filled up. Not differentiable."""
+        return self._divided(self.filled(_tokens(heads_BNSD)))
+
+    def filled(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Places of all blocks out of tokens [S B], zero where they are filled up."""
+        return tokens.index_select(0, self.source).index_fill_(0, self.filling, 0)
+
+    def _divided(self, places: torch.Tensor) -> list[torch.Tensor]:
         parts = places.split([documents * tokens for documents, tokens in self.shapes])
         return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
 
@@ -111,6 +123,11 @@ class Blocks:
         """The inverse of `of`: [B, N, S, D]."""
         places = torch.cat([block.transpose(1, 2).flatten(0, 1) for block in blocks])
         return _OutOfBlocks.apply(places, self).unflatten(0, (-1, batch)).permute(1, 2, 0, 3)
+
+
+def _tokens(heads_BNSD: torch.Tensor) -> torch.Tensor:
+    """[S B, N, D]."""
+    return heads_BNSD.permute(2, 0, 1, 3).flatten(0, 1)
 
 
 class _IntoBlocks(torch.autograd.Function):
@@ -135,7 +152,22 @@ class _OutOfBlocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        return gradient.index_select(0, ctx.blocks.source).index_fill_(0, ctx.blocks.filling, 0), None
+        return ctx.blocks.filled(gradient), None
+
+
+def documents_of(
+    begins_BS: torch.Tensor, context: ContextAxis, device: torch.device
+) -> Documents | SharedDocuments | None:
+    """Documents of whole sequences as attention takes them, on a ring as `ring_attention` does; None where no sequence
+    holds more than one."""
+    documents = Documents(begins_BS, device)
+    if not documents.is_divided:
+        return None
+    if not context.is_ring:
+        return documents
+    begins_here = context.part(begins_BS, 1).clone()
+    begins_here[:, begins_here.shape[1] // 2] = True
+    return SharedDocuments(begins_BS, Documents(begins_here, device).blocks, context.rank, context.size)
 
 
 def attend_in_blocks(

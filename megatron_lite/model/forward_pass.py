@@ -14,6 +14,7 @@ from megatron_lite.model.rotary import Rotation
 from megatron_lite.parallel.context import ContextAxis
 from megatron_lite.parallel.linear import TensorAxis
 from megatron_lite.parallel.random import mix
+from megatron_lite.parallel.ring_attention import SharedDocuments
 
 
 class Site(enum.IntEnum):
@@ -31,7 +32,8 @@ class ForwardPass:
 
     `dropout_seed` is the micro-batch's, None for no dropout. `rotation` is that of
     the tokens' positions. `mask` [B, 1, S, S so far] says which keys a query sees, where causality alone does not.
-    `documents`, where there are several in a sequence, are what a query sees no further than, in whole sequences.
+    `documents`, where there are several in a sequence, are what a query sees no further than; those of whole sequences,
+    or as a ring shares them.
     `context` says which tokens of a sequence this rank has.
     """
 
@@ -39,7 +41,7 @@ class ForwardPass:
     dropout_seed: int | None = None
     rotation: Rotation | None = None
     mask: torch.Tensor | None = None
-    documents: Documents | None = None
+    documents: Documents | SharedDocuments | None = None
     cache: KeyValueCache | None = None
     context: ContextAxis = dataclasses.field(default_factory=ContextAxis)
 

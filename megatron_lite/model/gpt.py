@@ -21,7 +21,7 @@ from megatron_lite.config.model import ModelConfig
 from megatron_lite.errors import UserError
 from megatron_lite.model.block import Block
 from megatron_lite.model.cache import KeyValueCache
-from megatron_lite.model.documents import Documents
+from megatron_lite.model.documents import documents_of
 from megatron_lite.model.forward_pass import ForwardPass, Site
 from megatron_lite.model.init import initialize
 from megatron_lite.model.norm import Norm
@@ -303,12 +303,11 @@ class GPT(nn.Module):
         if positions_BS is None and context.size > 1:
             positions_BS = torch.arange(length, device=device).unsqueeze(0)
         here_BS = None if positions_BS is None else context.part(positions_BS, 1)
-        documents = None if begins_BS is None else Documents(begins_BS, device)
         return ForwardPass(
             axis,
             seed,
             self._rotation(0, length, device, here_BS),
-            documents=documents if documents is not None and documents.is_divided else None,
+            documents=None if begins_BS is None else documents_of(begins_BS, context, device),
             context=context,
         )
 

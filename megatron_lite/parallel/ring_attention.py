@@ -3,10 +3,14 @@
 Each rank keeps its queries; keys and values travel, while what has arrived is attended to. The results of blocks are
 merged by their log-sum-exp in fp32. Backward makes probabilities anew from it, and gradients of keys and values
 travel with them, in fp32 (Liu et al. 2023; the zigzag is that of Megatron-LM's context parallelism).
+
+Documents need no mask: at most one crosses from a chunk to a later one, and all of its queries there see all of its
+keys here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -138,33 +142,92 @@ def block_for(query: torch.Tensor, backend: str) -> Block:
     return PlainBlock()
 
 
+class Pieces(Protocol):
+    """The pieces of documents within chunks, as sequences side by side, filled up at their ends."""
+
+    def of(self, heads_BNSD: torch.Tensor) -> list[torch.Tensor]:
+        """The heads of pieces of about one length, [pieces, N, tokens, D], of each such length."""
+
+    def of_gradient(self, heads_BNSD: torch.Tensor) -> list[torch.Tensor]:
+        """As `of`, zero where pieces are filled up."""
+
+    def join(self, blocks: Sequence[torch.Tensor], batch: int) -> torch.Tensor:
+        """The inverse of `of`."""
+
+
+class SharedDocuments:
+    """The documents of sequences that lie zigzag on a ring, as one of its ranks sees them.
+
+    `begins_BS`: bool, on the CPU, true where a document begins, of whole sequences; `pieces`: those of this rank's
+    chunks, each of which begins one.
+    """
+
+    def __init__(self, begins_BS: torch.Tensor, pieces: Pieces, rank: int, size: int):
+        self.pieces = pieces
+        self._rank, self._size = rank, size
+        self._chunk = begins_BS.shape[1] // (2 * size)
+        places = torch.arange(begins_BS.shape[1])
+        # Where the document of each token begins, and where another begins, from that token on.
+        start = torch.where(begins_BS, places, 0).cummax(1).values
+        stop = torch.where(begins_BS, places, len(places)).flip(1).cummin(1).values.flip(1)
+        firsts = [chunk * self._chunk for chunk in self._chunks(rank)]
+        self._crossing = list(zip(start[:, firsts].tolist(), stop[:, firsts].tolist(), strict=True))
+
+    def _chunks(self, rank: int) -> tuple[int, int]:
+        return rank, 2 * self._size - 1 - rank
+
+    def visible(self, theirs: int) -> list[tuple[slice, slice, slice]]:
+        """Sequence, this rank's queries, and the keys of earlier chunks that all of them see, on rank `theirs`."""
+        chunk, found = self._chunk, []
+        for sequence, crossing in enumerate(self._crossing):
+            for place, (own, start, stop) in enumerate(zip(self._chunks(self._rank), *crossing, strict=True)):
+                rows = min(stop - own * chunk, chunk)
+                seen = [
+                    (at * chunk + max(start - chunk * other, 0), (at + 1) * chunk)
+                    for at, other in enumerate(self._chunks(theirs))
+                    if other < own and start < chunk * (other + 1)
+                ]
+                if rows and seen:
+                    # Of two chunks the later is seen whole, and follows.
+                    columns = slice(seen[0][0], seen[-1][1])
+                    found.append((slice(sequence, sequence + 1), slice(place * chunk, place * chunk + rows), columns))
+        return found
+
+
 def ring_attention(
-    query_BNSD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor, group: dist.ProcessGroup, backend: str
+    query_BNSD: torch.Tensor,
+    key_BKSD: torch.Tensor,
+    value_BKSD: torch.Tensor,
+    group: dist.ProcessGroup,
+    backend: str,
+    documents: SharedDocuments | None = None,
 ) -> torch.Tensor:
     """Causal attention of this rank's queries to the whole sequence: [B, N, S, D] of the zigzag part on this rank.
 
-    Keys and values, K heads of them, may be fewer than N. `backend` is an --attention-backend.
+    Keys and values, K heads of them, may be fewer than N. `backend` is an --attention-backend. With `documents` a query
+    sees no further than its own.
     """
-    return _Ring.apply(query_BNSD, key_BKSD, value_BKSD, group, block_for(query_BNSD, backend))
+    return _Ring.apply(query_BNSD, key_BKSD, value_BKSD, group, block_for(query_BNSD, backend), documents)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, group, block):
+    def forward(ctx, query, key, value, group, block, documents):
         mine, size = group.rank(), group.size()
         own = pair = torch.stack((key, value))
         arriving = _Passing(pair, group)
-        output, log_sum = block.forward(query, *pair, True)
+        output, log_sum = _forward_within(block, query, *pair, documents)
         output, log_sum = output.float(), log_sum.clone()
-        for distance in range(1, size):
-            pair = arriving.wait()
-            if distance < size - 1:
-                arriving = _Passing(pair, group)
-            rows, columns = _visible(mine, (mine - distance) % size, query.shape[2] // 2)
-            part = block.forward(query[:, :, rows], *pair[..., columns, :], False)
-            merge(output[:, :, rows], log_sum[:, :, rows], *part)
+        for distance in range(size):
+            if distance:
+                pair = arriving.wait()
+                if distance < size - 1:
+                    arriving = _Passing(pair, group)
+            for batch, rows, columns in _visible(mine, (mine - distance) % size, query.shape[2] // 2, documents):
+                part = block.forward(query[batch, :, rows], *pair[:, batch, :, columns], False)
+                merge(output[batch, :, rows], log_sum[batch, :, rows], *part)
         output = output.to(query.dtype)
-        ctx.group, ctx.block = group, block
+        ctx.group, ctx.block, ctx.documents = group, block, documents
         ctx.save_for_backward(query, own, output, log_sum)
         return output
 
@@ -172,42 +235,74 @@ class _Ring(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         query, pair, output, log_sum = ctx.saved_tensors
-        group, block = ctx.group, ctx.block
+        group, block, documents = ctx.group, ctx.block, ctx.documents
         mine, size = group.rank(), group.size()
         query_gradient = torch.zeros_like(query, dtype=torch.float32)
         pair_gradient = torch.zeros_like(pair, dtype=torch.float32)
         travelling = None
         for distance in range(size):
             arriving = _Passing(pair, group) if distance < size - 1 else None
-            rows, columns = _visible(mine, (mine - distance) % size, query.shape[2] // 2)
-            of_query, *of_pair = block.backward(
-                gradient[:, :, rows],
-                query[:, :, rows],
-                *pair[..., columns, :],
-                output[:, :, rows],
-                log_sum[:, :, rows],
-                distance == 0,
-            )
-            query_gradient[:, :, rows] += of_query
+            found = []
+            if distance == 0:
+                parts = _backward_within(block, gradient, query, *pair, output, log_sum, documents)
+                found.append((slice(None), slice(None), slice(None), parts))
+            for batch, rows, columns in _visible(mine, (mine - distance) % size, query.shape[2] // 2, documents):
+                parts = block.backward(
+                    gradient[batch, :, rows],
+                    query[batch, :, rows],
+                    *pair[:, batch, :, columns],
+                    output[batch, :, rows],
+                    log_sum[batch, :, rows],
+                    False,
+                )
+                found.append((batch, rows, columns, parts))
             if travelling is not None:
                 pair_gradient = travelling.wait()
-            for total, part in zip(pair_gradient[..., columns, :], of_pair, strict=True):
-                total += part
+            for batch, rows, columns, (of_query, *of_pair) in found:
+                query_gradient[batch, :, rows] += of_query
+                for total, part in zip(pair_gradient[:, batch, :, columns], of_pair, strict=True):
+                    total += part
             travelling = _Passing(pair_gradient, group)
             if arriving is not None:
                 pair = arriving.wait()
         pair_gradient = travelling.wait().to(pair.dtype)
-        return query_gradient.to(query.dtype), pair_gradient[0], pair_gradient[1], None, None
+        return query_gradient.to(query.dtype), pair_gradient[0], pair_gradient[1], None, None, None
 
 
-def _visible(mine: int, theirs: int, half: int) -> tuple[slice, slice]:
-    """Which queries of rank `mine` see which keys of rank `theirs`: all of the ones all of the others, or with its own
-    causally. Of an earlier rank the later chunk is behind all queries; a later rank is behind the earlier chunk."""
+def _forward_within(block, query, key, value, documents):
+    """Causal attention of a rank's tokens to each other; with documents, of the tokens of each chunk."""
+    if documents is None:
+        return block.forward(query, key, value, True)
+    pieces, batch = documents.pieces, query.shape[0]
+    heads = (pieces.of(heads) for heads in (query, key, value))
+    outputs, log_sums = zip(*(block.forward(*each, True) for each in zip(*heads, strict=True)), strict=True)
+    log_sum = pieces.join([each.unsqueeze(-1) for each in log_sums], batch).squeeze(-1)
+    return pieces.join(outputs, batch), log_sum
+
+
+def _backward_within(block, gradient, query, key, value, output, log_sum, documents):
+    if documents is None:
+        return block.backward(gradient, query, key, value, output, log_sum, True)
+    pieces = documents.pieces
+    heads = [pieces.of_gradient(gradient), *(pieces.of(heads) for heads in (query, key, value, output))]
+    heads.append([each.squeeze(-1) for each in pieces.of(log_sum.unsqueeze(-1))])
+    gradients = zip(*(block.backward(*each, True) for each in zip(*heads, strict=True)), strict=True)
+    return tuple(pieces.join(each, query.shape[0]) for each in gradients)
+
+
+def _visible(mine: int, theirs: int, half: int, documents: SharedDocuments | None) -> list[tuple[slice, slice, slice]]:
+    """Which sequences' queries of rank `mine` see which keys of rank `theirs`, all of the ones all of the others.
+
+    Of an earlier rank the later chunk is behind all queries; a later rank is behind the earlier chunk. What
+    `_forward_within` attends to is left out.
+    """
+    if documents is not None:
+        return documents.visible(theirs)
     if theirs == mine:
-        return slice(None), slice(None)
+        return []
     if theirs < mine:
-        return slice(None), slice(0, half)
-    return slice(half, None), slice(None)
+        return [(slice(None), slice(None), slice(0, half))]
+    return [(slice(None), slice(half, None), slice(None))]
 
 
 def merge(output: torch.Tensor, log_sum: torch.Tensor, part: torch.Tensor, part_log_sum: torch.Tensor) -> None:

@@ -6,10 +6,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import run_on_ranks
 
+from megatron_lite.model.attention import ATTENTION_BACKENDS
+from megatron_lite.model.documents import attend_in_blocks, documents_of
 from megatron_lite.parallel.context import ContextAxis
 from megatron_lite.parallel.ring_attention import ring_attention
 
 BATCH, LENGTH, WIDTH = 2, 32, 8
+CPU = torch.device("cpu")
 HEADS = ((4, 4), (4, 2), (8, 1))
 
 
@@ -49,28 +52,51 @@ def test_spans_say_where_tokens_are(parts):
 
 
 def _apart(ours, reference):
-    return ((ours - reference).norm() / reference.norm()).item()
+    return ((ours.double() - reference.double()).norm() / reference.norm()).item()
 
 
-def _attend(exchange, backend, dtype):
+WHOLE = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+STARTS = (
+    # Of two sequences: within chunks and at their ends; over several; at each token; by chance.
+    ([0, 1, 3, 8, 15, 16, 24, 31], [0, 9]),
+    ([0, 2, 29], [0]),
+    ([0, 7, 25], range(32)),
+    ([0, 4, 5, 12, 20, 28], [0, 3, 13, 14, 22, 23, 27, 30]),
+)
+
+
+def _begins(starts):
+    begins = WHOLE.clone()
+    for row, places in zip(begins, starts, strict=True):
+        row[list(places)] = True
+    return begins
+
+
+def _attend(exchange, backend, dtype, starts=None):
     """Relative distances of output and gradients from those of one rank, for each number of heads."""
     axis, generator = ContextAxis(dist.group.WORLD, exchange), torch.Generator().manual_seed(0)
-    found = []
+    begins, found = WHOLE if starts is None else _begins(starts), []
+    documents = documents_of(begins, axis, CPU)
     for heads, groups in HEADS:
         query, key, value, weight = (
             torch.randn(LENGTH, BATCH, n, WIDTH, generator=generator) for n in (heads, groups, groups, heads)
         )
         whole = [t.to(dtype).float().requires_grad_() for t in (query, key, value)]
+        # In float64, under the dense mask.
+        numbers = begins.cumsum(1)
+        seen = (numbers[:, None, :, None] == numbers[:, None, None, :]).tril()
         expected = F.scaled_dot_product_attention(
-            *(t.permute(1, 2, 0, 3) for t in whole), is_causal=True, enable_gqa=True
+            *(t.permute(1, 2, 0, 3).double() for t in whole), attn_mask=seen, enable_gqa=True
         ).permute(2, 0, 1, 3)
         expected.backward(weight)
         parts = [axis.part(t.detach(), 0).to(dtype).requires_grad_() for t in whole]
         entered = [axis.to_heads(part).permute(1, 2, 0, 3) for part in parts]
         if exchange == "p2p":
-            mixed = ring_attention(*entered, axis.group, backend)
-        else:
+            mixed = ring_attention(*entered, axis.group, backend, documents)
+        elif documents is None:
             mixed = F.scaled_dot_product_attention(*entered, is_causal=True, enable_gqa=True)
+        else:
+            mixed = attend_in_blocks(ATTENTION_BACKENDS[backend], *entered, documents, 0.0, None)
         mixed = axis.to_sequence(mixed.permute(2, 0, 1, 3))
         mixed.backward(axis.part(weight, 0).to(dtype))
         assert torch.equal(axis.join(axis.part(weight, 0), 0), weight)
@@ -84,6 +110,20 @@ def _attend(exchange, backend, dtype):
 def test_attention_over_shared_sequences(ranks, exchange, backend):
     for found in run_on_ranks(_attend, ranks, exchange, backend, torch.float32):
         assert len(found) == 12 and max(found) < 1e-5, found
+
+
+def _attend_within(exchange, backend, dtype):
+    return [_attend(exchange, backend, dtype, starts) for starts in STARTS]
+
+
+@pytest.mark.parametrize(("exchange", "backend"), [("p2p", "auto"), ("p2p", "fused_softmax"), ("a2a", "auto")])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_attention_within_documents_is_that_under_the_dense_mask(ranks, exchange, backend):
+    for found in run_on_ranks(_attend_within, ranks, exchange, backend, torch.float32):
+        assert all(len(each) == 12 and max(each) < 1e-5 for each in found), found
+    if exchange == "p2p" and ranks == 2:
+        for found in run_on_ranks(_attend_within, ranks, exchange, backend, torch.bfloat16):
+            assert max(map(max, found)) < 2e-2, found
 
 
 @pytest.mark.parametrize("backend", ["auto", "fused_softmax"])

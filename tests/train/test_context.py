@@ -99,8 +99,6 @@ def _drop_probabilities() -> None:
     tokens = torch.zeros(1, LENGTH, dtype=torch.int64)
     with pytest.raises(ValueError, match="no probabilities to drop"):
         model(tokens, tokens, torch.ones_like(tokens), dropout_seed=1)
-    with pytest.raises(ValueError, match="does not divide sequences"):
-        model(tokens, tokens, torch.ones_like(tokens), begins_BS=torch.ones(1, LENGTH, dtype=torch.bool))
     with pytest.raises(ValueError, match="sequence of 10 cannot be cut into 2 x 2 chunks"):
         model(tokens[:, :10], tokens[:, :10], torch.ones_like(tokens[:, :10]))
 

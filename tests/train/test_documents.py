@@ -28,6 +28,8 @@ CASES = {
         Case(data=2, zero=3, pieces=5, dropout=0.1, attention_dropout=0.0),
         Case(context=2, zero=1, exchange="a2a", llama=True, documents=True),
         Case(context=2, zero=2, exchange="a2a", documents=True, pieces=5, micro_batches=2),
+        Case(context=2, zero=1, llama=True, documents=True, recompute="full"),
+        Case(context=2, zero=3, pieces=5, micro_batches=2),
         Case(pipe=2, layers=4, schedule="1F1B", micro_batches=4, zero=1, documents=True),
         Case(pipe=2, layers=4, schedule="ZBVZeroBubble", micro_batches=2, zero=2, llama=True, documents=True, pieces=5),
         # The masks of probabilities too: heads lie as in the serial run.
@@ -37,6 +39,8 @@ CASES = {
     4: [
         Case(pipe=4, layers=4, schedule="GPipe", micro_batches=2, zero=1, llama=True, documents=True),
         Case(pipe=4, layers=4, schedule="1F1B", micro_batches=4, zero=0, pieces=5),
+        Case(context=4, zero=2, documents=True),
+        Case(context=2, pipe=2, layers=4, micro_batches=2, zero=1, llama=True, documents=True),
     ],
 }
 
@@ -80,11 +84,6 @@ def test_a_curriculum_is_in_the_metrics_and_not_in_validation(tmp_path):
 
 REFUSED = {
     "there is no eod": ({"eod_mask_loss": True}, {}, r"--eod-mask-loss .* give --tokenizer-type"),
-    "a ring": (
-        {"reset_attention_mask": True, "curriculum_seq_length_min": 4, "curriculum_seq_length_samples": 9},
-        {"context_parallel_size": 2},
-        r"(?s)--reset-attention-mask divides .* choose --cp-comm-type a2a.*curriculum_seq_length_min=4 divides",
-    ),
     "no end": ({"curriculum_seq_length_min": 8}, {}, r"seq_length_min=8 .* give --curriculum-seq-length-samples"),
     "no beginning": ({"curriculum_seq_length_samples": 8}, {}, r"samples=8 needs .* give --curriculum-seq-length-min"),
     "nothing to grow": (
