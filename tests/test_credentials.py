@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,11 @@ from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.config import check, cli, sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.credentials import are_hidden, without_credentials
-from megatron_lite.errors import ConfigError, LostRankError
+from megatron_lite.errors import ConfigError, HangError, LostRankError
 from megatron_lite.monitor.exit_file import write_exit
+from megatron_lite.monitor.hang_page import Seat
+from megatron_lite.monitor.hang_watch import HangWatch, Limit
+from megatron_lite.parallel.mesh_shape import MeshShape
 
 TESTS = Path(__file__).resolve().parent
 CANARY = "KanarienVogel"
@@ -86,6 +90,22 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+STUCK = f"""
+import os, sys, time
+sys.path.insert(0, {str(TESTS.parent)!r})
+from megatron_lite.data.loader import BatchLoader
+step = BatchLoader.step
+
+def stuck(self, consumed, batch_size):
+    if consumed and os.environ["RANK"] == "1":
+        time.sleep(600)
+    return step(self, consumed, batch_size)
+
+BatchLoader.step = stuck
+"""
+MODEL = "--mock-data --num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --vocab-size 64".split()
+
+
 def canaries(folder: Path) -> list[str]:
     """Files below a folder that have one in them, or in their names."""
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -97,13 +117,12 @@ def test_a_run_leaves_no_secret_anywhere(tmp_path):
     """Two ranks, every sink, a copy behind an address that works once and fails once with the address in its error."""
     (tmp_path / "door.py").write_text(DOOR.format(tests=str(TESTS), door=str(TESTS.parent / "pretrain_gpt.py")))
     (tmp_path / "ds.json").write_text(json.dumps({"comet": {"enabled": False, "api_key": f"{CANARY}6"}}))
-    model = "--mock-data --num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --vocab-size 64"
     run = "--train-iters 4 --save-interval 2 --eval-interval 0 --log-interval 1 --save run --wandb-project p"
     names = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "COMET_API_KEY", "MY_PASSWORD")
     secrets = {name: f"{CANARY}{number}" for number, name in enumerate(names)}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "door.py"]
     done = subprocess.run(
-        [*launcher, *model.split(), *run.split(), "--save-copy-to", SECRET_ADDRESS, "--deepspeed_config", "ds.json"],
+        [*launcher, *MODEL, *run.split(), "--save-copy-to", SECRET_ADDRESS, "--deepspeed_config", "ds.json"],
         cwd=tmp_path,
         env={**os.environ, **secrets, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -120,6 +139,47 @@ def test_a_run_leaves_no_secret_anywhere(tmp_path):
     assert SHOWN_ADDRESS in (tmp_path / "sent.txt").read_text()
     assert read_manifest(tmp_path / "run" / "step-00000002").config["checkpoint"]["save_copy_to"] == SHOWN_ADDRESS
     assert canaries(tmp_path) == [str(tmp_path / "ds.json")]
+
+
+def test_the_report_of_a_hang_shows_none(tmp_path, capfd):
+    seats, told = [Seat("a", 1)], []
+    watch = HangWatch(0, MeshShape.of_world(1), seats, ["a"], tmp_path / "hang", Limit(None, 1.0), told.append)
+    watch.report(HangError(f"no answer from {SECRET_ADDRESS}"), OSError(SECRET_ADDRESS))
+    assert (tmp_path / "hang" / "page.txt").exists() and canaries(tmp_path) == []
+    assert SHOWN_ADDRESS in (tmp_path / "hang" / "rank-00000.json").read_text()
+    assert SHOWN_ADDRESS in capfd.readouterr().err and CANARY not in told[0].text + told[0].gist
+
+
+def test_a_hang_under_deepspeed_leaves_no_secret_anywhere(tmp_path):
+    """Its launcher, with a file of the environment beside it; the words of the ranks, the page, torch's own record."""
+    (tmp_path / "door.py").write_text(STUCK + DOOR.format(tests=str(TESTS), door=str(TESTS.parent / "pretrain_gpt.py")))
+    (tmp_path / ".deepspeed_env").write_text(f"HUB_TOKEN={CANARY}1\n")
+    (tmp_path / "tmp").mkdir()
+    run = "--train-iters 9 --eval-interval 0 --zero-stage 1 --hang-limit-minutes 0.05 --save run --wandb-project p"
+    secrets = {"MLFLOW_TRACKING_TOKEN": f"{CANARY}2", "PYTHON_KEY": f"{CANARY}3", "TORCH_TOKEN": f"{CANARY}4"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port]
+    places = {
+        "TMPDIR": str(tmp_path / "tmp"),
+        "HOME": str(tmp_path),
+        "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "tmp" / "trace"),
+    }
+    done = subprocess.run(
+        [*launcher, "door.py", *MODEL, *run.split()],
+        cwd=tmp_path,
+        env={**os.environ, **secrets, **places, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    said = done.stdout + done.stderr
+    assert "THIS RUN HANGS" in said and CANARY not in said
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["cause"] == "hang", said
+    (report,) = (tmp_path / "run").glob("hang-*")
+    assert {path.name for path in report.iterdir()} >= {"page.txt", "rank-00000.json"}
+    assert canaries(tmp_path) == [str(tmp_path / ".deepspeed_env")]
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from megatron_lite import log
+from megatron_lite.credentials import without_credentials
 from megatron_lite.errors import EXIT_HANG, HangError
 from megatron_lite.monitor.hang_page import Awaited, Page, Seat, Word, page
 from megatron_lite.parallel import whereabouts
@@ -280,7 +281,7 @@ def take_word(rank: int, main_thread: int, reason: str = "", seen: BaseException
         place=stretch.place,
         seconds=round(time.monotonic() - stretch.began, 1),
         doing=" ".join(map(str, HERE.doing)),
-        error="" if seen is None else str(seen).partition("\n")[0],
+        error="" if seen is None else without_credentials(str(seen).partition("\n")[0]),
         at=_own_lines(traceback.extract_tb(seen.__traceback__) if seen else frames.get(main_thread, [])),
         awaited=[Awaited(" ".join(map(str, what)), order.rank) for what, order in dict(HERE.awaited).items()][:1],
         collectives=collectives,

@@ -15,16 +15,19 @@ from cluster.nodes import Node, wait_for
 from megatron_lite.checkpoint.manifest import read_manifest
 
 Nodes = tuple[Node, Node]
+SECRET = "KanarienVogel"
+"""In the environment that `deepspeed` carries to other nodes, by its names and by its file."""
 
 
 def by_deepspeed(nodes: Nodes, folder: Path) -> Job:
     folder.mkdir()
     (folder / "hostfile").write_text("".join(f"{node.name} slots=1\n" for node in nodes))
-    (folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n")
+    (folder / ".deepspeed_env").write_text(f"OMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\nHUB_TOKEN={SECRET}\n")
     return start(
         ["bash", SCRIPTS / "deepspeed_hostfile.sh", *MODEL, *FOR_EVER, "--save", "run"],
         folder,
         on=nodes[0],
+        MLFLOW_TRACKING_TOKEN=SECRET,
     )
 
 
@@ -133,5 +136,7 @@ def test_two_nodes_train_as_one_and_end_together(case, needs, nodes, losses_of_o
         assert saved.step == told["step"] == len(job.losses())
     console = job.output.read_text(errors="replace")
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT / "pretrain_gpt.py") not in console
+    kept = [path for path in job.run.rglob("*") if path.is_file()]
+    assert kept and not [path for path in kept if SECRET.encode() in path.read_bytes()]
     for rank, log in enumerate(logs):
         assert log.read_text().startswith("=====") and f"rank {rank} of 2 on {nodes[rank].name}" in log.read_text()
