@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import sys
 
@@ -69,7 +68,7 @@ def plan(config: RunConfig, options: LaunchOptions, me: Launch) -> int:
             log.note(notice)
         from megatron_lite.train.dry_run import dry_run
 
-        with contextlib.suppress(BrokenPipeError):
+        with log.reader_may_leave():
             print("\n".join(dry_run(config, world_size, options.device or likely_device())), flush=True)
     return 0
 

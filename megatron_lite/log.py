@@ -8,8 +8,10 @@ Where a rank's output goes to a file (monitor/rank_log.py), lines go there and t
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import TextIO
 
 from megatron_lite.credentials import without_credentials
@@ -50,6 +52,20 @@ def _write(text: str, to_console: bool = True) -> None:
             with contextlib.suppress(*() if _record is None else (OSError,)):
                 stream.write(lines)
                 stream.flush()
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """What is printed in this block ends quietly once nobody reads it any more (`| head`)."""
+    try:
+        try:
+            yield
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        # What is left in the buffer would be tried again as Python ends.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def note(text: str) -> None:

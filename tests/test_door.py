@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
-from tiny_run import TOKENIZER, write_token_set
+from tiny_run import TOKENIZER, TOOLS, write_token_set
 
 import pretrain_gpt
 from megatron_lite import log
@@ -106,3 +109,14 @@ def test_data_of_another_tokenizer_are_refused_before_anything_starts(tmp_path, 
     told = capsys.readouterr().err
     assert "made with another tokenizer" in told and "(fingerprint of another)" in told
     assert TOKENIZER.fingerprint[:12] in told and "preprocess the text again" in told
+
+
+@pytest.mark.parametrize("words", ["pretrain_gpt.py --help", "tools/dataset.py", f"pretrain_gpt.py {' '.join(PLAN)}"])
+def test_a_reader_who_leaves_early_is_no_error(words):
+    """As in `... --help | head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, *words.split()]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=TOOLS.parent)
+    os.close(writing)
+    assert done.returncode == 0 and "BrokenPipe" not in done.stderr and "Traceback" not in done.stderr

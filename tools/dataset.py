@@ -14,7 +14,6 @@ A set is named by its prefix; its .bin or .idx will do.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import signal
@@ -254,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if not words or words[0] in ("-h", "--help"):
-            print(__doc__)
+            with log.reader_may_leave():
+                print(__doc__)
             return EXIT_DONE
         command, *words = words
         if command not in _COMMANDS:
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and not words[0].startswith("-"):
             words.insert(0, "--prefix")
         kind: Callable[..., Any] = _COMMANDS[command]
-        with contextlib.suppress(BrokenPipeError):
+        with log.reader_may_leave():
             return read(kind, words, prog=f"dataset.py {command}", description=kind.__doc__).run()
     except MegatronLiteError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,7 +7,6 @@ python tools/inspect_checkpoint.py --load runs/mine --ckpt-step 500 --diff expor
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_lite import log
 from megatron_lite.config.command_line import read
 from megatron_lite.errors import ConfigError
 from megatron_lite.parallel.door import exit_code_of
@@ -217,7 +217,7 @@ def _inspect(options: InspectOptions) -> bool:
                 open_contents(other, options.diff_step, as_ours=True),
             )
         found = facts["differences"] = _differences(contents, there)
-    with contextlib.suppress(BrokenPipeError):
+    with log.reader_may_leave():
         if options.json:
             print(json.dumps(facts))
         else:

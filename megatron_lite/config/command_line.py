@@ -13,6 +13,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
+from megatron_lite import log
 from megatron_lite.config.typed_values import nearest, typed_words
 from megatron_lite.errors import ConfigError
 
@@ -180,11 +181,13 @@ def _help(kind: type, prog: str, description: str, default: Any, shown: bool) ->
     """Print what the flags are and end the process."""
     import tyro
 
-    tyro.cli(
-        tyro.conf.OmitArgPrefixes[kind],
-        args=["--help"],
-        default=default,
-        prog=prog,
-        description=description,
-        console_outputs=shown,
-    )
+    with log.reader_may_leave():
+        tyro.cli(
+            tyro.conf.OmitArgPrefixes[kind],
+            args=["--help"],
+            default=default,
+            prog=prog,
+            description=description,
+            console_outputs=shown,
+        )
+    raise SystemExit(0)
