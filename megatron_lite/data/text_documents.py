@@ -21,6 +21,8 @@ _DECLARED = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]{2,40}
 _DECLARED_WITHIN = 4096
 _LIKELY = "windows-1252"
 _LARGEST_NUMBER = float(np.finfo(np.float32).max)
+MISSING = object()
+"""Stands for the value of a key that is not there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +72,21 @@ class Record:
         return value
 
     def _value(self, key: str) -> Any:
-        value: Any = self.fields
-        for name in (key,) if key in self.fields else key.split("."):
-            if not isinstance(value, Mapping) or name not in value:
-                has = ", ".join(map(repr, list(self.fields)[:8])) or "none"
-                return BadDocument(self.line, "missing key", f"no key {key!r}; the keys are {has}")
-            value = value[name]
+        value = value_at(self.fields, key)
+        if value is MISSING:
+            has = ", ".join(map(repr, list(self.fields)[:8])) or "none"
+            return BadDocument(self.line, "missing key", f"no key {key!r}; the keys are {has}")
         return value
+
+
+def value_at(fields: Mapping[str, Any], key: str) -> Any:
+    """What stands under a key, or under a dotted path of keys; MISSING where nothing does."""
+    value: Any = fields
+    for name in (key,) if key in fields else key.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return MISSING
+        value = value[name]
+    return value
 
 
 def parse_block(

@@ -100,7 +100,7 @@ def find_sources(
     for pattern in patterns:
         found += _expand(pattern, form, txt_documents, own)
     if not found:
-        raise DataError(f"--input {' '.join(patterns)} matches folders alone; name files, as in 'FOLDER/**/*.jsonl'")
+        raise DataError(f"{' '.join(patterns)} matches folders alone; name files, as in 'FOLDER/**/*.jsonl'")
     sources = list({source.path: source for source in found}.values())
     if len(sources) < len(found):
         log.warn(f"{len(found) - len(sources)} inputs are named more than once and read once")
@@ -131,7 +131,7 @@ def _expand(pattern: str, form: str, txt_documents: TxtDocuments, own: Sequence[
     else:
         matches = sorted(glob.glob(pattern, recursive=True))
         if not matches:
-            raise DataError(f"--input {pattern}: no such file, and no file matches it as a pattern")
+            raise DataError(f"{pattern}: no such file, and no file matches it as a pattern")
         paths = _foreign([path for path in matches if not os.path.isdir(path)], own)
     return [_source(path, form, txt_documents) for path in paths]
 
@@ -151,7 +151,7 @@ def _inside(folder: str, paths: list[str]) -> list[str]:
     taken = [path for path in shown if _suffixes(path)[0] in _FORMAT_OF_SUFFIX]
     if not taken:
         raise DataError(
-            f"--input {folder} is a folder without a file of text (.{', .'.join(_FORMAT_OF_SUFFIX)}, also packed); "
+            f"{folder} is a folder without a file of text (.{', .'.join(_FORMAT_OF_SUFFIX)}, also packed); "
             f"name its files, as in '{folder}/*'"
         )
     if len(taken) < len(shown):
@@ -180,7 +180,7 @@ def _remote_paths(address: str) -> list[str]:
         else:
             return [address]
     if not found:
-        raise DataError(f"--input {address}: no file matches it as a pattern")
+        raise DataError(f"{address}: no file matches it as a pattern")
     return [system.unstrip_protocol(path) for path in found]
 
 
@@ -190,10 +190,10 @@ def _file_system(address: str) -> tuple[Any, str]:
     try:
         system, path = fsspec.core.url_to_fs(address)
     except ValueError as error:
-        raise DataError(f"--input {address}: {error}") from None
+        raise DataError(f"{address}: {error}") from None
     if stay_in(path):
         raise DataError(
-            f"--input {address} has credentials, and addresses of this kind take none; leave them to the environment "
+            f"{address} has credentials, and addresses of this kind take none; leave them to the environment "
             "or a file of the service"
         )
     return system, path
@@ -223,7 +223,7 @@ def _named(pattern: str) -> list[Source]:
     name = pattern.removeprefix(NAMED)
     if name not in BY_NAME:
         known = "; ".join(f"{key} ({entry.what})" for key, entry in BY_NAME.items())
-        raise DataError(f"--input {pattern}: there is no source of that name; there are {known}")
+        raise DataError(f"{pattern}: there is no source of that name; there are {known}")
     entry = BY_NAME[name]
     log.note(f"{pattern} is {entry.input}: {entry.what}; its text is in {entry.text_key!r}")
     return [dataclasses.replace(source, text_key=entry.text_key) for source in _expand(entry.input, "auto", "file", ())]

@@ -6,17 +6,26 @@ import bz2
 import contextlib
 import gzip
 import lzma
+import re
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from megatron_lite.data.text_input import STANDARD_INPUT, Source, reading
+from megatron_lite.data.text_input import FORMATS, STANDARD_INPUT, Source, reading
 from megatron_lite.errors import DataError
 
 _READ_BYTES = 1 << 17
 _BOM = b"\xef\xbb\xbf"
+_BEGINS = (
+    (rb"\x1f\x8b\x08", "gz"),
+    (rb"\x28\xb5\x2f\xfd", "zst"),
+    (rb"BZh[1-9]1AY&SY", "bz2"),
+    (rb"\xfd7zXZ\x00", "xz"),
+    (rb"PAR1", "parquet"),
+)
+"""How what is no text begins, and what it is."""
 
 
 class CountedStream:
@@ -62,10 +71,22 @@ def chunks(raw: CountedStream, source: Source) -> Iterator[bytes]:
     try:
         with reading(source.name):
             for chunk in _unpacked(raw, source.packing):
+                if mark:
+                    _insist_on_text(chunk, source)
                 yield chunk.removeprefix(mark)
                 mark = b"" if chunk else mark
     except (zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{source.name} cannot be read: {error}") from None
+
+
+def _insist_on_text(begin: bytes, source: Source) -> None:
+    """Raise DataError where unpacked text begins as packed or as a table: each line of it would be a bad one."""
+    found = next((form for pattern, form in _BEGINS if re.match(pattern, begin)), None)
+    if source.documents == "parquet" or source.packing or found is None:
+        return
+    kind = source.documents if source.documents in FORMATS else "txt"
+    form = found if found in FORMATS else f"{kind}.{found}"
+    raise DataError(f"{source.name} is no text, but begins as {found} does; name it so, or give --format {form}")
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def test_results_larger_than_a_pipe_do_not_block():
 def test_our_errors_come_through():
     results = map_in_order(makes(find_sources), [["-"], ["missing.jsonl"], ["-"]], 2)
     assert next(results)[0].path == "-"
-    with pytest.raises(DataError, match=r"--input missing\.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"missing\.jsonl: no such file"):
         next(results)
     assert not children()
 

@@ -57,6 +57,19 @@ def test_a_packed_file_that_is_cut_off_or_damaged_is_named(tmp_path, suffix):
         documents(path)
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_packed_file_that_is_not_named_so_is_refused(tmp_path, suffix):
+    path = tmp_path / "a"
+    path.write_bytes(PACKINGS[suffix](b'{"text": "one"}\n' * 100))
+    assert len(documents(path, form=f"jsonl{suffix}")) == 100
+    for form, kind in (("auto", "jsonl"), ("txt", "txt"), ("html", "html")):
+        with pytest.raises(DataError, match=rf"begins as {suffix[1:]} does; .* --format {kind}\{suffix}$"):
+            documents(path, form=form)
+    path.write_bytes(b"PAR1 of a table")
+    with pytest.raises(DataError, match="give --format parquet"):
+        documents(path)
+
+
 @given(
     lines=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\ufeff"), max_size=12)),
     block_bytes=st.integers(1, 40),

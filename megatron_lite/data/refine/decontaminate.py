@@ -49,6 +49,16 @@ class Decontaminate(DocumentStage):
 
     def prepare(self, folder: Path) -> None:
         """Write the hashes of the runs of the evaluation files, one array for each length."""
+        try:
+            found = self._runs()
+        except DataError as error:
+            raise DataError(f"{self.name}: {error}") from None
+        for length in range(self.shortest, self.ngram + 1):
+            with published(folder / _INDEX.format(length)) as path, open(path, "wb") as file:
+                np.save(file, np.unique(np.concatenate(found.get(length, [np.empty(0, np.uint64)]))))
+
+    def _runs(self) -> dict[int, list[np.ndarray]]:
+        """Hashes of runs of words, by the length of the run."""
         found: dict[int, list[np.ndarray]] = {}
         for text in self._items():
             words = normal_hashes(text)
@@ -57,19 +67,17 @@ class Decontaminate(DocumentStage):
                 found.setdefault(length, []).append(grams(words, length))
         if not found:
             raise DataError(
-                f"{self.name}: no text of {self.shortest} words or more is in {', '.join(self.files)}; name its fields "
+                f"no text of {self.shortest} words or more is in {', '.join(self.files)}; name its fields "
                 "by keys, or look for shorter ones"
             )
-        for length in range(self.shortest, self.ngram + 1):
-            with published(folder / _INDEX.format(length)) as path, open(path, "wb") as file:
-                np.save(file, np.unique(np.concatenate(found.get(length, [np.empty(0, np.uint64)]))))
+        return found
 
     def _items(self) -> Iterator[str]:
         for source in find_sources(self.files):
             for block in read_blocks(source):
                 for record in parse_records(block):
                     if isinstance(record, BadDocument):
-                        raise DataError(f"{self.name}: {source.place(record.line)}: {record.reason}: {record.detail}")
+                        raise DataError(f"{source.place(record.line)}: {record.reason}: {record.detail}")
                     yield from self._texts_of(record, source.name)
 
     def _texts_of(self, record: Record, name: str) -> Iterator[str]:
@@ -80,7 +88,7 @@ class Decontaminate(DocumentStage):
         for key in self.keys if record.text is None else ():
             text = record.text_of(key)
             if isinstance(text, BadDocument):
-                raise DataError(f"{self.name}: {name}, line {text.line}: {text.reason}: {text.detail}")
+                raise DataError(f"{name}, line {text.line}: {text.reason}: {text.detail}")
             yield text
 
     def open(self, folder: Path) -> Step:

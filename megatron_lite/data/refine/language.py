@@ -8,10 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+from megatron_lite.config.typed_values import nearest
 from megatron_lite.data.refine.document import Document, Drop
 from megatron_lite.data.refine.stage import DocumentStage, Step, required
 
 _PIECES = 4
+_KNOWN = (
+    "af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de "
+    "diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id ie ilo "
+    "io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr mrj ms "
+    "mt mwl my myv mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah sc scn "
+    "sco sd sh si sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu xal xmf "
+    "yi yo yue zh"
+).split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +41,8 @@ class Language(DocumentStage):
     """Texts of fewer characters are dropped as too short to tell."""
 
     def problems(self) -> Iterator[str]:
+        if unknown := [code for code in self.keep if code not in _KNOWN]:
+            yield f"keep names {', '.join(unknown)}{nearest(unknown[0], _KNOWN)}; there are {' '.join(_KNOWN)}."
         if not 0 <= self.threshold <= 1:
             yield f"threshold {self.threshold} is no probability; FineWeb has 0.65."
         if self.characters < 0:

@@ -21,7 +21,7 @@ from megatron_lite.data.refine.output import OutputFormat, json_line, packed, un
 from megatron_lite.data.refine.stage import CorpusStage, DocumentStage, Stage
 from megatron_lite.data.refine.tally import StageTally
 from megatron_lite.data.text_blocks import Block
-from megatron_lite.data.text_documents import BadDocument, parse_records
+from megatron_lite.data.text_documents import MISSING, BadDocument, parse_records, value_at
 from megatron_lite.data.unit_file import UnitFile, open_unit, unit_number, write_unit
 from megatron_lite.errors import MegatronLiteError
 from megatron_lite.kernels.crc32 import crc32
@@ -106,10 +106,11 @@ class RefineSettings:
     save_dropped: bool
 
     def kept(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields that are carried to the end."""
+        """The fields that are carried to the end, by name or dotted path, which is then their name."""
         if ALL_METADATA in self.keep_metadata:
             return fields
-        return {name: fields[name] for name in self.keep_metadata if name in fields}
+        found = {name: value_at(fields, name) for name in self.keep_metadata}
+        return {name: value for name, value in found.items() if value is not MISSING}
 
 
 class UnitRefiner:
@@ -194,7 +195,7 @@ class _UnitWork:
         keys: dict[int, np.ndarray] = {}
         fatal, by = self._crashes.get(self.documents, (None, 0))
         for number in (*self._pass.apply, *self._pass.run, *self._pass.sign):
-            stage, tally = self._settings.stages[number], self._tallies[number]
+            stage = self._settings.stages[number]
             before = document.text
             started = time.thread_time()
             self._whereabouts.note(self._number, self.documents, number)
@@ -210,9 +211,8 @@ class _UnitWork:
             except MegatronLiteError:
                 raise
             except Exception as error:
-                tally.quarantined += 1
                 self._count(number, before, None, time.thread_time() - started)
-                self._set_aside(stage.name, error, document, before)
+                self._set_aside(number, stage.name, error, document, before)
                 return
             self._count(number, before, None if drop else document.text, time.thread_time() - started)
             if drop:
@@ -221,7 +221,7 @@ class _UnitWork:
         try:
             line = self._line(document)
         except TypeError as error:
-            self._set_aside("write", error, document, document.text)
+            self._set_aside(READ, "write", error, document, document.text)
             return
         self._lines.append(line)
         for number, rows in keys.items():
@@ -248,8 +248,9 @@ class _UnitWork:
             why = {"stage": stage, "reason": drop.reason, "detail": drop.detail, "source": document.source}
             self._dropped.append(json_line({"text": before, **why, "line": document.line}))
 
-    def _set_aside(self, stage: str, error: Exception, document: Document, text: str) -> None:
+    def _set_aside(self, number: int | str, stage: str, error: Exception, document: Document, text: str) -> None:
         what = {"text": text, "stage": stage, "error": f"{type(error).__name__}: {error}"}
+        self._tallies[number].set_aside(what["error"], f"{document.source}:{document.line}", text)
         self._quarantined.append(json_line(what | {"source": document.source, "line": document.line}))
 
     def _line(self, document: Document) -> bytes:

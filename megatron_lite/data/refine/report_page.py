@@ -8,9 +8,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_WIDTH, _LABEL, _ROW, _BAR = 960, 190, 30, 18
-_NUMBERS = 220
-_KEPT = "#4a7c59"
+from megatron_lite.data.refine.tally import FAILED
+
+_WIDTH, _LABEL, _ROW, _BAR = 960, 150, 30, 18
+_NUMBERS = 350
+"""Room for counts of hundreds of millions."""
+_KEPT, _ASIDE = "#4a7c59", "#555555"
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}svg{width:100%;height:auto;font:13px system-ui,sans-serif}
@@ -33,7 +36,7 @@ def page(report: Mapping[str, Any]) -> str:
             _bars(report["stages"]),
             "<h2>Counts and cost</h2>",
             _table(report),
-            "<h2>What was dropped</h2>",
+            "<h2>What was dropped, and why</h2>",
             *map(_stage, report["stages"]),
             "</body></html>\n",
         ]
@@ -86,7 +89,7 @@ def _bars(stages: Sequence[Mapping[str, Any]]) -> str:
         colours = _colours([reason for reason, _ in reasons])
         pieces = [("kept", stage["kept"], _KEPT), *((why, count, colours[why]) for why, count in reasons)]
         if stage["quarantined"]:
-            pieces.append(("quarantined", stage["quarantined"], "#555"))
+            pieces.append((FAILED, stage["quarantined"], _ASIDE))
         for what, count, colour in pieces:
             title = f"<title>{html.escape(what)}: {count:,} ({_share(count, stage['documents'])})</title>"
             width = count * scale
@@ -96,6 +99,7 @@ def _bars(stages: Sequence[Mapping[str, Any]]) -> str:
             at += width
         gone = sum(count for _, count in reasons)
         said = f"{stage['kept']:,} kept" + (f", −{gone:,} ({_share(gone, stage['documents'])})" if gone else "")
+        said += f", {stage['quarantined']:,} set aside" if stage["quarantined"] else ""
         parts.append(_text(at + 8, middle, said, "start"))
     return "\n".join([*parts, "</svg>"])
 
@@ -105,29 +109,34 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 
 def _table(report: Mapping[str, Any]) -> str:
-    heads = "stage", "in", "kept", "edited", "dropped", "characters in", "characters kept", "CPU seconds", "of all"
+    heads = (
+        *("stage", "in", "kept", "edited", "dropped", "set aside"),
+        *("characters in", "characters kept", "CPU seconds", "of all"),
+    )
     seconds = {place: cost["seconds"] for place, cost in enumerate(report["cost"])}
     total = math.fsum(seconds.values())
     rows = []
     for place, stage in enumerate(report["stages"]):
         numbers = [stage[name] for name in ("documents", "kept", "edited")]
-        numbers += [sum(stage["dropped"].values()), stage["characters"], stage["kept_characters"]]
-        cells = [*(f"{number:,}" for number in numbers), f"{seconds[place]:,.1f}", _share(seconds[place], total)]
+        numbers += [sum(stage["dropped"].values()), stage["quarantined"], stage["characters"], stage["kept_characters"]]
+        cells = [*(f"{number:,}" for number in numbers), f"{seconds[place]:,.2f}", _share(seconds[place], total)]
         rows.append(f"<tr><td>{stage['name']}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     head = "".join(f"<th>{name}</th>" for name in heads)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _stage(stage: Mapping[str, Any]) -> str:
-    """The reasons of a stage with their samples; nothing for one that dropped nothing."""
-    return "\n".join(_told(stage)) if stage["dropped"] else ""
+    """The reasons of a stage with their samples; nothing for one that took nothing away."""
+    return "\n".join(_told(stage)) if stage["dropped"] or stage["quarantined"] else ""
 
 
 def _told(stage: Mapping[str, Any]) -> Iterator[str]:
     options = ", ".join(f"{name} {value}" for name, value in stage["options"].items() if not isinstance(value, list))
     yield f'<h3>{stage["name"]}</h3><p class="options">{html.escape(options)}</p>'
     reasons = _reasons(stage)
-    colours = _colours([reason for reason, _ in reasons])
+    colours = _colours([reason for reason, _ in reasons]) | {FAILED: _ASIDE}
+    if stage["quarantined"]:
+        reasons.append((FAILED, stage["quarantined"]))
     for reason, count in reasons:
         swatch = f'<span class="swatch" style="background:{colours[reason]}"></span>'
         share = _share(count, stage["documents"])

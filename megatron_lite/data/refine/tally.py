@@ -1,4 +1,4 @@
-"""What a stage did: counts by reason, sizes, time, and samples of what it dropped."""
+"""What a stage did: counts by reason, sizes, time, and samples of what it dropped or failed on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 SAMPLES = 5
 """Kept for each reason, drawn by a hash of where a document was read: the same ones whatever the workers."""
 _EXCERPT = 400
+FAILED = "the stage failed"
+"""What samples of documents that were set aside stand under."""
 
 
 @dataclasses.dataclass
@@ -34,6 +36,14 @@ class StageTally:
         """Count a dropped document, and keep it as a sample if its rank is among the least."""
         self.dropped[reason] += 1
         self.dropped_characters[reason] += len(text)
+        self._sample(reason, detail, place, text)
+
+    def set_aside(self, error: str, place: str, text: str) -> None:
+        """Count a document that the stage failed on, and keep it as a sample likewise."""
+        self.quarantined += 1
+        self._sample(FAILED, error, place, text)
+
+    def _sample(self, reason: str, detail: str, place: str, text: str) -> None:
         rank = hashlib.blake2b(place.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         samples = self.samples.setdefault(reason, [])
         if len(samples) < SAMPLES or rank < samples[-1][0]:

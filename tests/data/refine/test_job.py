@@ -358,6 +358,19 @@ def test_a_limit_and_all_metadata(corpus, tmp_path):
     assert documents_of(output)[3] == {"text": "too short", "id": 3, "by": {"name": "x"}}
 
 
+def test_metadata_by_dotted_path_comes_through_all_passes(corpus, tmp_path):
+    refine(job_of(corpus, tmp_path / "out", "stages: [exact_duplicates]", keep_metadata=("by.name", "by.none")))
+    assert all(item["by.name"] == "x" and set(item) == {"text", "by.name"} for item in documents_of(tmp_path / "out"))
+
+
+def test_a_document_that_cannot_be_written_is_accounted_for(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two", "n": 99999999999999999999999, "known": NaN}\n')
+    report = refine(job_of(path, tmp_path / "out", "stages: []", keep_metadata=("all",)))
+    assert (report.documents, report.kept, report.quarantined) == (2, 1, 1)
+    assert json.loads((tmp_path / "out" / "quarantine.jsonl").read_bytes())["stage"] == "write"
+
+
 def test_nothing_in_gives_nothing_out(tmp_path):
     (tmp_path / "a.jsonl").touch()
     report = refine(job_of(tmp_path / "a.jsonl", tmp_path / "out"))

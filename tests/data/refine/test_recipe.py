@@ -67,6 +67,7 @@ stages:
   - gopher_qualty
   - length: {min_word: 3}
   - language: {threshold: high}
+  - language: {keep: [en, no, eng, klingon]}
   - near_duplicates: {bands: 0}
   - white_space: [1]
   - score
@@ -78,12 +79,13 @@ stages:
         "there is no stage gopher_qualty; perhaps you meant gopher_quality",
         "length has no option min_word; perhaps you meant min_words; its options are min_characters",
         "language.threshold is 'high', but should be a number",
+        "language: keep names eng, klingon; perhaps you meant en; there are af als am ",
         "near_duplicates: bands 0 is below 1; FineWeb has ngram 5, bands 14, rows 8.",
         "white_space must map options to values",
         "score: function is not given: give MODULE:NAME",
         "--set urls.replacement=x: the recipe has no stage urls",
         "--set length is not known; give STAGE.OPTION=VALUE",
-        "--set language.3.keep=en: language stands 1 times",
+        "--set language.3.keep=en: language stands 2 times",
     ):
         assert part in problems
     for wrong in ("just text", "stages: web", "stage: []", "- a", "stages: [\n"):

@@ -72,6 +72,17 @@ def test_the_page_draws_the_counts(output):
     assert "33 documents were read" in page.words and f"{report['kept']} kept" in page.words
 
 
+def test_what_a_stage_failed_on_is_shown(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "ZERO & <b>"}\n')
+    recipe = parse_recipe("stages: [score: {function: 'stages_for_tests:fails'}]", "r")
+    refine(RefineJob((str(tmp_path / "a.jsonl"),), str(tmp_path / "out"), recipe))
+    text = (tmp_path / "out" / "report.html").read_text()
+    page = Page(text)
+    assert "1 kept, 1 set aside" in page.words and "the stage failed: 1 (50.0%)" in page.titles
+    assert "a.jsonl:2: ZeroDivisionError: division by zero" in page.words and "ZERO &amp; &lt;b&gt;" in text
+
+
 def test_samples_of_what_was_dropped_are_shown_and_cannot_run(output):
     text = (output / "report.html").read_text()
     assert "<script" not in text and "&lt;script&gt;alert(" in text

@@ -101,6 +101,8 @@ def test_evaluation_items_are_found_in_any_dress(tmp_path):
         Decontaminate(files=(str(path),), keys=("answer",)).prepare(tmp_path)
     with pytest.raises(DataError, match="no text of 20 words or more"):
         Decontaminate(files=(str(path),), ngram=20, shortest=20).prepare(tmp_path)
+    with pytest.raises(DataError, match=r"decontaminate: .*none\.jsonl: no such file"):
+        Decontaminate(files=(str(tmp_path / "none.jsonl"),)).prepare(tmp_path)
     nested = tmp_path / "nested.json"
     nested.write_text(json.dumps({"choices": [{"text": ITEM}, 3]}))
     assert decontaminated(Decontaminate(files=(str(nested),)), tmp_path, ITEM) == "contaminated"
