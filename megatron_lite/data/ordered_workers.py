@@ -18,7 +18,7 @@ from megatron_lite.errors import DataError, MegatronLiteError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_IN_FLIGHT = 2
+IN_FLIGHT = 2
 """Items a worker may have: one at work and one waiting, so that it does not idle while the parent writes."""
 
 
@@ -53,7 +53,7 @@ def map_in_order(
                 pool.append(running.enter_context(Worker(make, method, pool)))
         waiting: collections.deque[Worker] = collections.deque()
         for number, item in enumerate(items):
-            if len(waiting) == _IN_FLIGHT * workers:
+            if len(waiting) == IN_FLIGHT * workers:
                 yield waiting.popleft().receive()
             pool[number % workers].send(item)
             waiting.append(pool[number % workers])

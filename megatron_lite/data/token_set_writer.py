@@ -23,7 +23,7 @@ class TokenSetWriter:
 
     def __init__(self, writer: IndexedWriter, scores: np.ndarray | None, counts: IdCounts | None):
         self._writer, self._scores, self._counts = writer, scores, counts
-        self.dtype = writer.dtype
+        self.dtype, self._created_by = writer.dtype, _created_by()
 
     def add(
         self, ids: np.ndarray, sequence_lengths: np.ndarray, sequences: np.ndarray, scores: np.ndarray | None = None
@@ -46,7 +46,7 @@ class TokenSetWriter:
         provenance = Provenance(
             documents=self._writer.num_documents,
             tokens=self._writer.num_tokens,
-            created_by=_created_by(),
+            created_by=self._created_by,
             files=files,
             **facts,
         )

@@ -20,7 +20,7 @@ from megatron_lite import log
 from megatron_lite.data.corpus_job import TEXT_KEY, CorpusJob, InputUnfit
 from megatron_lite.data.indexed import IndexedReader, paths
 from megatron_lite.data.input_ledger import InputLedger
-from megatron_lite.data.ordered_workers import map_in_order
+from megatron_lite.data.ordered_workers import IN_FLIGHT, map_in_order
 from megatron_lite.data.provenance import Provenance, manifest_path, read_provenance
 from megatron_lite.data.text_blocks import NO_LIMIT, Limit, limited, read_blocks
 from megatron_lite.data.text_documents import texts_of
@@ -31,7 +31,7 @@ from megatron_lite.data.tokenize_units import TokenUnit, UnitTokenizer, crc_of, 
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_ladder import WITHOUT_THREADS, Ladder
 from megatron_lite.data.unit_file import finished_unit, unit_path
-from megatron_lite.data.work_folder import begin, claimed, clear, digest_of, job_facts, read_note
+from megatron_lite.data.work_folder import begin, claimed, clear, digest_of, job_facts, read_note, state
 from megatron_lite.errors import DataError
 from megatron_lite.publish import published
 
@@ -54,17 +54,26 @@ def tokenize_corpus(job: CorpusJob) -> dict[str, Provenance]:
         run.begin()
         made = run.known()
         try:
-            if made is None:
-                made = run.assembled()
+            while made is None:
+                try:
+                    made = run.assembled()
+                except _Slipped:
+                    clear(run.work)
         except InputUnfit:
             clear(run.work)
             raise
         except BaseException:
             if not run.can_go_on:
                 run.clean()
+            elif not run.goes_on:
+                clear(run.work)
             raise
         run.clean()
     return made
+
+
+class _Slipped(Exception):
+    """A library that encoded the first units turned out to give other ids: they are thrown away."""
 
 
 class _Run:
@@ -82,6 +91,8 @@ class _Run:
         self._digest = digest_of(self._facts)
         self.work = Path(f"{job.output_prefix}.work")
         self._done = self.work / "units.json"
+        self.goes_on = False
+        """Whether units are kept for another run: those of an earlier one, or those of a library that was checked."""
         self.can_go_on = all(source.is_repeatable for source in self._sources)
 
     def _stated(self) -> dict[str, Any]:
@@ -125,7 +136,10 @@ class _Run:
         """Claim the work folder for this job, with what is done of it. Raises DataError if it has another's."""
         if not self.can_go_on:
             log.note("what comes through a pipe cannot be read again: a run that is killed has to begin anew")
-        if begin(self.work, self._facts, str(self.work), self._job.overwrite, self.can_go_on):
+        self.goes_on = begin(
+            self.work, self._facts, str(self.work), self._job.overwrite, self.can_go_on, stated_now=False
+        )
+        if self.goes_on:
             log.note(f"the job that {self.work} is of goes on")
 
     def assembled(self) -> dict[str, Provenance]:
@@ -171,11 +185,16 @@ class _Run:
         )
         first = list(itertools.islice(blocks, 1))
         blocks = itertools.chain(first, blocks)
-        engine = self._ladder.climb(texts_of(first, keys))
+        sample = texts_of(first, keys)
+        # What was read of a pipe is gone, and units of an earlier run are kept with new ones: there, no doubtful ones.
+        begins_unchecked = self.can_go_on and not self.goes_on
+        engine = self._ladder.stand() if begins_unchecked else self._ladder.climb(sample)
         paths: collections.deque[Path] = collections.deque()
 
         def left() -> Iterator[TokenUnit]:
             for number, group in enumerate(grouped(ledger.watch(blocks), job.unit_bytes)):
+                if number == IN_FLIGHT * job.workers:
+                    self._check(sample)
                 path = unit_path(folder, number)
                 paths.append(path)
                 if (unit := finished_unit(path, self._digest)) is None:
@@ -185,6 +204,7 @@ class _Run:
                         f"{group[0].source.place(group[0].first_line)}: the input is not what it was when {self.work} "
                         "was begun; --overwrite begins anew"
                     )
+            self._check(sample)
 
         work = UnitTokenizer(job, self._digest, keys, self._vocab_size, engine, self._tokenizer)
         make = functools.partial(functools.partial, work)
@@ -205,6 +225,18 @@ class _Run:
                 yield paths.popleft()
         yield from paths
         log.note(progress.summary())
+
+    def _check(self, sample: Sequence[str]) -> None:
+        """Try the library that encodes, once, while the workers have their first units, and keep units from now on.
+
+        Raises _Slipped if it is not to encode.
+        """
+        if self.goes_on:
+            return
+        if self.can_go_on and not self._ladder.check(sample):
+            raise _Slipped
+        state(self.work, self._facts)
+        self.goes_on = True
 
     def clean(self) -> None:
         """Throw the work away, and leave what users look at."""

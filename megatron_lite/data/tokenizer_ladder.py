@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from megatron_lite import log
@@ -50,7 +48,7 @@ _HARD = (
 
 
 class Ladder:
-    """The libraries that may encode the blocks of a tokenizer, the fastest first: a thread makes that one's encoder.
+    """The libraries that may encode the blocks of a tokenizer, the fastest first.
 
     Raises TokenizerError if a library is wished for that never runs tokenizers of this kind.
     """
@@ -64,51 +62,56 @@ class Ladder:
             )
         self._tokenizer, self._wish = tokenizer, wish
         self._names = list(others) if wish == "auto" else [wish] if wish in others else []
-        self._first = _BeingMade(tokenizer, self._names[0]) if self._names else None
+
+    def stand(self) -> str:
+        """Let the fastest library that can be made, and did not fail a `check`, encode the blocks of the tokenizer; its
+        name.
+
+        Raises TokenizerError if a library is wished for that cannot run this tokenizer.
+        """
+        while self._names:
+            try:
+                self._tokenizer.run_by(_made(self._tokenizer, self._names[0]))
+                return self._names[0]
+            except Unfit as reason:
+                self._leave(str(reason))
+        log.note(f"text is encoded by {self._tokenizer.library}")
+        return self._tokenizer.library
+
+    def check(self, sample: Sequence[str]) -> bool:
+        """Whether the library that `stand` took gives the ids of the tokenizer's own; if not, it is never taken again.
+
+        `sample` is text of the corpus, of which some is tried beside texts that are hard. Raises as `stand` does.
+        """
+        tokenizer = self._tokenizer
+        if not self._names:
+            return True
+        texts = list(_trials(tokenizer, sample))
+        for text in texts:
+            if tokenizer.encode_block([text])[0].tolist() != tokenizer.encode(text):
+                tokenizer.run_by(None)
+                self._leave(f"its ids differ from those of {tokenizer.library}, as for {text!r:.80}")
+                return False
+        log.note(
+            f"text is encoded by {self._names[0]}, whose ids are those of {tokenizer.library} on the {len(texts):,} "
+            "texts tried"
+        )
+        return True
 
     def climb(self, sample: Sequence[str]) -> str:
-        """Let the fastest library that gives the same ids encode the blocks of the tokenizer; its name.
+        """Let the fastest library that gives the same ids encode the blocks of the tokenizer; its name."""
+        name = self.stand()
+        while not self.check(sample):
+            name = self.stand()
+        return name
 
-        `sample` is text of the corpus, of which some is tried beside texts that are hard. Raises TokenizerError if a
-        library is wished for that cannot run this tokenizer.
-        """
-        tokenizer, own = self._tokenizer, self._tokenizer.library
-        trials = [(text, tokenizer.encode(text)) for text in _trials(tokenizer, sample)] if self._names else []
-        for rung, name in enumerate(self._names):
-            encoder = self._first if rung == 0 else functools.partial(_made, tokenizer, name)
-            reason = _reason_against(tokenizer, trials, encoder)
-            if reason is None:
-                log.note(f"text is encoded by {name}, whose ids are those of {own} on the {len(trials):,} texts tried")
-                return name
-            if self._wish == name:
-                raise TokenizerError(
-                    f"--tokenizer-engine {name} cannot run this {tokenizer.kind}: {reason}; leave it out"
-                )
-            log.note(f"{name} does not encode the text: {reason}")
-        log.note(f"text is encoded by {own}")
-        return own
-
-
-class _BeingMade:
-    """An encoder that a thread makes."""
-
-    def __init__(self, tokenizer: Tokenizer, name: str):
-        self._tokenizer, self._name = tokenizer, name
-        self._thread = threading.Thread(target=self._make)
-        self._thread.start()
-
-    def _make(self) -> None:
-        try:
-            self._found = _made(self._tokenizer, self._name)
-        except Unfit as reason:
-            self._found = reason
-
-    def __call__(self) -> Encode:
-        """Wait for it. Raises Unfit."""
-        self._thread.join()
-        if isinstance(self._found, Unfit):
-            raise self._found
-        return self._found
+    def _leave(self, reason: str) -> None:
+        name, *self._names = self._names
+        if self._wish == name:
+            raise TokenizerError(
+                f"--tokenizer-engine {name} cannot run this {self._tokenizer.kind}: {reason}; leave it out"
+            )
+        log.note(f"{name} does not encode the text: {reason}")
 
 
 def stand_on(tokenizer: Tokenizer, name: str) -> None:
@@ -125,21 +128,6 @@ def _made(tokenizer: Tokenizer, name: str) -> Encode:
         raise Unfit(f"the package {error.name} is not installed") from None
     except BaseException as error:  # Rust's panics are no Exception
         raise Unfit(f"{name} says: {str(error).partition(chr(10))[0]:.120}") from None
-
-
-def _reason_against(
-    tokenizer: Tokenizer, trials: Sequence[tuple[str, list[int]]], encoder: Callable[[], Encode]
-) -> str | None:
-    """Why a library is not to encode for this tokenizer; None if it does from now on."""
-    try:
-        tokenizer.run_by(encoder())
-        for text, ids in trials:
-            if tokenizer.encode_block([text])[0].tolist() != ids:
-                tokenizer.run_by(None)
-                return f"its ids differ from those of {tokenizer.library}, as for {text!r:.80}"
-    except Unfit as reason:
-        return str(reason)
-    return None
 
 
 def _trials(tokenizer: Tokenizer, sample: Sequence[str]) -> Iterator[str]:

@@ -83,11 +83,14 @@ def clear(work: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def begin(work: Path, job: Mapping[str, Any], name: str, overwrite: bool, keep: bool = True) -> bool:
+def begin(
+    work: Path, job: Mapping[str, Any], name: str, overwrite: bool, keep: bool = True, stated_now: bool = True
+) -> bool:
     """Make a claimed folder that of a job; whether it holds work of it that goes on.
 
     It does not after a run that was killed before its first unit was done or while it cleared the folder, nor without
-    `keep`. Raises DataError if it has units of another job, unless those are to be overwritten.
+    `keep`. A folder that is begun is not `stated_now` if units are not worth keeping before `state` says so. Raises
+    DataError if it has units of another job, unless those are to be overwritten.
     """
     stated = work / _JOB
     goes_on = False
@@ -96,8 +99,14 @@ def begin(work: Path, job: Mapping[str, Any], name: str, overwrite: bool, keep: 
         goes_on = keep
     if not goes_on:
         clear(work)
-        publish(stated, json.dumps(job))
+        if stated_now:
+            state(work, job)
     return goes_on
+
+
+def state(work: Path, job: Mapping[str, Any]) -> None:
+    """Name the job that a claimed folder is of: from now on its units are kept."""
+    publish(work / _JOB, json.dumps(job))
 
 
 def read_note(path: Path, kind: type[Content]) -> Content:

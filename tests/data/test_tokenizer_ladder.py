@@ -128,6 +128,31 @@ def test_a_corpus_does_not_depend_on_the_library(sources, tmp_path):
     assert len(written) == 1
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_units_of_a_library_that_turns_out_to_differ_are_thrown_away(sources, tmp_path, monkeypatch, capsys, workers):
+    """Workers have begun when the library is checked."""
+    kind = type(build_tokenizer(sources["gpt2"]))
+    own = kind.engines
+
+    def spoilt(self):
+        encode = own(self)["tiktoken"]()
+        return {"gigatoken": lambda: lambda texts: [row[:-1] for row in encode(texts)], "tiktoken": lambda: encode}
+
+    monkeypatch.setattr(kind, "engines", spoilt)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ENGLISH[:60]))
+    paths = (str(tmp_path / "a.jsonl"),)
+    job = CorpusJob(paths, f"{tmp_path}/out", sources["gpt2"], workers=workers, unit_bytes=512, block_bytes=512)
+    with pytest.raises(TokenizerError, match="--tokenizer-engine gigatoken cannot run this GPT2BPETokenizer: its ids"):
+        tokenize_corpus(dataclasses.replace(job, tokenizer_engine="gigatoken"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    tokenize_corpus(job)
+    assert "gigatoken does not encode the text: its ids differ from those of tokenizers" in capsys.readouterr().err
+    reader, tokenizer = IndexedReader(job.prefix("text")), build_tokenizer(sources["gpt2"])
+    expected = [id for text in ENGLISH[:60] for id in tokenizer.encode(text)]
+    assert reader.tokens(0, reader.num_tokens).tolist() == expected
+    assert reader.num_documents == 60
+
+
 def test_text_that_spells_special_ids_is_encoded_by_the_tokenizer_in_copies(sources, tmp_path):
     """There the library that climbed in the parent is used again, after the copy was made."""
     source = dataclasses.replace(sources["bpe"], special_tokens=("ing", "the"))
