@@ -3,6 +3,7 @@
     URL/step-00001000/rank-00000.safetensors, ...   as they are under --save
     URL/step-00001000/manifest.json                 sent last: a copy without it is none
     URL/step-00001100/manifest.abandoned.json       of a run that went back to an earlier step; never read
+    URL/best                                        a line naming the best copy, which a restored run may be without
 
 Stores of objects have no rename, but an object appears whole; on others a manifest that was cut off does not
 match the hash in its last line.
@@ -62,12 +63,13 @@ class RemoteCopies:
         ranks: Ranks,
         keep_last: int | None = None,
         keep_every: int | None = None,
+        best_step: int | None = None,
         deadline: Callable[[], float | None] = lambda: None,
     ) -> bool:
         """Copy the checkpoint in `folder`, which all ranks see; whether that went well. All ranks call.
 
-        Each takes its share of the files. A copy that fails is said and costs itself alone. Then copies are
-        deleted as `store.prune` has it, and those of later steps are set aside.
+        Each takes its share of the files. A copy that fails is said and costs itself alone. Copies of later steps are
+        set aside. Then `best` is made to name that of `best_step`, and others are deleted, as under --save.
         """
         step, target = int(_STEP.fullmatch(folder.name)[1]), f"{self._root}/{folder.name}"
 
@@ -88,7 +90,7 @@ class RemoteCopies:
                     manifest = f"{self._root}/{store.step_name(later)}/{FILE_NAME}"
                     self._files.mv(manifest, f"{manifest.rpartition('/')[0]}/{_ABANDONED}")
                 self._put(folder / FILE_NAME, f"{target}/{FILE_NAME}")
-                self._prune(keep_last, keep_every)
+                self._tidy(keep_last, keep_every, best_step)
 
         try:
             for action in (clear, send_shards, publish):
@@ -100,12 +102,16 @@ class RemoteCopies:
 
     def steps(self) -> list[int]:
         """Steps of which there is a copy, oldest first; not yet checked."""
+        names = {step: f"{self._root}/{store.step_name(step)}/{FILE_NAME}" for step in self._folders()}
+        return [step for step, manifest in names.items() if self._files.exists(manifest)]
+
+    def _folders(self) -> list[int]:
+        """Steps of which there is a copy, a part of one, or one that was set aside, oldest first."""
         self._files.invalidate_cache()
         if not self._files.isdir(self._root):
             return []
         names = [path.rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
-        found = sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
-        return [step for step in found if self._files.exists(f"{self._root}/{store.step_name(step)}/{FILE_NAME}")]
+        return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
 
     def bring(self, root: Path, ranks: Ranks, newer_than: int | None, step: int | None = None) -> Found | None:
         """The newest complete copy (or that of `step`), made a checkpoint under `root`; None if none is newer.
@@ -182,11 +188,29 @@ class RemoteCopies:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
 
-    def _prune(self, keep_last: int | None, keep_every: int | None) -> None:
-        if keep_last is not None:
-            for step in self.steps()[:-keep_last]:
-                if not (keep_every and step % keep_every == 0):
-                    self._remove(f"{self._root}/{store.step_name(step)}")
+    def best(self) -> int | None:
+        """The step that `best` names; None where it names none of which there is a copy."""
+        path = f"{self._root}/best"
+        if not self._files.exists(path):
+            return None
+        match = _STEP.fullmatch(self._files.read_bytes(path, 0, 100).decode(errors="replace").strip())
+        return int(match[1]) if match and int(match[1]) in self.steps() else None
+
+    def _tidy(self, keep_last: int | None, keep_every: int | None, best_step: int | None) -> None:
+        there, named, path = self.steps(), self.best(), f"{self._root}/best"
+        kept = store.step_for_best(named, best_step, there)
+        if kept is not None and kept != named:
+            self._files.pipe_file(path, f"{store.step_name(kept)}\n".encode())
+        elif kept is None and self._files.exists(path):
+            self._files.rm_file(path)
+        if keep_last is None:
+            return
+        for step in there[:-keep_last]:
+            if step != kept and not (keep_every and step % keep_every == 0):
+                self._remove(f"{self._root}/{store.step_name(step)}")
+        for step in self._folders():
+            if step not in there and store.is_passed(step, there, keep_last):
+                self._remove(f"{self._root}/{store.step_name(step)}")
 
     def _remove(self, target: str) -> None:
         """Delete a copy, its manifest first: what is cut off leaves none that looks complete."""

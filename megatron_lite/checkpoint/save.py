@@ -39,16 +39,16 @@ def save(
     keep_last: int | None = None,
     keep_every: int | None = None,
     spared: Collection[int] = (),
-    best: bool = False,
+    best_step: int | None = None,
     deadline: Callable[[], float | None] = lambda: None,
 ) -> Path:
     """The checkpoint of `step`, complete and durable in its folder under `root`. All ranks call.
 
     `pieces` are this rank's; over all ranks the owned ones tile every tensor. `state`, `config` and
-    `versions` are plain JSON, and rank 0's are written. `best` marks this checkpoint as the best one;
-    then others are deleted as `store.prune` has it. `deadline` gives the time.monotonic() value past
-    which the save is given up, asked again and again. A checkpoint of the same step is replaced, those
-    of later steps are set aside. `claim` is the caller's right to write under `root`.
+    `versions` are plain JSON, and rank 0's are written. `best_step` is the step, this or an earlier one, whose
+    checkpoint is marked as the best one; then others are deleted as `store.prune` has it. `deadline` gives
+    the time.monotonic() value past which the save is given up, asked again and again. A checkpoint of the
+    same step is replaced, those of later steps are set aside. `claim` is the caller's right to write under `root`.
 
     Raises, on all ranks alike: CheckpointNotSaved when the disk is full, an I/O error occurs or the
     deadline passes (the run may go on: memory and earlier checkpoints are as they were);
@@ -86,7 +86,7 @@ def save(
             f"the checkpoint of step {step} was not saved ({failures}); earlier ones are untouched"
         ) from failures
     if ranks.global_rank == 0:
-        _tidy(root, step, token, best, keep_last, keep_every, spared)
+        _tidy(root, step, token, best_step, keep_last, keep_every, spared)
     return root / store.step_name(step)
 
 
@@ -135,7 +135,7 @@ def _tidy(
     root: Path,
     step: int,
     token: str,
-    best: bool,
+    best_step: int | None,
     keep_last: int | None,
     keep_every: int | None,
     spared: Collection[int],
@@ -143,8 +143,7 @@ def _tidy(
     """What follows a published checkpoint, and costs no checkpoint when it fails."""
     try:
         store.point(root, "latest", step, token)
-        if best:
-            store.point(root, "best", step, token)
+        store.mark_best(root, best_step, token)
         if keep_last is not None:
             store.prune(root, keep_last, keep_every, spared)
     except OSError as error:

@@ -3,7 +3,7 @@
     ROOT/step-00001000/               a complete checkpoint
     ROOT/.step-00001000.tmp-1a2b3c4d  one being written or deleted: swept
     ROOT/.step-00001000.old-1a2b3c4d  one being replaced by a newer save of its step
-    ROOT/abandoned-step-00001100      of a run that went back to an earlier step; kept, never read
+    ROOT/abandoned-step-00001100      of a run that went back to an earlier step; never read, deleted as `prune` has it
     ROOT/latest, ROOT/best            a line naming a checkpoint; `latest` is only a hint
     ROOT/.lock                        held by the run that writes here
 
@@ -30,6 +30,7 @@ from megatron_lite.errors import CheckpointError
 
 _STEP = re.compile(r"step-([0-9]{8,})")
 _TEMPORARY = re.compile(r"\.(step-[0-9]{8,}|latest|best)\.tmp-[0-9a-f]{8}")
+_ABANDONED = re.compile(r"abandoned-step-([0-9]{8,})(-[0-9a-f]{8})?")
 _REPLACED = re.compile(r"\.(step-([0-9]{8,}))\.old-[0-9a-f]{8}")
 
 
@@ -77,6 +78,17 @@ def best(root: str | os.PathLike[str]) -> Path | None:
         return None
     folder = Path(root) / name
     return folder if _STEP.fullmatch(name) and folder.is_dir() else None
+
+
+def step_for_best(named: int | None, best: int | None, there: Collection[int]) -> int | None:
+    """The step that `best` is to name, of those that are `there`; None if none.
+
+    `named` is what it names now, `best` the best validated step of the run: older where the run went back, newer where
+    that step's save failed.
+    """
+    if best in there:
+        return best
+    return named if None not in (named, best) and named in there and named < best else None
 
 
 @contextlib.contextmanager
@@ -207,7 +219,10 @@ def publish(root: Path, step: int, token: str) -> None:
             aside = root / f"abandoned-{step_name(later)}"
             aside = aside if not aside.exists() else root / f"{aside.name}-{token}"
             os.rename(path, aside)
-            log.warn(f"{path} lies ahead of step {step}, to which this run went back: it is now {aside.name}")
+            log.warn(
+                f"{path} lies ahead of step {step}, to which this run went back: it is now {aside.name}, until "
+                "--keep-last checkpoints lie beyond it"
+            )
     if folder.exists():
         os.rename(folder, replaced)
     os.rename(temporary, folder)
@@ -223,16 +238,37 @@ def point(root: Path, name: str, step: int, token: str) -> None:
     sync_folder(root)
 
 
+def is_passed(step: int, there: Collection[int], keep_last: int) -> bool:
+    """Whether `keep_last` of the steps that are `there` lie beyond this one."""
+    return sum(at > step for at in there) >= keep_last
+
+
+def mark_best(root: Path, best_step: int | None, token: str) -> None:
+    """Let `best` name the step that `step_for_best` has."""
+    there, kept = steps(root), best(root)
+    named = next((at for at, folder in there.items() if folder == kept), None)
+    wanted = step_for_best(named, best_step, there)
+    if wanted is None:
+        (root / "best").unlink(missing_ok=True)
+    elif wanted != named:
+        point(root, "best", wanted, token)
+
+
 def prune(root: Path, keep_last: int, keep_every: int | None = None, spared: Collection[int] = ()) -> None:
     """Delete checkpoints, oldest first: all but the newest `keep_last`, those of steps that are multiples of
-    `keep_every`, those of the steps `spared`, and the best one.
+    `keep_every`, those of the steps `spared`, and the best one; and the abandoned ones that so many have passed.
 
     Raises OSError, and deletes nothing, where it cannot be read which one is the best.
     """
-    kept = best(root)
-    for step, folder in list(steps(root).items())[:-keep_last]:
+    kept, there = best(root), steps(root)
+    for step, folder in list(there.items())[:-keep_last]:
         if folder != kept and step not in spared and not (keep_every and step % keep_every == 0):
             # Renamed first, so that a deletion that is cut off leaves no half of a checkpoint.
             doomed = root / temporary_name(folder.name, new_token())
             os.rename(folder, doomed)
             discard(doomed)
+    for path in sorted(root.iterdir()):
+        match = _ABANDONED.fullmatch(path.name)
+        if match and is_passed(int(match[1]), there, keep_last):
+            log.note(f"deleting {path}: {keep_last} checkpoints lie beyond it (--keep-last)")
+            discard(path)

@@ -90,15 +90,14 @@ class Keeper:
         engine: Engine,
         progress: Progress,
         *,
-        is_best: bool = False,
         is_last: bool = False,
         deadline: Deadline = lambda: None,
     ) -> None:
         """Save this step, unless it is saved already, once the save before is over.
 
         In the background, if that is asked for: `allow_change` is then to be called before the next optimizer step.
-        `is_best` keeps this one apart from pruning. A failure is said and the run goes on; where `is_last` says that
-        there is nothing to go on with, the step is saved on return, or CheckpointNotSaved is raised.
+        The best validated step is kept apart from pruning. A failure is said and the run goes on; where `is_last` says
+        that there is nothing to go on with, the step is saved on return, or CheckpointNotSaved is raised.
         """
         step = progress.step
         if self.root is None or self.saved_step == step:
@@ -109,7 +108,7 @@ class Keeper:
             return
         began = time.perf_counter()
         pieces = functools.partial(engine.pieces, optimizer=not self._config.checkpoint.no_save_optim)
-        write = self._writer(step, self._state(engine, progress), is_best, deadline)
+        write = self._writer(step, self._state(engine, progress), progress.best_step, deadline)
         if not is_last and self._has_copies(pieces):
             copying = self._copies.begin(pieces)
             work = Background(f"save of step {step}", lambda: write(copying.finish(), self._exchange))
@@ -182,7 +181,7 @@ class Keeper:
         return self._in_background
 
     def _writer(
-        self, step: int, state: dict[str, Any], is_best: bool, deadline: Deadline
+        self, step: int, state: dict[str, Any], best_step: int | None, deadline: Deadline
     ) -> Callable[[list[Piece], Ranks], Path]:
         options = self._config.checkpoint
 
@@ -199,11 +198,11 @@ class Keeper:
                 claim=self._claim,
                 keep_last=options.keep_last,
                 keep_every=options.keep_every,
-                best=is_best,
+                best_step=best_step,
                 deadline=deadline,
             )
             if self._remote is not None:
-                self._remote.send(folder, ranks, options.keep_last, options.keep_every, deadline)
+                self._remote.send(folder, ranks, options.keep_last, options.keep_every, best_step, deadline)
             return folder
 
         return write

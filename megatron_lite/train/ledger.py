@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from pathlib import Path
 
 from megatron_lite.checkpoint import store
@@ -43,8 +42,8 @@ class StepSamples:
 class Ledger:
     """What the checkpoints under a run's --save folder, or in the folder of one, say of any step of the run.
 
-    A step between two checkpoints is told by the later one, for a run that is started anew goes on from the earlier
-    one. Raises CheckpointError for a folder without checkpoints.
+    The newest one tells it. Of before its stretches began, a step between two checkpoints is told by the later one, for
+    a run that is started anew goes on from the earlier one. Raises CheckpointError for a folder without checkpoints.
     """
 
     def __init__(self, root: Path):
@@ -66,41 +65,41 @@ class Ledger:
         """
         if step < 1:
             raise ConfigError(f"step={step}: steps are counted from 1")
-        end = self._landmark(min((at for at in self._folders if at >= step), default=self.newest_step))
-        if not end.stretches:
-            return self._by_checkpoints(step, end)
-        stretch = next((each for each in reversed(end.stretches) if each.step < step), None)
+        newest = self._landmark(self.newest_step)
+        stretch = next((each for each in reversed(newest.stretches) if each.step < step), None)
         if stretch is None:
-            raise CheckpointError(
-                f"what step {step} was trained on is not known: {end.folder} tells it from step "
-                f"{end.stretches[0].step + 1} on, and no checkpoint of before is there"
-            )
+            return self._by_checkpoints(step, newest)
         consumed = consumed_at(stretch.plan, stretch.step, stretch.consumed_samples, step - 1)
         return StepSamples(
             step,
             consumed,
             stretch.plan.global_batch_size(consumed),
             stretch.skip_samples,
-            self._landmark_of_data(stretch, step, end),
+            self._landmark_of_data(stretch, step, newest),
         )
 
-    def _landmark_of_data(self, stretch: Stretch, step: int, end: Landmark) -> Landmark:
-        """A checkpoint whose configuration is of the data of a stretch: `end`, or the newest of before."""
-        earlier = (self._landmark(at) for at in reversed(self._folders) if at < end.step)
-        for landmark in itertools.chain((end,), earlier):
+    def _landmark_of_data(self, stretch: Stretch, step: int, newest: Landmark) -> Landmark:
+        """The newest checkpoint whose configuration is of the data of a stretch."""
+        for landmark in map(self._landmark, reversed(self._folders)):
             if landmark.fingerprints.get("train_data") == stretch.train_data:
                 return landmark
-        changed = next((each.step for each in end.stretches if each.step > stretch.step), end.step)
+        changed = next((each.step for each in newest.stretches if each.step > stretch.step), newest.step)
         raise CheckpointError(
             f"step {step} was trained on other data than those of the checkpoints under {self._root}: "
             f"{stretch.data_path} (fingerprint {stretch.train_data[:12]}); give the folder of the run that trained it, "
             f"or ask for a step from {changed + 1} on"
         )
 
-    def _by_checkpoints(self, step: int, end: Landmark) -> StepSamples:
-        """The samples of a step by checkpoints of before stretches were recorded: the nearest ones tell."""
-        earlier = max((at for at in self._folders if at < min(step, end.step)), default=None)
-        begin = end if end.step < step else None if earlier is None else self._landmark(earlier)
+    def _by_checkpoints(self, step: int, newest: Landmark) -> StepSamples:
+        """The samples of a step by checkpoints of before stretches were recorded: those around it tell."""
+        end = self._landmark(min((at for at in self._folders if at >= step), default=newest.step))
+        if end.stretches and end.stretches[0].step >= step:
+            raise CheckpointError(
+                f"what step {step} was trained on is not known: {end.folder} tells it from step "
+                f"{end.stretches[0].step + 1} on, and no checkpoint of before is there"
+            )
+        earlier = max((at for at in self._folders if at < step), default=None)
+        begin = None if earlier is None else self._landmark(earlier)
         plan = batches_of(end.config)
         begun = (0, 0) if begin is None else (begin.step, begin.consumed_samples)
         by_plan = consumed_at(plan, *begun, end.step)

@@ -116,11 +116,11 @@ def _early_stop(run: Run) -> str | None:
     return EARLY_STOPPING
 
 
-def _save(run: Run, *, is_best: bool = False, is_last: bool = False) -> None:
+def _save(run: Run, *, is_last: bool = False) -> None:
     HERE.begin(CHECKPOINT, run.progress.step)
     # Records of steps up to the checkpoint must be there if a run goes on from it.
     run.sinks.flush()
-    run.keeper.save(run.engine, run.progress, is_best=is_best, is_last=is_last, deadline=run.stop.deadline)
+    run.keeper.save(run.engine, run.progress, is_last=is_last, deadline=run.stop.deadline)
 
 
 def _one_step(run: Run, started: float) -> str | None:
@@ -283,7 +283,7 @@ def _evaluate(run: Run) -> None:
     run.metrics.record("valid_perplexity", math.exp(min(loss, 700.0)))
     run.sinks.write(run.metrics.collect())
     if run.progress.note_validation(loss):
-        _save(run, is_best=True)
+        _save(run)
 
 
 def _is_due(step: int, interval: int | None) -> bool:

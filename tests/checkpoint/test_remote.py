@@ -95,6 +95,35 @@ def test_copies_are_pruned_as_the_originals_are(one_rank, copies, tmp_path):
     assert copies.steps() == [3, 6, 7]
 
 
+def test_the_best_copy_is_kept_and_named(one_rank, copies, tmp_path):
+    for step in range(1, 5):
+        save_and_send(tmp_path, step, one_rank, copies, keep_last=1, best_step=min(step, 2))
+    assert copies.steps() == [2, 4] and copies.best() == 2
+    # A run that is restored from its copies has the newest alone, and the best stays there.
+    assert find_newest(tmp_path / "there", one_rank, copies=copies).manifest.step == 4
+    save_and_send(tmp_path / "there", 5, one_rank, copies, keep_last=1, best_step=2)
+    assert copies.steps() == [2, 5] and copies.best() == 2
+    save_and_send(tmp_path / "there", 6, one_rank, copies, keep_last=1, best_step=6)
+    assert copies.steps() == [6] and copies.best() == 6
+    for text in (b"step-00000009", b"\xff", b"../x", b""):
+        fsspec.filesystem("memory").pipe_file("/copies/of a run/best", text)
+        assert copies.best() is None
+    save_and_send(tmp_path / "there", 7, one_rank, copies)
+    assert not fsspec.filesystem("memory").exists("/copies/of a run/best")
+
+
+def test_copies_that_were_set_aside_or_cut_off_go_when_so_many_are_beyond_them(one_rank, copies, tmp_path):
+    files = fsspec.filesystem("memory")
+    for step in (1, 2, 3, 2):
+        save_and_send(tmp_path, step, one_rank, copies, keep_last=1)
+    files.pipe_file("/copies/of a run/step-00000004/rank-00000.safetensors", b"half")
+    assert copies.steps() == [2] and files.exists("/copies/of a run/step-00000003")
+    save_and_send(tmp_path, 4, one_rank, copies, keep_last=2)
+    assert copies.steps() == [2, 4] and files.exists("/copies/of a run/step-00000003")
+    save_and_send(tmp_path, 5, one_rank, copies, keep_last=2)
+    assert copies.steps() == [4, 5] and not files.exists("/copies/of a run/step-00000003")
+
+
 def test_later_copies_of_a_run_that_went_back_are_set_aside(one_rank, copies, tmp_path):
     for step in (1, 2, 3):
         save_and_send(tmp_path, step, one_rank, copies)

@@ -82,13 +82,43 @@ def test_latest_is_only_a_hint(one_rank, tmp_path):
 
 def test_newest_and_best_are_kept(one_rank, tmp_path):
     save_value(tmp_path, 1, one_rank, keep_last=2)
-    save_value(tmp_path, 2, one_rank, keep_last=2, best=True)
-    for step in (3, 4, 5):
-        save_value(tmp_path, step, one_rank, keep_last=2)
+    for step in (2, 3, 4, 5):
+        save_value(tmp_path, step, one_rank, keep_last=2, best_step=2)
     assert names(tmp_path) == ["best", "latest", "step-00000002", "step-00000004", "step-00000005"]
     assert store.best(tmp_path) == tmp_path / "step-00000002"
-    save_value(tmp_path, 6, one_rank, keep_last=2, best=True)
+    save_value(tmp_path, 6, one_rank, keep_last=2, best_step=6)
     assert names(tmp_path) == ["best", "latest", "step-00000005", "step-00000006"]
+
+
+def test_the_best_is_that_of_the_run_that_went_back(one_rank, tmp_path):
+    def best_after(step, best_step):
+        save_value(tmp_path, step, one_rank, best_step=best_step)
+        kept = store.best(tmp_path)
+        return kept and kept.name
+
+    assert best_after(1, 1) == "step-00000001" and best_after(2, 2) == best_after(3, 2) == "step-00000002"
+    # Back to 1, and 2 is another now, which nobody validated.
+    assert best_after(2, 1) == "step-00000001"
+    # The save of a better one failed: the best of those that are there stays.
+    assert best_after(4, 3) == best_after(5, 3) == "step-00000001"
+    # Back to before the first validation.
+    assert best_after(1, None) is None and not (tmp_path / "best").exists()
+    (tmp_path / "best").write_text("step-00000002\n")
+    assert best_after(2, None) is None
+
+
+def test_abandoned_checkpoints_go_when_so_many_are_beyond_them(one_rank, tmp_path, capsys):
+    for step in (10, 20, 30, 20):
+        save_value(tmp_path, step, one_rank, keep_last=2)
+    assert "it is now abandoned-step-00000030, until --keep-last checkpoints lie beyond it" in capsys.readouterr().err
+    (tmp_path / "abandoned-step-00000030-0a1b2c3d").mkdir()
+    (tmp_path / "abandoned-step-00000099").mkdir()
+    for step in (25, 30, 35):
+        save_value(tmp_path, step, one_rank, keep_last=2)
+        assert len(list(tmp_path.glob("abandoned-*"))) == 3
+    save_value(tmp_path, 40, one_rank, keep_last=2)
+    assert [path.name for path in tmp_path.glob("abandoned-*")] == ["abandoned-step-00000099"]
+    assert "abandoned-step-00000030: 2 checkpoints lie beyond it (--keep-last)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["../outside", "step-00000009", "", "latest"])
@@ -124,8 +154,8 @@ def test_failing_to_prune_costs_no_checkpoint(one_rank, tmp_path, monkeypatch, c
 
 
 def test_nothing_is_pruned_while_the_best_is_not_known(one_rank, tmp_path, monkeypatch, capsys):
-    save_value(tmp_path, 1, one_rank, best=True)
-    save_value(tmp_path, 2, one_rank)
+    save_value(tmp_path, 1, one_rank, best_step=1)
+    save_value(tmp_path, 2, one_rank, best_step=1)
     read = Path.read_text
 
     def failing(self, *how, **options):
@@ -134,11 +164,11 @@ def test_nothing_is_pruned_while_the_best_is_not_known(one_rank, tmp_path, monke
         return read(self, *how, **options)
 
     monkeypatch.setattr(Path, "read_text", failing)
-    save_value(tmp_path, 3, one_rank, keep_last=1)
+    save_value(tmp_path, 3, one_rank, keep_last=1, best_step=1)
     assert list(store.steps(tmp_path)) == [1, 2, 3]
     assert "could not be tidied: [Errno 5]" in capsys.readouterr().err
     monkeypatch.undo()
-    save_value(tmp_path, 4, one_rank, keep_last=1)
+    save_value(tmp_path, 4, one_rank, keep_last=1, best_step=1)
     assert list(store.steps(tmp_path)) == [1, 4]
 
 

@@ -175,6 +175,29 @@ def test_other_data_are_not_taken_for_those_of_a_step(run, capsys, tmp_path, in_
         assert {row["in_batch"]: tokens_of(row) for row in rows} == dict(seen[2])
 
 
+def test_the_checkpoint_that_a_run_went_back_past_tells_nothing(run, capsys, tmp_path):
+    """Step 2 again, by other samples, from step 1 on; the checkpoint of step 2 is still that of the first time."""
+    first = config_of(
+        Case(1, 1, 1),
+        data={"data_path": (str(run[0] / "a"),), "mock_data": False, "split": "1,0,0"},
+        training={"train_iters": 2, "eval_interval": 0},
+        checkpoint={"save": str(tmp_path / "run"), "save_interval": 1},
+        logging={"tensorboard_dir": "none"},
+    )
+    second = sources.override(
+        first,
+        {
+            "training": {"train_iters": 3, "skip_samples": ("4:9",)},
+            "checkpoint": {"ckpt_step": 1, "save_interval": 3},
+        },
+    )
+    (seen,) = run_on_ranks(_watched_training, 1, [first, second])
+    assert len(list((tmp_path / "run").glob("step-*"))) == 3
+    for step in (1, 2, 3):
+        rows = rows_of(capsys, tmp_path / "run", "--step", step)
+        assert {row["in_batch"]: tokens_of(row) for row in rows} == dict(seen[step])
+
+
 def test_stretches_of_before_they_were_recorded(run):
     """One that begins at 0 is supposed where nothing speaks against it, and one that begins now elsewhere."""
     manifest = read_manifest(run[0] / "run" / "step-00000004")

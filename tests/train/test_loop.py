@@ -13,6 +13,7 @@ from train.layouts import BATCH, LENGTH, VOCABULARY, Case, config_of
 
 from megatron_lite.checkpoint import store
 from megatron_lite.checkpoint.manifest import read_manifest
+from megatron_lite.checkpoint.remote import RemoteCopies
 from megatron_lite.config import cli, sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.errors import CheckpointError, NonFiniteError
@@ -59,6 +60,7 @@ def test_early_stopping_keeps_the_best_checkpoint(tmp_path):
         early_stopping_patience=2,
         keep_last=1,
         save_interval=1,
+        save_copy_to=f"file://{tmp_path}/copies",
         lr=1.0,
         lr_warmup_iters=60,
         lr_warmup_init=1e-3,
@@ -70,6 +72,8 @@ def test_early_stopping_keeps_the_best_checkpoint(tmp_path):
     assert json.loads((folder / "exit.json").read_text())["cause"] == "early_stopping"
     assert store.best(folder).name == f"step-{best:08d}"
     assert sorted(store.steps(folder)) == [best, best + 4], "all but the newest and the best are pruned"
+    copies = RemoteCopies(config.checkpoint.save_copy_to)
+    assert copies.steps() == [best, best + 4] and copies.best() == best
     # Started again it ends at once and says so; with more patience it goes on.
     for patience, last in ((2, best + 4), (3, best + 6)):
         (folder / "exit.json").unlink()
