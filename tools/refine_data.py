@@ -23,9 +23,7 @@ from megatron_lite.data.refine.recipe import STAGES, read_recipe
 from megatron_lite.data.refine.stage import Stage
 from megatron_lite.data.text_blocks import parse_limit
 from megatron_lite.data.text_input import TxtDocuments, format_problems
-from megatron_lite.errors import ConfigError, MegatronLiteError
-
-EXIT_INTERRUPTED = 130
+from megatron_lite.errors import EXIT_INTERRUPTED, ConfigError, MegatronLiteError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import zstandard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +106,28 @@ def test_mistakes_are_told_in_sentences(tmp_path):
         done = run(*options, *more)
         assert done.returncode == 2 and told in done.stderr.decode() and "Traceback" not in done.stderr.decode()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
+def test_an_interrupted_tool_goes_on_with_the_same_command(tmp_path, number, workers):
+    line = json.dumps({"text": "the cat sat on the mat and looked at the dog " * 1000}).encode() + b"\n"
+    options = ["--input", "-", "--recipe", "none", "--workers", str(workers), "--output"]
+    process = subprocess.Popen(
+        [sys.executable, str(TOOL), *options, str(tmp_path / "out")], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    # More than a unit, after which the tool waits for what does not come.
+    process.stdin.write(line * 120)
+    process.stdin.flush()
+    while not list((tmp_path / "out" / ".work").glob("pass-0/*.unit")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"stopped; the same command goes on from here" in said
+    assert b"Traceback" not in said and not (tmp_path / "out" / "report.json").exists()
+    for name in ("out", "anew"):
+        assert run(*options, tmp_path / name, input=line * 120).returncode == 0
+    assert read(tmp_path / "out") == read(tmp_path / "anew") and len(read(tmp_path / "out")) == 120
 
 
 def test_stages_are_listed():
