@@ -52,6 +52,12 @@ class InspectOptions:
     json: bool = False
     """One JSON object instead of text."""
 
+    def problems(self) -> list[str]:
+        """What cannot be, one sentence each."""
+        if self.diff_step is not None and self.diff is None:
+            return [f"--diff-step {self.diff_step} is of the other one, which --diff names; give both or neither."]
+        return []
+
 
 def _facts(contents: Contents, options: InspectOptions) -> dict[str, Any]:
     """All that is known without looking at values, but for hashes."""

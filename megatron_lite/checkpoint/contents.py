@@ -114,7 +114,7 @@ class CheckpointContents(Contents):
         }
 
     def verify(self) -> str:
-        find.verify(self.path, self.manifest.step)
+        find.verify(self.path, store.step_of(self.path))
         return f"{sum(self.files.values()):,} bytes in {len(self.files)} files match their checksums"
 
     def _read(self, name: str, rectangle: Rectangle, into: torch.Tensor) -> None:
@@ -174,12 +174,17 @@ class HuggingFaceContents(Contents):
 def open_contents(path: Path, step: int | None = None, *, as_ours: bool = False) -> Contents:
     """The checkpoint of a step (default: the newest) under `path`, or in it, or the Hugging Face folder that it is.
 
-    Raises CheckpointError where there is neither.
+    Raises CheckpointError where there is neither, and where it has no such step.
     """
     if (path / huggingface.CONFIG).is_file() and not (path / FILE_NAME).exists():
+        if step is not None:
+            raise CheckpointError(f"{path} is a Hugging Face folder, which has no steps; leave out step {step}")
         return HuggingFaceContents(path, as_ours=as_ours)
     if (path / FILE_NAME).exists():
-        return CheckpointContents(path)
+        contents = CheckpointContents(path)
+        if step not in (None, contents.manifest.step):
+            raise CheckpointError(f"{path} is a checkpoint of step {contents.manifest.step}, not of step {step}")
+        return contents
     steps = store.steps(path)
     if not steps:
         raise CheckpointError(f"{path} holds neither checkpoints nor the config.json of a Hugging Face folder")

@@ -81,7 +81,8 @@ def search(
 def _candidates(root: Path) -> list[tuple[int | None, str]]:
     """Pairs (step, folder name) by falling step; the root itself if it is a checkpoint."""
     if (root / FILE_NAME).exists():
-        return [(read_manifest(root).step, ".")]
+        named = store.step_of(root)
+        return [(read_manifest(root).step if named is None else named, ".")]
     return [(step, path.name) for step, path in reversed(store.steps(root).items())]
 
 

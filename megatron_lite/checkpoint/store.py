@@ -39,6 +39,12 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int | None:
+    """The step that the name of a folder stands for; None for another name."""
+    match = _STEP.fullmatch(folder.resolve().name)
+    return int(match[1]) if match else None
+
+
 def new_token() -> str:
     """Eight random hex digits that make a temporary name this save's own."""
     return secrets.token_hex(4)

@@ -50,6 +50,13 @@ def test_newest_is_found_and_a_step_can_be_asked_for(one_rank, tmp_path):
         find(tmp_path, one_rank, step=15)
 
 
+def test_one_checkpoint_is_the_step_that_its_folder_stands_for(one_rank, tmp_path):
+    folder = save_value(tmp_path, 10, one_rank).rename(tmp_path / "step-00000012")
+    with pytest.raises(CheckpointError, match="step is 10, but the folder stands for 12"):
+        find(folder, one_rank)
+    assert find(folder.rename(tmp_path / "mine"), one_rank, step=10) == tmp_path / "mine"
+
+
 def test_steps_of_an_abandoned_future_are_set_aside(one_rank, tmp_path, capsys):
     for step in (10, 20, 30):
         save_value(tmp_path, step, one_rank)

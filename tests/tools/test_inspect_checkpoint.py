@@ -74,6 +74,27 @@ def test_damage_is_found(run, tmp_path, capsys):
     assert "do not match their checksum" in capsys.readouterr().err
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_found(run, tmp_path, capsys):
+    copy = shutil.copytree(run[0] / "step-00000007", tmp_path / "step-00000008")
+    for folder in (copy, tmp_path):
+        assert inspect("--load", folder, "--verify") == 2
+        assert "step is 7, but the folder stands for 8" in capsys.readouterr().err
+    assert inspect("--load", copy.rename(tmp_path / "mine"), "--verify") == 0
+
+
+def test_steps_that_are_not_there_are_refused(run, folder, capsys):
+    checkpoint = run[0] / "step-00000007"
+    for arguments, said in (
+        (["--load", checkpoint, "--diff-step", 3], "--diff-step 3 is of the other one, which --diff names"),
+        (["--load", checkpoint, "--ckpt-step", 3], "is a checkpoint of step 7, not of step 3"),
+        (["--load", folder, "--ckpt-step", 3], "is a Hugging Face folder, which has no steps"),
+        (["--load", run[0], "--diff", run[0], "--diff-step", 3], "holds no checkpoint of step 3; it holds 7"),
+    ):
+        assert inspect(*arguments) == 2
+        assert said in capsys.readouterr().err
+    assert inspect("--load", checkpoint, "--ckpt-step", 7) == 0
+
+
 def test_a_hugging_face_folder_is_described(folder, capsys):
     assert inspect("--load", folder, "--verify", "--tensors") == 0
     said = capsys.readouterr().out
