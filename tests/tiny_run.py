@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 from megatron_lite.checkpoint.save import save
-from megatron_lite.config import sources
+from megatron_lite.config import cli, sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.indexed import IndexedWriter
 from megatron_lite.data.tokenizer_byte import ByteTokenizer
@@ -57,6 +58,13 @@ def write_token_set(prefix: Path, texts: list[str] = TEXTS) -> Path:
         for text in texts:
             writer.add_document([*TOKENIZER.encode(text), TOKENIZER.eod])
     return prefix
+
+
+def config_of_printed_line(said: str) -> RunConfig:
+    """What the command that an import prints asks for, with one step on mock data beside it."""
+    line = next(line for line in said.splitlines() if line.startswith("python pretrain_gpt.py"))
+    extra = "--mock-data --train-iters 1 --micro-batch-size 2 --global-batch-size 2 --eval-interval 0 --zero-stage 0"
+    return cli.load([*shlex.split(line)[2:], *extra.split(), "--no-bf16"])[0]
 
 
 @functools.cache

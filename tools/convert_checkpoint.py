@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from megatron_lite import log
 from megatron_lite.config.command_line import read
 from megatron_lite.config.data import DataConfig
-from megatron_lite.errors import ConfigError
+from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.parallel.door import exit_code_of
 from megatron_lite.parallel.launch import Launch
 
@@ -76,13 +76,16 @@ class ConvertOptions:
 
 
 def _import(options: ConvertOptions) -> None:
-    from megatron_lite.checkpoint.huggingface import HuggingFaceFolder
+    from megatron_lite.checkpoint.huggingface import HuggingFaceFolder, is_folder
+    from megatron_lite.checkpoint.store import holds_checkpoint
     from megatron_lite.config import huggingface, sources
     from megatron_lite.config.run import RunConfig
     from megatron_lite.train.engine_interface import DTYPES
     from megatron_lite.train.imported import arriving, how_to_begin, write_imported
 
     source, target = Path(options.load_hf), Path(options.save)
+    if not is_folder(source) and holds_checkpoint(source):
+        raise CheckpointError(f"{source} is a folder of checkpoints, which --load reads, and none of Hugging Face's")
     with HuggingFaceFolder(source) as folder, arriving(target) as temporary:
         folder.insist_on_tied_head()
         for note in folder.described.notes:
@@ -98,10 +101,10 @@ def _import(options: ConvertOptions) -> None:
 def _export(options: ConvertOptions) -> None:
     from megatron_lite.checkpoint import huggingface_names
     from megatron_lite.checkpoint.find import find
+    from megatron_lite.checkpoint.huggingface import is_folder
     from megatron_lite.checkpoint.huggingface_export import export_weights
     from megatron_lite.checkpoint.manifest import read_manifest
     from megatron_lite.config import huggingface, sources
-    from megatron_lite.errors import CheckpointError
     from megatron_lite.parallel.mesh_shape import MeshShape
     from megatron_lite.parallel.process_mesh import ProcessMesh
     from megatron_lite.train.engine_interface import DTYPES
@@ -110,7 +113,8 @@ def _export(options: ConvertOptions) -> None:
     target = Path(options.save_hf)
     folder = find(options.load, ProcessMesh(MeshShape(), 0), options.ckpt_step, only="weight/")
     if folder is None:
-        raise CheckpointError(f"{options.load} holds no complete checkpoint; give the --save folder of a run")
+        theirs = " (it is a Hugging Face folder, which --load-hf reads)" if is_folder(Path(options.load)) else ""
+        raise CheckpointError(f"{options.load} holds no complete checkpoint{theirs}; give the --save folder of a run")
     manifest = read_manifest(folder)
     config = sources.from_plain(manifest.config, str(folder))
     model, rows = config.model, manifest.tensors["weight/embedding.word.weight"].shape[0]
@@ -169,7 +173,6 @@ def _verify(options: ConvertOptions, checkpoint: Path, folder: Path, tokenizer: 
 
     Where the tokenizers in both differ it is only said: one project's files cannot always be the other's.
     """
-    from megatron_lite.errors import CheckpointError
     from megatron_lite.train.against_transformers import compare_logits, is_installed, tokenizer_fault
 
     if not options.verify:

@@ -6,7 +6,6 @@ import dataclasses
 import fcntl
 import json
 import os
-import shlex
 import shutil
 from pathlib import Path
 
@@ -15,10 +14,10 @@ import torch
 from huggingface_folders import POSITIONS, add_tokenizer, assert_bitwise, save_folder, stored
 from safetensors.torch import save_file
 from small_tokenizers import ENGLISH, GPT2, make_tokenizers
-from tiny_run import load_tool, save_tiny_run
+from tiny_run import config_of_printed_line, load_tool, save_tiny_run
 
 from megatron_lite.checkpoint import huggingface_names
-from megatron_lite.config import cli, sources
+from megatron_lite.config import sources
 from megatron_lite.config.data import DataConfig
 from megatron_lite.errors import CheckpointError
 from megatron_lite.monitor.memory import MemoryMeter
@@ -174,11 +173,8 @@ def test_the_printed_line_begins_a_run(tmp_path, capsys):
     source = save_folder("llama", tmp_path / "source")
     add_tokenizer(source, ["<pad>"])
     assert convert("--load-hf", source, "--save", tmp_path / "a run", "--no-verify") == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("python pretrain_gpt.py"))
-    words = shlex.split(line)[2:]
-    extra = "--mock-data --train-iters 1 --micro-batch-size 2 --global-batch-size 2 --eval-interval 0 --zero-stage 0"
     mesh, stop = ProcessMesh(MeshShape(), 0), StopRequest(None)
-    config, _ = cli.load([*words, *extra.split(), "--no-bf16"])
+    config = config_of_printed_line(capsys.readouterr().out)
     unlike = sources.override(config, {"checkpoint": {"finetune": False}})
     with pytest.raises(CheckpointError, match=r"holds weights that were imported.* by --load and --finetune"):
         train_on(mesh, unlike, stop, "")
@@ -243,6 +239,15 @@ _CONFIG = {
 def test_what_cannot_be_is_told(arguments, match, capsys):
     assert convert(*arguments) == 2
     assert match in capsys.readouterr().err
+
+
+def test_a_folder_of_the_other_kind_is_told(tmp_path, capsys):
+    save_tiny_run(tmp_path / "run")
+    assert convert("--load-hf", tmp_path / "run", "--save", tmp_path / "x") == 2
+    assert "is a folder of checkpoints, which --load reads" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    assert convert("--load", tmp_path, "--save-hf", tmp_path / "x") == 2
+    assert "(it is a Hugging Face folder, which --load-hf reads)" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):

@@ -13,13 +13,15 @@ import types
 import numpy as np
 import pytest
 import torch
-from tiny_run import load_tool
+from tiny_run import config_of_printed_line, load_tool
 from transformers_models import gpt2, llama, qwen2, qwen3, serial, shake
 
 from megatron_lite.checkpoint.load import read_tensor
+from megatron_lite.parallel.launch import StopRequest
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.train.open import open_on
+from megatron_lite.train.start import train_on
 
 main = load_tool("import_megatron").main
 VOCABULARY, POSITIONS = 103, 24
@@ -199,6 +201,16 @@ def test_every_layout_comes_together(name, names, layout, tmp_path, capsys):
             parameter.copy_(parameter.bfloat16())
         expected = model(tokens).logits
     assert (opened.model.full_logits(opened.model.logits(tokens)) - expected).abs().max() <= 1e-5
+
+
+def test_the_printed_line_begins_a_run(theirs, capsys):
+    target = theirs.parent / "ours"
+    assert run("--load", theirs, "--save", target, "--trusted", "--vocab-size", VOCABULARY) == 0
+    stop = StopRequest(None)
+    train_on(ProcessMesh(MeshShape(), 0), config_of_printed_line(capsys.readouterr().out), stop, "")
+    said = capsys.readouterr().err
+    assert "step 1/1" in said and "took the weights alone" in said and "the weights of" not in said
+    stop.close()
 
 
 def test_megatron_deepspeeds_files_are_read(tmp_path):
