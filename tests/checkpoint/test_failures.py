@@ -110,7 +110,7 @@ def _die_at_every_point(template, folder, how):
 @pytest.mark.parametrize(
     ("before", "how", "left"),
     [
-        ([1, 2], {"step": 3, "keep_last": 1, "best": True}, ["best", "latest", "step-00000003"]),
+        ([1, 2], {"step": 3, "keep_last": 1, "best_step": 3}, ["best", "latest", "step-00000003"]),
         ([1], {"step": 1, "value": 9}, ["latest", "step-00000001"]),
     ],
     ids=["new step", "same step again"],
