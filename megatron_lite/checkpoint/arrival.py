@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
 from megatron_lite.checkpoint.boxes import Rectangle
-from megatron_lite.checkpoint.manifest import CODE_DTYPES, StoredBox, StoredTensor
+from megatron_lite.checkpoint.manifest import CODE_DTYPES, ITEM_BYTES, StoredBox, StoredTensor, absmax_bytes
 from megatron_lite.checkpoint.piece import DTYPES, Piece
 from megatron_lite.kernels.code_maps import BLOCK, blocks
 from megatron_lite.kernels.quantize_blockwise import dequantize_blockwise, keep_above_zero, quantize_blockwise
@@ -36,6 +37,23 @@ class Values:
         return dequantize_blockwise(codes, absmax, signed=CODE_DTYPES[self._dtype])[lead:]
 
 
+class Taking(NamedTuple):
+    """The part of a box that an arrival takes."""
+
+    arrival: Arrival
+    first: int
+    """It lies among bytes [first, last) of the box."""
+    last: int
+    memory: memoryview | None
+    """Where those bytes go just as they are: None if they are converted, or are no single run here or there."""
+
+    def memory_of(self, first: int, last: int) -> memoryview | None:
+        """Where bytes [first, last) of the box go, if all of them go somewhere as they are."""
+        if self.memory is None or first < self.first or self.last < last:
+            return None
+        return self.memory[first - self.first : last - self.first]
+
+
 class Arrival:
     """A piece and what it takes of stored boxes.
 
@@ -47,6 +65,7 @@ class Arrival:
     def __init__(self, piece: Piece, stored: StoredTensor):
         self.rectangle = piece.rectangle
         self._piece = piece
+        self._dtype, self._item = stored.dtype, ITEM_BYTES[stored.dtype]
         self._numbers: torch.Tensor | None = piece.tensor.detach()
         is_plain = piece.tensor.device.type == "cpu" and piece.tensor.is_contiguous() and piece.absmax is None
         self._memory = piece.bytes_view() if is_plain and stored.dtype == piece.dtype_name else None
@@ -63,19 +82,18 @@ class Arrival:
                     self._anew[here] = False
         self._numbers = torch.zeros(piece.tensor.shape) if self._anew.any() else None
 
-    def straight(self, box: StoredBox) -> tuple[int, memoryview] | None:
-        """The memory that what is taken of a box lies in as it is stored, and the byte of the box which that begins at.
-
-        None where it must be converted or is no single run of bytes, there or here.
-        """
+    def taking(self, box: StoredBox) -> Taking | None:
+        """What is taken of a box, if anything is."""
         shared = self.rectangle.overlap(box.rectangle)
-        if self._memory is None or shared is None:
+        if shared is None:
             return None
-        there, here = (shared.flat_range_in(outer) for outer in (box.rectangle, self.rectangle))
-        if not shared.size == there[1] - there[0] == here[1] - here[0]:
-            return None
-        item = self._piece.tensor.element_size()
-        return there[0] * item, self._memory[here[0] * item : here[1] * item]
+        memory, (first, last) = None, shared.flat_range_in(box.rectangle)
+        if self._memory is not None and last - first == shared.size:
+            here, end = shared.flat_range_in(self.rectangle)
+            if end - here == shared.size:
+                memory = self._memory[here * self._item : end * self._item]
+        head = absmax_bytes(self._dtype, box.rectangle.size)
+        return Taking(self, head + first * self._item, head + last * self._item, memory)
 
     def take(self, shared: Rectangle, source: Rectangle, values: Values, flat: int) -> None:
         """Copy the rectangle `shared` out of `source`, which is `values` from element `flat` of its box on."""
@@ -87,7 +105,7 @@ class Arrival:
 
     def take_absmax(self, box: StoredBox, absmax: torch.Tensor) -> None:
         """Copy the absmax of the blocks that are the box's as well."""
-        if box in self._shared:
+        if self._shared and box in self._shared:
             here, there = self._shared[box]
             self._piece.absmax[here] = absmax[there].to(self._piece.absmax.device)
 

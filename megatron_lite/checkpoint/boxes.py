@@ -78,7 +78,9 @@ def tiling_fault(shape: tuple[int, ...], boxes: Iterable[Rectangle]) -> str | No
     own; and the first corner that does not is an element that lies in no box, or in several.
     """
     corners: Counter[tuple[int, ...]] = Counter()
-    whole = Rectangle((0,) * len(shape), shape)
+    whole, boxes = Rectangle((0,) * len(shape), shape), list(boxes)
+    if boxes == [whole]:
+        return None
     for rectangle, weight in itertools.chain([(whole, -1)], ((box, 1) for box in boxes)):
         ends = ((a, a + n) for a, n in zip(rectangle.start, rectangle.shape, strict=True))
         for index, corner in enumerate(itertools.product(*ends)):

@@ -10,12 +10,12 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from megatron_lite import log
-from megatron_lite.checkpoint.arrival import Arrival, Values
+from megatron_lite.checkpoint.arrival import Arrival, Taking, Values
 from megatron_lite.checkpoint.boxes import rectangles_of
 from megatron_lite.checkpoint.manifest import (
     CODE_DTYPES,
@@ -169,9 +169,9 @@ def fill(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> None:
         stored = manifest.tensors[name]
         arrivals = [Arrival(piece, stored) for piece in by_name[name]]
         for box in stored.boxes:
-            touched = [arrival for arrival in arrivals if arrival.rectangle.overlap(box.rectangle)]
-            if touched:
-                _fill_from_box(reader, manifest.chunk_bytes, stored.dtype, box, touched)
+            takings = [taking for arrival in arrivals if (taking := arrival.taking(box))]
+            if takings:
+                _fill_from_box(reader, manifest.chunk_bytes, stored.dtype, box, takings)
         for arrival in arrivals:
             arrival.finish()
 
@@ -179,38 +179,20 @@ def fill(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> None:
     by_readers(folder, manifest, sorted(by_name, key=lambda name: -sum(p.nbytes for p in by_name[name])), read)
 
 
-class _Taker(NamedTuple):
-    """An arrival, the bytes [first, last) of a box that it takes from, and what `straight` says of it."""
-
-    arrival: Arrival
-    first: int
-    last: int
-    straight: tuple[int, memoryview] | None
-
-    def memory(self, first: int, last: int) -> memoryview | None:
-        """Where bytes [first, last) of the box go just as they are, if all of them do."""
-        begin, held = self.straight or (0, memoryview(b""))
-        return held[first - begin : last - begin] if begin <= first and last <= begin + len(held) else None
-
-
-def _fill_from_box(reader: ShardReader, chunk_bytes: int, dtype: str, box: StoredBox, arrivals: list[Arrival]) -> None:
-    """Copy what `arrivals` want of one box, chunk by chunk; a chunk is a few rectangles of its box."""
+def _fill_from_box(reader: ShardReader, chunk_bytes: int, dtype: str, box: StoredBox, takings: list[Taking]) -> None:
+    """Copy what arrivals take of one box, chunk by chunk; a chunk is a few rectangles of its box."""
     head, item = absmax_bytes(dtype, box.rectangle.size), ITEM_BYTES[dtype]
     nbytes = box_bytes(dtype, box.rectangle.size)
     absmax = torch.empty(head // 4)
-    takers = []
-    for arrival in arrivals:
-        first, last = arrival.rectangle.overlap(box.rectangle).flat_range_in(box.rectangle)
-        takers.append(_Taker(arrival, head + first * item, head + last * item, arrival.straight(box)))
     wanted = {
         *_chunks(0, head, chunk_bytes),
-        *_chunks(min(taker.first for taker in takers), max(taker.last for taker in takers), chunk_bytes),
+        *_chunks(min(taking.first for taking in takings), max(taking.last for taking in takings), chunk_bytes),
     }
     for index in sorted(wanted):
         at = index * chunk_bytes
         end = min(at + chunk_bytes, nbytes)
-        touched = [taker for taker in takers if taker.first < end and at < taker.last]
-        into = touched[0].memory(at, end) if len(touched) == 1 else None
+        touched = [taking for taking in takings if taking.first < end and at < taking.last]
+        into = touched[0].memory_of(at, end) if len(touched) == 1 else None
         raw = reader.chunk(box, nbytes, index, into)
         if into is not None:
             continue
@@ -220,10 +202,10 @@ def _fill_from_box(reader: ShardReader, chunk_bytes: int, dtype: str, box: Store
         values = Values(dtype, raw[max(0, head - at) :], absmax, first=max(0, at - head) // item)
         for part, flat in rectangles_of(box.rectangle.shape, values.first, values.last):
             source = part.moved(box.rectangle.start)
-            for taker in touched:
-                if shared := source.overlap(taker.arrival.rectangle):
-                    taker.arrival.take(shared, source, values, flat)
-    for arrival in arrivals:
+            for arrival, *_ in touched:
+                if shared := source.overlap(arrival.rectangle):
+                    arrival.take(shared, source, values, flat)
+    for arrival, *_ in takings:
         arrival.take_absmax(box, absmax)
 
 
