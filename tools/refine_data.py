@@ -101,7 +101,10 @@ def _describe(stage: type[Stage]) -> str:
     lines = [stage.name, *(f"    {line}" for line in inspect.cleandoc(stage.__doc__).splitlines())]
     hints = typing.get_type_hints(stage)
     for field in dataclasses.fields(stage):
-        kind = getattr(hints[field.name], "__name__", None) or str(hints[field.name])
+        hint = hints[field.name]
+        kind = getattr(hint, "__name__", None) or str(hint)
+        if typing.get_origin(hint) is typing.Literal:
+            kind = " or ".join(map(repr, typing.get_args(hint)))
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
         lines.append(f"    - {field.name}: {kind.replace('typing.', '')} = {default!r}")
     return "\n".join(lines)

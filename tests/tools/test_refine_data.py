@@ -133,6 +133,7 @@ def test_an_interrupted_tool_goes_on_with_the_same_command(tmp_path, number, wor
 def test_stages_are_listed():
     done = run("--list-stages")
     assert done.returncode == 0
+    assert b"- of: 'document' or 'paragraph' or 'line' = 'document'" in done.stdout
     assert b"gopher_quality" in done.stdout and b"- min_words: int | None = 50" in done.stdout
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from megatron_lite.data.refine.tally import FAILED
 
-_WIDTH, _LABEL, _ROW, _BAR = 960, 150, 30, 18
-_NUMBERS = 350
+_WIDTH, _LABEL, _ROW, _BAR = 960, 170, 30, 18
+_NUMBERS = 330
 """Room for counts of hundreds of millions."""
+_MOST_REASONS = 15
 _KEPT, _ASIDE = "#4a7c59", "#555555"
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
@@ -21,7 +22,8 @@ table{border-collapse:collapse;width:100%;font-size:.9rem}td,th{text-align:right
 solid #ddd}td:first-child,th:first-child{text-align:left}.swatch{display:inline-block;width:.8em;height:.8em;
 border-radius:2px;margin-right:.4em}pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f4;padding:.6rem;
 border-radius:4px;font-size:.8rem;margin:.2rem 0 .8rem}summary{cursor:pointer;padding:.15rem 0}.place{color:#666;
-font-size:.85rem}.options{color:#666;font-size:.85rem}
+font-size:.85rem}.options{color:#666;font-size:.85rem}.why td:nth-child(-n+2){text-align:left;
+white-space:nowrap}.bar{width:50%}.bar div{height:1.1em;min-width:1px}
 """
 
 
@@ -34,9 +36,10 @@ def page(report: Mapping[str, Any]) -> str:
             f"<p>{_summary(report)}</p>",
             "<h2>Documents, stage by stage</h2>",
             _bars(report["stages"]),
+            *_why(report["stages"]),
             "<h2>Counts and cost</h2>",
             _table(report),
-            "<h2>What was dropped, and why</h2>",
+            "<h2>Samples of what was dropped</h2>",
             *map(_stage, report["stages"]),
             "</body></html>\n",
         ]
@@ -104,6 +107,26 @@ def _bars(stages: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>"])
 
 
+def _why(stages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The most frequent reasons of all stages, a bar each; nothing where nothing was dropped."""
+    found = []
+    for stage in stages:
+        reasons = _reasons(stage)
+        colours = _colours([reason for reason, _ in reasons])
+        found += [(count, stage["name"], reason, colours[reason]) for reason, count in reasons]
+    found.sort(key=lambda item: -item[0])
+    if not found:
+        return
+    yield "<h2>Why documents were dropped</h2><table class='why'>"
+    for count, stage, reason, colour in found[:_MOST_REASONS]:
+        bar = f'<div style="width:{count / found[0][0]:.1%};background:{colour}"></div>'
+        yield f'<tr><td>{stage}</td><td>{html.escape(reason)}</td><td class="bar">{bar}</td><td>{count:,}</td></tr>'
+    if rest := found[_MOST_REASONS:]:
+        left = sum(count for count, *_ in rest)
+        yield f"<tr><td>{len(rest)} more reasons</td><td></td><td></td><td>{left:,}</td></tr>"
+    yield "</table>"
+
+
 def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.2f}" y="{y:g}" text-anchor="{anchor}" dominant-baseline="middle">{html.escape(text)}</text>'
 
@@ -130,8 +153,12 @@ def _stage(stage: Mapping[str, Any]) -> str:
     return "\n".join(_told(stage)) if stage["dropped"] or stage["quarantined"] else ""
 
 
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
+
+
 def _told(stage: Mapping[str, Any]) -> Iterator[str]:
-    options = ", ".join(f"{name} {value}" for name, value in stage["options"].items() if not isinstance(value, list))
+    options = ", ".join(f"{name} {_plain(value)}" for name, value in stage["options"].items())
     yield f'<h3>{stage["name"]}</h3><p class="options">{html.escape(options)}</p>'
     reasons = _reasons(stage)
     colours = _colours([reason for reason, _ in reasons]) | {FAILED: _ASIDE}

@@ -26,6 +26,7 @@ class Page(HTMLParser):
         self.bars: list[tuple[float, float, float]] = []
         self.titles: list[str] = []
         self.words = ""
+        self.text = text
         self.feed(text)
         assert not self.open
 
@@ -69,6 +70,12 @@ def test_the_page_draws_the_counts(output):
         for (x, width), (following, _) in itertools.pairwise(bars):
             assert x + width == pytest.approx(following, abs=0.02)
     assert "too few words: 12 (37.5%)" in page.titles
+    why = re.findall(r'<td>(\w+)</td><td>([^<]+)</td><td class="bar"><div style="width:([\d.]+)%', page.text)
+    counts = [(n, stage["name"], reason) for stage in report["stages"] for reason, n in stage["dropped"].items()]
+    assert len(why) == len(counts) == 3
+    most = max(counts)[0]
+    for (*named, width), (count, *expected) in zip(why, sorted(counts, reverse=True), strict=True):
+        assert named == expected and float(width) == pytest.approx(100 * count / most, abs=0.1)
     assert "33 documents were read" in page.words and f"{report['kept']} kept" in page.words
 
 
