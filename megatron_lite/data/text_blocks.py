@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import orjson
 from megatron_lite.data.text_input import Documents, Source, reading
 from megatron_lite.data.text_streams import CountedStream, chunks, opened, seekable
 from megatron_lite.errors import ConfigError, DataError
+from megatron_lite.kernels.crc32 import crc32
 
 BLOCK_BYTES = 1 << 20
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
@@ -34,7 +36,7 @@ class Block:
     """Some whole documents of a source; `first_line` counts from 1, `read` is the bytes on disk they took.
 
     Rows of tables are JSON lines here. `too_long` is the size at which a document was given up: the block stands for
-    it and is otherwise empty.
+    it and is otherwise empty. `place` is where `data` begins in its file, where it lies there as it is.
     """
 
     source: Source
@@ -42,6 +44,37 @@ class Block:
     data: bytes
     read: int
     too_long: int = 0
+    place: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInFile:
+    """A block without its data, for another process: to read it there once more takes less than to send it."""
+
+    source: Source
+    first_line: int
+    read: int
+    place: int
+    size: int
+    crc32: int
+
+    def block(self) -> Block:
+        """The block. Raises DataError if its file cannot be read or has changed since."""
+        with reading(self.source.name), open(self.source.path, "rb") as file:
+            file.seek(self.place)
+            data = file.read(self.size)
+        if crc32(data) != self.crc32:
+            raise DataError(
+                f"{self.source.place(self.first_line)}: the file was changed while it was read; run the command again"
+            )
+        return Block(self.source, self.first_line, data, self.read, place=self.place)
+
+
+def to_send(block: Block) -> Block | BlockInFile:
+    """What another process is sent for a block."""
+    if block.place is None:
+        return block
+    return BlockInFile(block.source, block.first_line, block.read, block.place, len(block.data), crc32(block.data))
 
 
 def read_blocks(
@@ -68,6 +101,7 @@ def _cut_text(raw: CountedStream, source: Source, block_bytes: int, longest: int
     pending: list[bytes] = []
     usual = min(block_bytes, longest)
     size, wanted, line, told, skipped = 0, usual, 1, 0, 0
+    lies_there = not source.packing and os.path.isfile(source.path)
     for chunk in chunks(raw, source):
         pending.append(chunk)
         size += len(chunk)
@@ -81,8 +115,9 @@ def _cut_text(raw: CountedStream, source: Source, block_bytes: int, longest: int
                     line, told, skipped, wanted = line + 1, raw.position, 0, usual
                 else:
                     end = size
-            elif end := _last_bound(data[:wanted], source.documents):
-                yield Block(source, line, data[:end], raw.position - told)
+            elif end := _last_bound(data, wanted, source.documents):
+                place = raw.position - size if lies_there else None
+                yield Block(source, line, data[:end], raw.position - told, place=place)
                 line, told, wanted = line + data.count(b"\n", 0, end), raw.position, usual
             elif wanted < longest:
                 # Twice the size each time: a very long document costs linear time.
@@ -96,13 +131,13 @@ def _cut_text(raw: CountedStream, source: Source, block_bytes: int, longest: int
     yield Block(source, line, b"".join(pending), raw.position - told, too_long=skipped)
 
 
-def _last_bound(data: bytes, documents: Documents) -> int:
-    """Where the last document that is surely complete ends; 0 if none is."""
+def _last_bound(data: bytes, end: int, documents: Documents) -> int:
+    """Where the last document before `end` that is surely complete ends; 0 if none is."""
     if documents in _WHOLE_FILES:
         return 0
     if documents == "paragraph":
-        return max((match.end() for match in _BLANK_LINE.finditer(data)), default=0)
-    return data.rfind(b"\n") + 1
+        return max((match.end() for match in _BLANK_LINE.finditer(data, 0, end)), default=0)
+    return data.rfind(b"\n", 0, end) + 1
 
 
 class _Pieces:

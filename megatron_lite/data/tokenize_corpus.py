@@ -22,7 +22,7 @@ from megatron_lite.data.indexed import IndexedReader, paths
 from megatron_lite.data.input_ledger import InputLedger
 from megatron_lite.data.ordered_workers import IN_FLIGHT, map_in_order
 from megatron_lite.data.provenance import Provenance, manifest_path, read_provenance
-from megatron_lite.data.text_blocks import NO_LIMIT, Limit, limited, read_blocks
+from megatron_lite.data.text_blocks import NO_LIMIT, Limit, limited, read_blocks, to_send
 from megatron_lite.data.text_documents import texts_of
 from megatron_lite.data.text_input import Source, find_sources
 from megatron_lite.data.text_progress import TextProgress
@@ -198,7 +198,7 @@ class _Run:
                 path = unit_path(folder, number)
                 paths.append(path)
                 if (unit := finished_unit(path, self._digest)) is None:
-                    yield TokenUnit(path, group)
+                    yield TokenUnit(path, group if job.workers == 1 else tuple(map(to_send, group)))
                 elif unit.head["input_crc32"] != crc_of(group):
                     raise DataError(
                         f"{group[0].source.place(group[0].first_line)}: the input is not what it was when {self.work} "

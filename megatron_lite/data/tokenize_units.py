@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_lite.data.corpus_job import CorpusJob
 from megatron_lite.data.indexed import dtype_for
-from megatron_lite.data.text_blocks import Block
+from megatron_lite.data.text_blocks import Block, BlockInFile
 from megatron_lite.data.text_documents import BadDocument, parse_block
 from megatron_lite.data.text_input import Source
 from megatron_lite.data.token_documents import TokenDocuments
@@ -31,7 +31,7 @@ class TokenUnit:
     """Some blocks of the input and the file their tokens go to."""
 
     path: Path
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block | BlockInFile, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,19 +79,20 @@ class UnitTokenizer:
         return UnitTokenizer, self._arguments
 
     def __call__(self, unit: TokenUnit) -> UnitOutcome:
+        blocks = [block if isinstance(block, Block) else block.block() for block in unit.blocks]
         made = [_KeyTokens(self._vocab_size) for _ in self._keys]
         scores: list[float] = []
         bad: list[tuple[Source, BadDocument]] = []
-        for documents in self._batches(unit.blocks, bad):
+        for documents in self._batches(blocks, bad):
             for number, tokens in enumerate(made):
                 tokens.add(*self._encoded([document[number] for document in documents]))
             scores += [document[-1] for document in documents] if self._number_keys else []
-        read = sum(block.read for block in unit.blocks)
+        read = sum(block.read for block in blocks)
         if bad and self._stops:
             return UnitOutcome(unit.path, read, bad=bad[0])
         head = {
             "job": self._digest,
-            "input_crc32": crc_of(unit.blocks),
+            "input_crc32": crc_of(blocks),
             "documents": made[0].documents,
             "text_bytes": [tokens.text_bytes for tokens in made],
             "bad": [(source.name, document.line, document.reason) for source, document in bad],

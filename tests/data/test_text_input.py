@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_lite.data.text_blocks import Block, read_blocks
+from megatron_lite.data.text_blocks import Block, BlockInFile, read_blocks, to_send
 from megatron_lite.data.text_documents import BadDocument, parse_block
 from megatron_lite.data.text_input import Source, find_sources
 from megatron_lite.errors import DataError
@@ -158,3 +158,20 @@ def test_inputs_are_found_or_named(tmp_path):
     for pattern, match in {"none*": "no file matches", "su?": "matches folders alone"}.items():
         with pytest.raises(DataError, match=match):
             found(pattern)
+
+
+def test_blocks_that_lie_in_a_file_are_read_there_by_another_process(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [b'{"text": "%d %s"}\n' % (number, b"x" * (number * 37 % 300)) for number in range(200)]
+    path.write_bytes(b"\xef\xbb\xbf" + b"".join(lines))
+    blocks = list(read_blocks(Source(str(path), "jsonl"), 1000, longest=250))
+    assert len(blocks) > 20 and any(block.too_long for block in blocks)
+    sent = [to_send(block) for block in blocks]
+    assert sum(isinstance(each, BlockInFile) for each in sent) > 20
+    assert [each if isinstance(each, Block) else each.block() for each in sent] == blocks
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(b"".join(lines)))
+    assert all(isinstance(to_send(block), Block) for block in read_blocks(Source(str(packed), "jsonl", "gz"), 1000))
+    path.write_bytes(path.read_bytes().replace(b'"0 ', b'"1 '))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: the file was changed while it was read"):
+        sent[0].block()
