@@ -4,8 +4,13 @@
     python tools/bench/preprocess.py --megabytes 40 200 --datatrove peer/bin/python --output results.json
 
 All read the same JSON lines and write GPT-2's ids as Megatron's files, which are compared byte for byte. The text is
-real and no document comes twice: sources and documents of the packages that are installed here. Commands take turns;
-a ratio is the median over turns. Peak memory, of all processes of a command, is measured in a turn of its own.
+real and no document comes twice: sources and documents of the packages that are installed here. Commands take turns, in
+an order that rotates; a ratio is the median over turns. Peak memory, of all processes of a command, is measured in a
+turn of its own, the first: from then on all files are in memory, and Python's modules compiled.
+
+What datatrove took can be kept from results of as much text, without its being run again:
+
+    python tools/bench/preprocess.py --earlier tools/bench/results/preprocess-cpu.json --output results.json
 """
 
 from __future__ import annotations
@@ -96,8 +101,10 @@ def commands(source: Path, out: Path, options: argparse.Namespace) -> dict[str, 
         library.save(str(out / "tokenizer.json"))
         script = [str(CASES / "datatrove_script.py"), str(source), str(out / "datatrove")]
         found["datatrove"] = [options.datatrove, *script, str(out / "tokenizer.json"), cores]
-    # As many threads as cores, and no hidden cache: tiktoken would copy the vocabulary into one.
-    settings = ["env", "TIKTOKEN_CACHE_DIR=", "OMP_NUM_THREADS=1", f"RAYON_NUM_THREADS={cores}"]
+    # As many threads as cores, and no hidden cache: tiktoken would copy the vocabulary into one. Compiled modules are
+    # kept from one turn to the next, as for whoever runs a command twice.
+    settings = ["env", "-u", "PYTHONDONTWRITEBYTECODE", f"PYTHONPYCACHEPREFIX={source.parent / 'pycache'}"]
+    settings += ["TIKTOKEN_CACHE_DIR=", "OMP_NUM_THREADS=1", f"RAYON_NUM_THREADS={cores}"]
     return {name: [*settings, *command] for name, command in found.items()}
 
 
@@ -151,16 +158,16 @@ def compare(megabytes: int, options: argparse.Namespace) -> dict[str, Any]:
             return out
 
         named = list(commands(source, fresh(), options))
+        peaks = {name: peak_megabytes(commands(source, fresh(), options)[name]) for name in named}
         turns: dict[str, list[Mapping[str, float]]] = {name: [] for name in named}
         hashes: dict[str, list[str]] = {}
-        for _ in range(options.turns):
-            for name in named:
+        for turn in range(options.turns):
+            for name in (*named[turn % len(named) :], *named[: turn % len(named)]):
                 turns[name].append(run(commands(source, fresh(), options)[name]))
                 hashes[name] = digests(name, out)
         if different := [name for name, found in hashes.items() if found != hashes["ours"][: len(found)]]:
             raise SystemExit(f"not the same bytes: {', '.join(different)}")
-        result: dict[str, Any] = {"text": about, "turns": turns, "sha256": hashes["ours"][0]}
-        result["peak_megabytes"] = {name: peak_megabytes(commands(source, fresh(), options)[name]) for name in named}
+    result: dict[str, Any] = {"text": about, "turns": turns, "sha256": hashes["ours"][0], "peak_megabytes": peaks}
     for seconds in ("wall_seconds", "cpu_seconds"):
         result[f"{seconds}_ratio"] = {
             name: statistics.median(
@@ -168,7 +175,24 @@ def compare(megabytes: int, options: argparse.Namespace) -> dict[str, Any]:
             )
             for name in named
         }
+    if options.earlier:
+        keep(result, json.loads(options.earlier.read_bytes())["runs"])
     return result
+
+
+def keep(result: dict[str, Any], earlier: Sequence[Mapping[str, Any]]) -> None:
+    """Take over the commands that were not run now from results of as much text; their names are in "earlier"."""
+    size = round(result["text"]["megabytes"])
+    same = next((run for run in earlier if round(run["text"]["megabytes"]) == size), None)
+    if same is None:
+        raise SystemExit(f"the earlier results have none of {size} MB of text: leave --earlier out")
+    result["earlier"] = sorted(same["turns"].keys() - result["turns"].keys())
+    for name in result["earlier"]:
+        result["turns"][name] = same["turns"][name]
+        result["peak_megabytes"][name] = same["peak_megabytes"][name]
+        for seconds in ("wall_seconds", "cpu_seconds"):
+            theirs, ours = (statistics.median(turn[seconds] for turn in result["turns"][n]) for n in (name, "ours"))
+            result[f"{seconds}_ratio"][name] = theirs / ours
 
 
 def describe(result: Mapping[str, Any], megabytes: int, cores: int) -> None:
@@ -192,6 +216,7 @@ def main() -> None:
     parser.add_argument("--vocab-file", default=gpt2 and str(gpt2 / "encoder.json"), required=gpt2 is None)
     parser.add_argument("--merge-file", default=gpt2 and str(gpt2 / "vocab.bpe"), required=gpt2 is None)
     parser.add_argument("--datatrove", help="the Python of an environment that has it")
+    parser.add_argument("--earlier", type=Path, help="results of as much text: what is not run now is kept from there")
     parser.add_argument("--text", nargs="*", default=[], help="more folders with text")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--cores", type=int, default=os.cpu_count())
