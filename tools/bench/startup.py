@@ -60,21 +60,25 @@ def as_rank(folder: Path, arguments: list[str]) -> None:
 
 def answer(arguments: list[str]) -> dict[str, float]:
     """Wall and CPU seconds of `pretrain_gpt.py` with `arguments`, which ends by itself."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    began = time.perf_counter()
+    before, began = processor_time(), time.perf_counter()
     subprocess.run([sys.executable, PRETRAIN, *arguments], check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - began
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {"wall": seconds, "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+    return {"wall": time.perf_counter() - began, "cpu": processor_time() - before}
+
+
+def processor_time() -> float:
+    """Seconds that processors spent on what this process started and has seen the end of."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def first_step(launcher: list[str]) -> dict[str, float]:
-    """Seconds to the first line of metrics, from the command and from the start of the last rank."""
+    """Seconds to the first line of metrics, from the command and from the start of the last rank; and CPU seconds of all
+    of it, the launcher and the end included."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         metrics = folder / "run" / "metrics.jsonl"
         command = [*launcher, __file__, RANK, name, *MODEL, "--run-dir", str(folder / "run")]
-        began = time.time()
+        before, began = processor_time(), time.time()
         with open(folder / "log", "w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
             while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
@@ -84,7 +88,11 @@ def first_step(launcher: list[str]) -> dict[str, float]:
         if process.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{(folder / 'log').read_text()}")
         ranks = max(float(path.read_text()) for path in folder.glob("began-*"))
-    return {"from the command": seen - began, "from the ranks' start": seen - ranks}
+    return {
+        "from the command": seen - began,
+        "from the ranks' start": seen - ranks,
+        "cpu": processor_time() - before,
+    }
 
 
 def median_of(measures: list[dict[str, float]]) -> dict[str, float]:
