@@ -18,6 +18,10 @@ def with_paths_of_files(data: DataConfig) -> DataConfig:
     paths: dict[str, tuple[str, ...]] = {}
     if data.data_args_path is not None:
         paths["data_path"] = tuple(_text("data_args_path", data.data_args_path).split())
+        if not paths["data_path"]:
+            raise ConfigError(
+                f"data_args_path={data.data_args_path} is empty; write prefixes into it, with weights or not."
+            )
     if data.per_split_data_args_path is not None:
         paths |= _of_splits(data.per_split_data_args_path)
     for name, words in paths.items():

@@ -58,6 +58,8 @@ def _sample_problems(data: DataConfig) -> Iterator[str]:
         # A rate that is no number is told of elsewhere.
         if rate is not None and (rate < 0 or rate > 1):
             yield f"{name}={rate} is out of range; give a share from 0 to 1."
+    if data.fim_rate is None and data.fim_spm_rate != DataConfig().fim_spm_rate:
+        yield f"fim_spm_rate={data.fim_spm_rate} is a share of what fim_rate permutes; give --fim-rate too."
     if data.fim_rate and data.tokenizer_type is None:
         yield (
             f"fim_rate={data.fim_rate} puts special tokens into documents and no tokenizer says which ids they have; "
@@ -69,7 +71,10 @@ def _without_sets(data: DataConfig) -> Iterator[str]:
     asked = ("data_blend_temperature", "data_blend_unimax", "data_max_epochs", "curriculum_difficulty")
     given = [name for name in asked if getattr(data, name) is not None]
     given += [name for name in ("data_path_segments",) if data.data_path_segments]
-    given += [name for name in ("data_packing",) if data.data_packing != "none" and data.mock_data]
+    defaults = DataConfig()
+    for name in ("data_packing", "when_exhausted"):
+        if data.mock_data and getattr(data, name) != getattr(defaults, name):
+            given.append(name)
     for name in given:
         yield f"{name}={getattr(data, name)} is about token sets and the configuration names none; give --data-path."
 

@@ -49,3 +49,6 @@ def test_a_file_that_cannot_be_read_says_so(tmp_path, content, message):
         load("--per-split-data-args-path", str(tmp_path / "paths.json"))
     with pytest.raises(ConfigError, match=r"data_args_path=.*none cannot be read"):
         load("--data-args-path", str(tmp_path / "none"))
+    (tmp_path / "none").write_text(" ")
+    with pytest.raises(ConfigError, match=r"data_args_path=.*none is empty; write prefixes into it"):
+        load("--data-args-path", str(tmp_path / "none"))

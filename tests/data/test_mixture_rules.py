@@ -57,6 +57,8 @@ def test_sound_configurations_have_no_problem(folder):
         ("{}/a", {"curriculum_difficulty_samples": 5}, "has no curriculum_difficulty beside it"),
         ("", {"mock_data": True, "data_blend_unimax": 2.0}, "is about token sets and the configuration names none"),
         ("", {"mock_data": True, "data_packing": "best_fit"}, "data_packing=best_fit is about token sets"),
+        ("", {"mock_data": True, "when_exhausted": "stop"}, "when_exhausted=stop is about token sets"),
+        ("{}/a", {"fim_spm_rate": 0.3}, "fim_spm_rate=0.3 is a share of what fim_rate permutes; give --fim-rate"),
     ],
 )
 def test_a_problem_is_said_once_with_its_numbers(folder, path, fields, message):
