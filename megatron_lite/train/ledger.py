@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from megatron_lite.checkpoint import store
@@ -51,6 +52,8 @@ class Ledger:
         self._folders = {read_manifest(root).step: root} if (root / FILE_NAME).exists() else store.steps(root)
         if not self._folders:
             raise CheckpointError(f"{root} holds no checkpoint; give the --save folder of a run")
+        # A manifest of many tensors takes a while to read.
+        self._landmark = functools.cache(self._read)
 
     @property
     def newest_step(self) -> int:
@@ -113,7 +116,7 @@ class Ledger:
         consumed = consumed_at(plan, *begun, step - 1)
         return StepSamples(step, consumed, plan.global_batch_size(consumed), end.config.training.skip_samples, end)
 
-    def _landmark(self, step: int) -> Landmark:
+    def _read(self, step: int) -> Landmark:
         folder = self._folders[step]
         manifest = read_manifest(folder)
         progress = manifest.state.get("progress")
