@@ -72,8 +72,8 @@ def processor_time() -> float:
 
 
 def first_step(launcher: list[str]) -> dict[str, float]:
-    """Seconds to the first line of metrics, from the command and from the start of the last rank; and CPU seconds of all
-    of it, the launcher and the end included."""
+    """Seconds to the first line of metrics, from the command and from the start of the last rank; and processor time,
+    the launcher's and the end's included."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         metrics = folder / "run" / "metrics.jsonl"
