@@ -75,6 +75,7 @@ class Supervisor:
     def __init__(self, command: Sequence[str], run_dir: Path, newest_step: Callable[[], int], patience: Patience):
         self._command, self._run_dir = list(command), run_dir
         self._newest_step, self._patience = newest_step, patience
+        self._seen_step = 0
         self._launcher: subprocess.Popen | None = None
         self._stopped = threading.Event()
 
@@ -92,9 +93,9 @@ class Supervisor:
     def _keep_going(self) -> int:
         fruitless = 0
         for attempt in range(self._patience.restarts + 1):
-            step, began = self._newest_step(), time.time()
+            step, began = self._newest(), time.time()
             end = self._attempt()
-            newest = self._newest_step()
+            newest = self._newest()
             fruitless = 0 if newest > step else fruitless + 1
             self._note(attempt, end, newest, began)
             if self._stopped.is_set() or not end.may_pass:
@@ -111,12 +112,20 @@ class Supervisor:
                 return end.code
         raise AssertionError("the last attempt is not followed by another")
 
+    def _newest(self) -> int:
+        """The newest step there is, or was when it could be told."""
+        try:
+            self._seen_step = self._newest_step()
+        except OSError as error:
+            log.warn(f"how far the checkpoints are cannot be told: {error}")
+        return self._seen_step
+
     def _why_not_again(self, attempt: int, fruitless: int) -> str | None:
         if attempt == self._patience.restarts:
             return f"Giving up: it was restarted {attempt} times (--auto-restart {attempt})"
         if fruitless == self._patience.fruitless:
             return (
-                f"Giving up: {fruitless} attempts in a row published no checkpoint after step {self._newest_step()}; "
+                f"Giving up: {fruitless} attempts in a row published no checkpoint after step {self._seen_step}; "
                 "save more often, or mend what ends them"
             )
         return None

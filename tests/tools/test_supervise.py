@@ -62,7 +62,7 @@ def start(folder: Path, *plan: str, options=(), before="pass") -> subprocess.Pop
     (folder / "plan.txt").write_text("\n".join(plan))
     tool = [str(TOOLS / "supervise.py"), "--pause-seconds", "0", *options, "--", sys.executable]
     command = [*tool, str(folder / "pretrain_gpt.py"), "--save", str(folder / "run"), "--save-interval", "5"]
-    code = f"import runpy, sys; {before}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = f"import runpy, sys\n{before}\nsys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     return subprocess.Popen([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True)
 
 
@@ -131,6 +131,19 @@ def test_a_damaged_word_is_none(tmp_path):
     (tmp_path / "run").mkdir()
     code, _ = ended(start(tmp_path, "step=1 tell=done:0 damage exit=1", "tell=done:0"))
     assert code == 0 and attempts(tmp_path) == [(None, 1, 1), ("done", 0, 1)]
+
+
+def test_a_folder_that_cannot_be_listed_for_once_ends_nothing(tmp_path):
+    before = (
+        "from megatron_lite.checkpoint import store as s; listed = s.steps; calls = iter([1, 0, 1, 1])\n"
+        "def steps(root):\n"
+        "    if not next(calls): raise OSError('Stale file handle')\n"
+        "    return listed(root)\n"
+        "s.steps = steps"
+    )
+    code, said = ended(start(tmp_path, "step=5 exit=1", "tell=done:0", before=before))
+    assert code == 0 and attempts(tmp_path) == [(None, 1, 0), ("done", 0, 5)]
+    assert "how far the checkpoints are cannot be told: Stale file handle" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
