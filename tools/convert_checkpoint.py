@@ -118,7 +118,7 @@ def _export(options: ConvertOptions) -> None:
     manifest = read_manifest(folder)
     config = sources.from_plain(manifest.config, str(folder))
     model, rows = config.model, manifest.tensors["weight/embedding.word.weight"].shape[0]
-    family = options.family or huggingface.family_of(model, manifest.state.get("family"))
+    family = options.family or huggingface.family_of(model, manifest.state.get("facts", {}).get("family"))
     huggingface.insist_on_family(model, family)
     learned = manifest.tensors.get("weight/embedding.position.weight")
     positions = learned.shape[0] if learned else model.max_position_embeddings or config.data.seq_length

@@ -12,11 +12,11 @@ from megatron_lite.train import build, checkpoint_fit
 from megatron_lite.train.engine_interface import Engine
 
 
-def begin_with(path: str, mesh: ProcessMesh, engine: Engine) -> None:
-    """Write the weights of a folder into the masters of an engine, each rank its own part. All ranks call.
+def begin_with(path: str, mesh: ProcessMesh, engine: Engine) -> str:
+    """Write the weights of a folder into the masters of an engine, each rank its own part, and tell their family.
 
-    Rows of token ids and positions that the folder has not keep their initial draw. Raises CheckpointError, on all
-    ranks alike, for a folder that holds another model or is not whole.
+    All ranks call. Rows of token ids and positions that the folder has not keep their initial draw. Raises
+    CheckpointError, on all ranks alike, for a folder that holds another model or is not whole.
     """
     with contextlib.ExitStack() as held:
         folder = build.together(mesh, lambda: held.enter_context(HuggingFaceFolder(path)))
@@ -27,3 +27,4 @@ def begin_with(path: str, mesh: ProcessMesh, engine: Engine) -> None:
             log.warn(note)
     engine.refresh()
     log.note(f"starting from the weights of {path}, a {folder.described.family}, at step 0")
+    return folder.described.family

@@ -127,7 +127,7 @@ def write_imported(
         into,
         0,
         pieces,
-        {"facts": {"tokenizer": tokenizer and tokenizer.fingerprint}, "imported_from": source.name, "family": family},
+        {"facts": {"tokenizer": tokenizer and tokenizer.fingerprint, "family": family}, "imported_from": source.name},
         mesh,
         layout=f"{mesh.shape},zero=0",
         config=sources.plain(config),

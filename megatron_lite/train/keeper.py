@@ -49,9 +49,9 @@ class _InFlight:
 class Keeper:
     """Saves the state of a run under `root`; does nothing without one.
 
-    `config` is the resolved configuration, `facts` what identifies the run's data (fingerprints), `stretches` what its
-    steps were trained on. Made on all ranks at once, as it makes a group of its own for saves in the background; all
-    its methods are called on all of them at the same step, but `allow_change` and `let_end`.
+    `config` is the resolved configuration, `facts` what identifies its data (fingerprints) and its family, `stretches`
+    what its steps were trained on. Made on all ranks at once, as it makes a group of its own for saves in the
+    background; all its methods are called on all of them at the same step, but `allow_change` and `let_end`.
     """
 
     def __init__(

@@ -174,7 +174,7 @@ def _assemble(
     engine = build.build_engine(config, model, mesh)
     curve = schedule(config.optimizer, plan.total_iterations, plan.total_samples, config.model.hidden_size)
     stretches = continued({}, Progress(), config, data.facts["train_data"])
-    start = _Start(Progress(), curve, config.training.seed, stretches)
+    start, family = _Start(Progress(), curve, config.training.seed, stretches), None
     if begin is not None:
         with build.alike():
             try:
@@ -183,9 +183,10 @@ def _assemble(
                 log.warn(str(error))
                 begin = _instead_of(begin, _what_to_load(config, mesh, copies, values=True))
                 start = _load(config, mesh, engine, begin, start, data.facts)
+        family = begin.found.manifest.state.get("facts", {}).get("family")
     elif config.checkpoint.load_hf is not None:
         with build.alike():
-            begin_with(config.checkpoint.load_hf, mesh, engine)
+            family = begin_with(config.checkpoint.load_hf, mesh, engine)
     if shortfall := start.schedule.shortfall(plan.total_iterations, plan.total_samples):
         log.warn(shortfall)
     device_name = torch.cuda.get_device_name(mesh.device) if mesh.device.type == "cuda" else "cpu"
@@ -241,7 +242,7 @@ def _assemble(
             config=config,
             schedule=start.schedule,
             dropout_seed=start.dropout_seed,
-            facts=data.facts,
+            facts=data.facts | {"family": family},
             stretches=start.stretches,
             versions=made_with,
             saved_step=start.saved_step,

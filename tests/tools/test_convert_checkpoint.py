@@ -170,7 +170,7 @@ def test_without_transformers_it_is_said_aloud(tmp_path, monkeypatch, capsys):
 
 def test_the_printed_line_begins_a_run(tmp_path, capsys):
     """Of the folder's shape, with a tokenizer that has more ids than the model; without --finetune it is refused."""
-    source = save_folder("llama", tmp_path / "source")
+    source = save_folder("mistral", tmp_path / "source")
     add_tokenizer(source, ["<pad>"])
     assert convert("--load-hf", source, "--save", tmp_path / "a run", "--no-verify") == 0
     mesh, stop = ProcessMesh(MeshShape(), 0), StopRequest(None)
@@ -178,11 +178,14 @@ def test_the_printed_line_begins_a_run(tmp_path, capsys):
     unlike = sources.override(config, {"checkpoint": {"finetune": False}})
     with pytest.raises(CheckpointError, match=r"holds weights that were imported.* by --load and --finetune"):
         train_on(mesh, unlike, stop, "")
-    train_on(mesh, config, stop, "")
+    train_on(mesh, sources.override(config, {"checkpoint": {"save": str(tmp_path / "trained")}}), stop, "")
     said = capsys.readouterr().err
     assert "step 1/1" in said and "embedding.word.weight grows from 103 to 104 rows" in said
     assert "the weights of" not in said
     stop.close()
+    # And what it trains goes back as what was imported.
+    assert convert("--load", tmp_path / "trained", "--save-hf", tmp_path / "there", "--no-verify") == 0
+    assert json.loads((tmp_path / "there" / "config.json").read_text())["model_type"] == "mistral"
 
 
 def test_memory_is_that_of_the_largest_tensor(tmp_path):

@@ -12,6 +12,7 @@ from ranks import run_on_ranks
 from safetensors.torch import save_file
 from transformers_models import serial
 
+from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.config import cli, huggingface, sources
 from megatron_lite.config.run import RunConfig
 from megatron_lite.data.vocabulary import resolve_vocabulary
@@ -119,6 +120,9 @@ def test_training_goes_on_from_the_models_loss(folders, tmp_path, capsys):
     train_on(mesh, longer, stop, "python pretrain_gpt.py")
     said = capsys.readouterr().err
     assert "going on with this run from step 2" in said and "starting from the weights" not in said
+    # And is of the family it began with, though others may have the same form.
+    for step in (2, 3):
+        assert read_manifest(tmp_path / "run" / f"step-{step:08d}").state["facts"]["family"] == "qwen3"
     stop.close()
 
 
