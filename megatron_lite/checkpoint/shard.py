@@ -97,16 +97,12 @@ class ShardPlan:
         try:
             with open(path, "xb") as file, ThreadPoolExecutor(1, "checksums") as beside:
                 file.write(self.header)
-                begun = 0
                 for piece, first, last in self.placed:
                     checksums = _write_chunks(file, piece.bytes_view(), deadline, beside)
                     entry = {"dtype": piece.dtype_name, "shape": list(piece.global_shape), "boxes": []}
                     tensors.setdefault(piece.name, entry)["boxes"].append(
                         box_entry(piece.rectangle, path.name, first, last, checksums)
                     )
-                    if last - begun >= _FLUSH_BYTES:
-                        begun = last
-                        _begin_flush(file)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -132,9 +128,17 @@ def _write_chunks(
         keep_to(deadline)
         chunk = values[first : first + CHUNK_BYTES]
         taken = beside.submit(crc32, chunk) if len(chunk) > _BLOCK_BYTES else None
-        file.write(chunk)
+        _write(file, chunk)
         checksums.append(taken.result() if taken else crc32(chunk))
     return checksums
+
+
+def _write(file: BinaryIO, values: memoryview) -> None:
+    """Write, and let the disk begin whenever there is enough for it to do."""
+    before = file.tell() // _FLUSH_BYTES
+    file.write(values)
+    if file.tell() // _FLUSH_BYTES > before:
+        _begin_flush(file)
 
 
 @functools.cache
