@@ -226,8 +226,8 @@ def publish(root: Path, step: int, token: str) -> None:
             aside = aside if not aside.exists() else root / f"{aside.name}-{token}"
             os.rename(path, aside)
             log.warn(
-                f"{path} lies ahead of step {step}, to which this run went back: it is now {aside.name}, until "
-                "--keep-last checkpoints lie beyond it"
+                f"{path} lies ahead of step {step}, to which this run went back: it is now {aside.name} (--keep-last N "
+                "deletes it once N lie beyond it)"
             )
     if folder.exists():
         os.rename(folder, replaced)

@@ -117,7 +117,7 @@ def test_the_best_is_that_of_the_run_that_went_back(one_rank, tmp_path):
 def test_abandoned_checkpoints_go_when_so_many_are_beyond_them(one_rank, tmp_path, capsys):
     for step in (10, 20, 30, 20):
         save_value(tmp_path, step, one_rank, keep_last=2)
-    assert "it is now abandoned-step-00000030, until --keep-last checkpoints lie beyond it" in capsys.readouterr().err
+    assert "it is now abandoned-step-00000030 (--keep-last N deletes it" in capsys.readouterr().err
     (tmp_path / "abandoned-step-00000030-0a1b2c3d").mkdir()
     (tmp_path / "abandoned-step-00000099").mkdir()
     for step in (25, 30, 35):
