@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import os
 import signal
@@ -174,4 +175,7 @@ def _end(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    # A vocabulary is many objects that all stay: Python would look through them over and over while they are made, and
+    # in workers, which would copy the memory that they share.
+    gc.set_threshold(1 << 20)
     _end(main())
