@@ -10,6 +10,7 @@ import runpy
 import shutil
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -26,8 +27,11 @@ class BuildNative(build_ext):
     """Compiles into build/kernels/, where a source tree looks, and copies from there into a wheel."""
 
     def run(self):
-        self._compile("_host" + sysconfig.get_config_var("EXT_SUFFIX"), self._host)
-        self._compile("kernels/libmegatron_lite_cpu.so", self._cpu)
+        # The module is one file: a core takes it while the others compile kernels.
+        with ThreadPoolExecutor(1) as beside:
+            host = beside.submit(self._compile, "_host" + sysconfig.get_config_var("EXT_SUFFIX"), self._host)
+            self._compile("kernels/libmegatron_lite_cpu.so", self._cpu)
+            host.result()
         wish = os.environ.get("MEGATRON_LITE_CUDA")
         if wish != "0" and (wish == "1" or self._torch()[1]["cuda"]):
             self._compile("kernels/libmegatron_lite_cuda.so", self._cuda, insist=wish == "1")

@@ -14,11 +14,8 @@
 #include <cstring>
 #include <new>
 
+#include "base/instructions.h"
 #include "base/launch.h"
-
-#if defined(__F16C__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 namespace megatron_lite::cpu {
 namespace {
@@ -88,45 +85,53 @@ void narrow(const float* from, Element* to, int64_t count) {
 }
 
 // Compilers make vector code of the arithmetic above, ten instructions where the processor has one.
-#if defined(__AVX512F__)
-inline void widen(const BFloat16* from, float* to, int64_t count) {
+#if defined(__AVX512F__) || defined(__F16C__)
+template <class Vector>
+inline Vector vector_at(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+template <class Vector>
+inline void put_vector(Vector vector, void* to) {
+  std::memcpy(to, &vector, sizeof vector);
+}
+
+inline void widen(const Float16* from, float* to, int64_t count) {
   int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
-    _mm512_storeu_si512(to + i, _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  }
+  for (; i + kHalves <= count; i += kHalves) put_vector(from_float16(vector_at<Halves>(from + i)), to + i);
   for (; i < count; ++i) to[i] = load(from[i]);
 }
 
-inline __m256i rounded_to_bfloat16(__m512 value) {
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+inline void narrow(const float* from, Float16* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kHalves <= count; i += kHalves) put_vector(to_float16(vector_at<Floats>(from + i)), to + i);
+  for (; i < count; ++i) store(to[i], from[i]);
+}
+#endif
+
+#if defined(__AVX512F__)
+inline void widen(const BFloat16* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kHalves <= count; i += kHalves) put_vector(extended(vector_at<Halves>(from + i)) << 16, to + i);
+  for (; i < count; ++i) to[i] = load(from[i]);
 }
 
-// Newer processors have an instruction for it, all but equal: it flushes denormals. It is named in assembly because a
-// function compiled for it could not become part of one that is not; volatile keeps it behind the test for it.
-inline __m256i bfloat16_by_instruction(__m512 value) {
-  __m256i bits;
-  asm volatile("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(value));
-  return bits;
+inline Halves rounded_to_bfloat16(Floats values) {
+  const FloatBits bits = reinterpret_cast<FloatBits>(values), rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return low_halves((values != values ? bits | 0x400000 : rounded) >> 16);
 }
 
 // So many vectors by the instruction, if there is one and no value is denormal.
 template <int kVectors>
 inline __attribute__((always_inline)) void narrow_vectors(const float* from, BFloat16* to, bool has_instruction) {
-  constexpr int kDenormal = 0x20;
-  __mmask16 denormal = 0;
-  for (int i = 0; i < kVectors; ++i)
-    denormal = _kor_mask16(denormal, _mm512_fpclass_ps_mask(_mm512_loadu_ps(from + 16 * i), kDenormal));
-  const bool by_instruction = __builtin_expect(has_instruction && _kortestz_mask16_u8(denormal, denormal), 1);
+  uint16_t denormal = 0;
+  for (int i = 0; i < kVectors; ++i) denormal |= denormal_among(vector_at<Floats>(from + kHalves * i));
+  const bool by_instruction = __builtin_expect(has_instruction && !denormal, 1);
   for (int i = 0; i < kVectors; ++i) {
-    const __m512 value = _mm512_loadu_ps(from + 16 * i);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * i),
-                        by_instruction ? bfloat16_by_instruction(value) : rounded_to_bfloat16(value));
+    const Floats values = vector_at<Floats>(from + kHalves * i);
+    put_vector(by_instruction ? to_bfloat16_flushing(values) : rounded_to_bfloat16(values), to + kHalves * i);
   }
 }
 
@@ -134,38 +139,8 @@ inline void narrow(const float* from, BFloat16* to, int64_t count) {
   static const bool has_instruction = __builtin_cpu_supports("avx512bf16");
   const bool has = has_instruction;
   int64_t i = 0;
-  for (; i + 64 <= count; i += 64) narrow_vectors<4>(from + i, to + i, has);
-  for (; i + 16 <= count; i += 16) narrow_vectors<1>(from + i, to + i, has);
-  for (; i < count; ++i) store(to[i], from[i]);
-}
-
-inline void widen(const Float16* from, float* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-    _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
-  for (; i < count; ++i) to[i] = load(from[i]);
-}
-
-inline void narrow(const float* from, Float16* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
-                        _mm512_cvtps_ph(_mm512_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  for (; i < count; ++i) store(to[i], from[i]);
-}
-#elif defined(__F16C__)
-inline void widen(const Float16* from, float* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-  for (; i < count; ++i) to[i] = load(from[i]);
-}
-
-inline void narrow(const float* from, Float16* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i + 4 * kHalves <= count; i += 4 * kHalves) narrow_vectors<4>(from + i, to + i, has);
+  for (; i + kHalves <= count; i += kHalves) narrow_vectors<1>(from + i, to + i, has);
   for (; i < count; ++i) store(to[i], from[i]);
 }
 #endif

@@ -86,11 +86,17 @@ MEGATRON_LITE_LANES void put(const Lanes& lanes, float* to) {
   for (int i = 0; i < Lanes::kVectors; ++i) std::memcpy(to + i * kWidth, &lanes.vectors[i], sizeof(Vector));
 }
 
-// The first lanes, and 0 for the others.
-MEGATRON_LITE_LANES Lanes first_of(const Lanes& lanes, int count) {
+// The first lanes, and `beyond` for the others.
+MEGATRON_LITE_LANES Lanes first_of(const Lanes& lanes, int count, float beyond = 0) {
   Numbers number;
   for (int i = 0; i < kWidth; ++i) number[i] = i;
-  return Lanes::made([&](int i) { return number + i * kWidth < count ? lanes.vectors[i] : Vector{}; });
+  const Vector others = Vector{} + beyond;
+  return Lanes::made([&](int i) { return number + i * kWidth < count ? lanes.vectors[i] : others; });
+}
+
+// The larger lanes; a NaN of `a` is passed over.
+MEGATRON_LITE_LANES Lanes larger(const Lanes& a, const Lanes& b) {
+  return Lanes::made([&](int i) { return a.vectors[i] > b.vectors[i] ? a.vectors[i] : b.vectors[i]; });
 }
 
 // The lanes added up, in the order of LaneSum.
@@ -98,6 +104,12 @@ MEGATRON_LITE_LANES float total(const Lanes& lanes) {
   LaneSum sum;
   put(lanes, sum.lanes);
   return sum.total();
+}
+
+MEGATRON_LITE_LANES float largest(const Lanes& lanes) {
+  LaneMax most;
+  put(lanes, most.lanes);
+  return most.total();
 }
 
 // A block of a row; lanes beyond the row's end are `beyond`.

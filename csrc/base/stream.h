@@ -5,10 +5,6 @@
 
 #include "base/cpu.h"
 
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
-
 namespace megatron_lite::cpu {
 namespace {
 
@@ -27,18 +23,14 @@ inline bool streams(const void* rows, int64_t count, int64_t bytes) {
 #if defined(__AVX__)
 // Stores the first `filled` bytes of a row from an aligned buffer, and zeros for the rest; both are whole units.
 inline void stream(const void* buffer, int64_t filled, void* row, int64_t bytes) {
-  const auto* from = static_cast<const __m256i*>(buffer);
-  auto* to = static_cast<__m256i*>(row);
-  for (const auto* end = from + filled / kStreamUnit; from < end;) _mm256_stream_si256(to++, _mm256_load_si256(from++));
-  for (const auto* end = static_cast<__m256i*>(row) + bytes / kStreamUnit; to < end;)
-    _mm256_stream_si256(to++, _mm256_setzero_si256());
+  const auto* from = static_cast<const Streamed*>(buffer);
+  auto* to = static_cast<Streamed*>(row);
+  for (const auto* end = from + filled / kStreamUnit; from < end;) store_streamed(*from++, to++);
+  for (const auto* end = static_cast<Streamed*>(row) + bytes / kStreamUnit; to < end;) store_streamed(Streamed{}, to++);
 }
-
-// Makes them seen before anything that this thread stores afterwards; ordinary stores alone keep their order.
-inline void finish_streams() { _mm_sfence(); }
 #else
 inline void stream(const void*, int64_t, void*, int64_t) {}
-inline void finish_streams() {}
+inline void finish_streamed() {}
 #endif
 
 }  // namespace

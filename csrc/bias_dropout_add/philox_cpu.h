@@ -5,11 +5,8 @@
 
 #include <cstring>
 
+#include "base/instructions.h"
 #include "bias_dropout_add/philox.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 namespace megatron_lite::cpu {
 namespace {
@@ -25,16 +22,6 @@ constexpr int kCounters = 2;
 #endif
 
 typedef uint64_t Words __attribute__((vector_size(8 * kCounters)));
-
-inline Words low_product(Words a, Words b) {
-#if defined(__AVX512F__)
-  return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#else
-  return (Words)_mm_mul_epu32((__m128i)a, (__m128i)b);
-#endif
-}
 
 // Words of two vectors by turns: the first half of them, or the second.
 inline Words alternate(Words a, Words b, bool second) {

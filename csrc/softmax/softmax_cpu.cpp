@@ -31,16 +31,20 @@ class Results {
   Results(void* rows, int64_t count, int64_t length)
       : rows_(static_cast<Element*>(rows)), length_(length), streams_(streams(rows, count, length * kBytes)) {}
   ~Results() {
-    if (streams_) finish_streams();
+    if (streams_) finish_streamed();
   }
 
   template <class Count, class Seen>
   MEGATRON_LITE_LANES void put(int64_t row, int64_t first, const Lanes& values, Count count, Seen seen) const {
-    alignas(64) Element narrowed[kLanes];
-    write(seen < kLanes ? first_of(values, seen) : values, narrowed, count);
+    const Lanes shown = seen < kLanes ? first_of(values, seen) : values;
     Element* const to = rows_ + row * length_ + first;
-    if (streams_) stream(narrowed, count * kBytes, to, count * kBytes);
-    else std::memcpy(to, narrowed, count * kBytes);
+    if (streams_) {
+      alignas(64) Element narrowed[kLanes];
+      write(shown, narrowed, count);
+      stream(narrowed, count * kBytes, to, count * kBytes);
+    } else {
+      write(shown, to, count);
+    }
   }
 
   // Of a row, so many columns are put.
@@ -59,49 +63,59 @@ class Results {
   bool streams_;
 };
 
+// -inf where a mask hides a lane.
+MEGATRON_LITE_LANES Lanes masked(const Lanes& logits, const uint8_t* mask, AllLanes) {
+  alignas(64) int32_t numbers[kLanes];
+#pragma omp simd
+  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = mask[lane];
+  return Lanes::made([&](int i) {
+    Numbers number;
+    std::memcpy(&number, numbers + i * kWidth, sizeof number);
+    return number != 0 ? Vector{} - INFINITY : logits.vectors[i];
+  });
+}
+
+MEGATRON_LITE_LANES Lanes masked(const Lanes& logits, const uint8_t* mask, int count) {
+  uint8_t whole[kLanes] = {};
+  std::memcpy(whole, mask, count);
+  return masked(logits, whole, AllLanes());
+}
+
 template <class Element>
 void forward_rows(const SoftmaxForward& a, int64_t begin, int64_t end) {
-  const Buffer input(a.length), held(a.length + kLanes);
+  const Buffer held(a.length + kLanes);
   const Results<Element> output(a.output, a.rows, a.length);
   float* z = held.data();
   for (int64_t row = begin; row < end; ++row) {
     const uint8_t* mask = a.mask.data ? mask_row(a.mask, row) : nullptr;
     const int64_t visible = mask && a.mask.one_column && *mask ? 0 : softmax_visible(a, row);
-    const int64_t count = covered(visible, a.length);
     const Element* from = static_cast<const Element*>(a.input) + row * a.length;
-    const float* x = widened(from, input.data(), count);
-    LaneMax largest;
-    const auto read = [&](const auto& masked) {
+    Lanes peaks = Lanes::of(-INFINITY);
+    // Held in whole blocks, -inf beyond what is seen: an exponential is dear where it is no vector.
+    const auto read_logits = [&](const auto& hide) {
       for_visible(visible, a.length, [&](int64_t first, auto lanes, auto seen) {
-#pragma omp simd
-        for (int lane = 0; lane < lanes; ++lane) {
-          const float logit = a.scale * x[first + lane];
-          const float shown = masked(first + lane) | (lane >= seen) ? -INFINITY : logit;
-          z[first + lane] = shown;
-          largest.lanes[lane] = shown > largest.lanes[lane] ? shown : largest.lanes[lane];
-        }
+        const Lanes logits = hide(a.scale * read(from + first, lanes), first, lanes);
+        const Lanes shown = seen < kLanes ? first_of(logits, seen, -INFINITY) : logits;
+        put(shown, z + first);
+        peaks = larger(shown, peaks);
       });
     };
-    if (mask && !a.mask.one_column) read([=](int64_t i) { return mask[i] != 0; });
-    else read([](int64_t) { return false; });
-    const float shift = softmax_shift(largest.total());
-    // Lanes beyond the row, so that there are whole blocks: an exponential is dear where it is no vector.
-    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-    for (int64_t i = count; i < padded; ++i) z[i] = -INFINITY;
-    LaneSum sum;
-    for (int64_t first = 0; first < padded; first += kLanes) {
+    if (mask && !a.mask.one_column)
+      read_logits([=](const Lanes& logits, int64_t first, auto lanes) { return masked(logits, mask + first, lanes); });
+    else read_logits([](const Lanes& logits, int64_t, auto) { return logits; });
+    const float shift = softmax_shift(largest(peaks));
+    Lanes sum{};
+    for (int64_t first = 0; first < visible; first += kLanes) {
       prefetch(from + a.length + first, kLanes);
 #pragma omp simd
-      for (int lane = 0; lane < kLanes; ++lane) {
-        z[first + lane] = exponential(z[first + lane] - shift);
-        sum.lanes[lane] += z[first + lane];
-      }
+      for (int lane = 0; lane < kLanes; ++lane) z[first + lane] = exponential(z[first + lane] - shift);
+      sum += loaded(z + first);
     }
-    const float factor = softmax_factor(sum.total());
+    const float factor = softmax_factor(total(sum));
     for_visible(visible, a.length, [&](int64_t first, auto lanes, auto seen) {
       output.put(row, first, loaded(z + first) * factor, lanes, seen);
     });
-    output.done(row, count);
+    output.done(row, covered(visible, a.length));
   }
 }
 

@@ -93,7 +93,12 @@ def cpu_kernels(torch: Path, extra: tuple[str, ...] = ()) -> Library:
     extra: further flags for compiling and linking, of a sanitizer say.
     """
     sets = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"baseline": ()}
-    units = [
+    plain = (CXX, *CPP_FLAGS, "-O1", *extra)
+    units = [  # the longest first, so that no core is left alone with it
+        Unit(CSRC / "bind_cpu.cpp", "bind_cpu.o", (*plain, *_torch_include(torch), TORCH_ABI)),
+        Unit(CSRC / "base/instruction_set.cpp", "instruction_set.o", plain),
+    ]
+    units += [
         Unit(
             CSRC / operation / f"{operation}_cpu.cpp",
             f"{operation}_{name}.o",
@@ -102,11 +107,8 @@ def cpu_kernels(torch: Path, extra: tuple[str, ...] = ()) -> Library:
         for operation in OPERATIONS
         for name, flags in sets.items()
     ]
-    plain = (CXX, *CPP_FLAGS, "-O2", *extra)
-    units.append(Unit(CSRC / "base/instruction_set.cpp", "instruction_set.o", plain))
-    units.append(Unit(CSRC / "bind_cpu.cpp", "bind_cpu.o", (*plain, *_torch_include(torch), TORCH_ABI)))
     link, libraries = (*_SHARED, *extra), (f"-L{torch / 'lib'}", "-ltorch_cpu")
-    return Library("libmegatron_lite_cpu", tuple(units), link, libraries, "some 25 s on two cores")
+    return Library("libmegatron_lite_cpu", tuple(units), link, libraries, "some 20 s on two cores")
 
 
 def cuda_kernels(
@@ -132,9 +134,10 @@ def host_module(pybind11: Path, extra: tuple[str, ...] = ()) -> Library:
 
     extra: as for `cpu_kernels`.
     """
+    # -O1: as fast as -O3, and compiled in half the time, which is pybind11's.
     include = ("-isystem", str(pybind11), "-isystem", sysconfig.get_paths()["include"])
     units = tuple(
-        Unit(source, f"{source.stem}.o", (CXX, *CPP_FLAGS, "-O3", *extra, *include))
+        Unit(source, f"{source.stem}.o", (CXX, *CPP_FLAGS, "-O1", *extra, *include))
         for source in sorted((CSRC / "host").glob("*.cpp"))
     )
     return Library("_host", units, (*_SHARED, *extra))
