@@ -167,8 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _end(code: int) -> NoReturn:
     """End at once: Python would take the vocabulary apart first, which takes as long as megabytes of text."""
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # as it is where the shell has closed it
+                stream.flush()
     except OSError:
         sys.exit(code)
     os._exit(code)

@@ -37,6 +37,7 @@ class FillIn {
     for (int64_t piece = 0; piece < pieces; ++piece) {
       if (draw(4 * piece) >= rate_) continue;
       int64_t first = starts[piece], stop = piece + 1 < pieces ? starts[piece + 1] : size;
+      if (stop - first <= 3) continue;
       if (counts && !std::all_of(counts + first + 1, counts + stop, [](bool each) { return each; })) continue;
       const bool begun = bos_ && static_cast<int64_t>(tokens[first]) == *bos_;
       const bool ended = eod_ && static_cast<int64_t>(tokens[stop - 1]) == *eod_;

@@ -119,7 +119,8 @@ PYBIND11_MODULE(_host, module) {
            py::arg("bos"), py::arg("eod"), py::arg("keys"))
       .def(
           "__call__",
-          [](const FillIn& fill_in, uint64_t number, py::array tokens, const py::array_t<int64_t, py::array::c_style>& starts,
+          [](const FillIn& fill_in, uint64_t number, py::array tokens,
+             const py::array_t<int64_t, py::array::c_style>& starts,
              const std::optional<py::array_t<bool, py::array::c_style>>& counts) {
             const auto permuted = [&](auto* ids) {
               return fill_in(number, ids, tokens.size(), starts.data(), starts.size(),

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from megatron_lite import log
-from megatron_lite.config.typed_values import nearest, typed_words
+from megatron_lite.config.typed_values import nearest, takes_many, typed_words
 from megatron_lite.errors import ConfigError
 
 T = TypeVar("T")
@@ -85,6 +85,10 @@ class _Field:
     is_repeated: bool
     is_required: bool
 
+    @property
+    def takes_many(self) -> bool:
+        return takes_many(self.expected)
+
 
 @functools.cache
 def _hints(kind: type) -> Mapping[str, Any]:
@@ -116,6 +120,11 @@ def _named(item: Given, fields: Mapping[str, _Field]) -> tuple[str, Any]:
         hint = nearest(flag_name(item.name), map(flag_name, fields)) or "; --help lists all flags"
         raise ConfigError(f"{item.flag} is not a known flag{hint}.")
     field = fields[name]
+    if len(item.values) > 1 or field.takes_many:
+        for word in item.values:
+            flag = f"-{word.partition('=')[0]}"
+            if flag.startswith("--") and field_name(flag).removeprefix("no_") in fields:
+                raise ConfigError(f"{item.flag} has {word} among its values; perhaps you meant {flag}.")
     if field.is_repeated:
         if len(item.values) != 1:
             raise ConfigError(

@@ -60,9 +60,14 @@ def typed_value(value: Any, expected: Any) -> Any:
             return int(value)
         if math.isfinite(number) and number == int(number):
             return int(number)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise Mismatch("a number" if expected is float else "a whole number")
+
+
+def takes_many(expected: Any) -> bool:
+    """Whether a value of the type `expected` is a tuple, of several words on a command line."""
+    return any(typing.get_origin(part) is tuple for part in (expected, *typing.get_args(expected)))
 
 
 def typed_words(flag: str, words: Sequence[str], expected: Any) -> Any:
@@ -70,7 +75,7 @@ def typed_words(flag: str, words: Sequence[str], expected: Any) -> Any:
 
     Raises ConfigError for words of another type, and for more or fewer than the type admits.
     """
-    is_tuple = any(typing.get_origin(part) is tuple for part in (expected, *typing.get_args(expected)))
+    is_tuple = takes_many(expected)
     text = " ".join(words)
     if expected is bool:
         if words:
@@ -79,6 +84,6 @@ def typed_words(flag: str, words: Sequence[str], expected: Any) -> Any:
     if not is_tuple and len(words) != 1:
         raise ConfigError(f"{flag} takes one value, but {text!r} was given." if words else f"{flag} needs a value.")
     try:
-        return typed_value(None if words and words[-1] == "None" else words if is_tuple else words[0], expected)
+        return typed_value(None if list(words) == ["None"] else words if is_tuple else words[0], expected)
     except Mismatch as mismatch:
         raise ConfigError(f"{flag} is {text!r}, but should be {mismatch}.") from None

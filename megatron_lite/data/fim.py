@@ -104,7 +104,7 @@ class FimStream:
         changed = False
         for piece in np.flatnonzero(draws[:, 0] < rate).tolist():
             start, stop = bounds[piece : piece + 2]
-            if counts is None or counts[start + 1 : stop].all():
+            if stop - start > _SENTINELS and (counts is None or counts[start + 1 : stop].all()):
                 _, spm, first_cut, second_cut = draws[piece].tolist()
                 changed |= self._permute_piece(tokens[start:stop], spm < spm_rate, first_cut, second_cut)
         return changed

@@ -207,6 +207,8 @@ class IndexedReader:
 
         Raises as `tokens` does.
         """
+        if len(starts) and not 0 <= starts.min() <= (starts + lengths).max() <= self.num_tokens:
+            raise IndexError(f"stretches from token {starts.min()} of {self.num_tokens} in {self.prefix}")
         self._insist_on_pages()
         return self._tokens[places(starts, lengths)]
 
@@ -291,13 +293,18 @@ class IndexedWriter:
     """A token set being written, in constant memory, published whole or not at all.
 
     Give `vocab_size` (every id is checked against it, and the dtype is Megatron's choice) or `dtype`.
-    The files have temporary names until `close()`, which syncs and renames them; `abort()`, or an
-    exception inside the `with` block, leaves nothing behind. The bytes are those of Megatron's writer.
+    The files have temporary names, beside their places or in a folder `within` the same disk, until
+    `close()`, which syncs and renames them; `abort()`, or an exception inside the `with` block, leaves
+    nothing behind. The bytes are those of Megatron's writer.
     Raises DataError for an id that does not fit.
     """
 
     def __init__(
-        self, prefix: str | os.PathLike, vocab_size: int | None = None, dtype: np.dtype | type | str | None = None
+        self,
+        prefix: str | os.PathLike,
+        vocab_size: int | None = None,
+        dtype: np.dtype | type | str | None = None,
+        within: Path | None = None,
     ):
         if (vocab_size is None) == (dtype is None):
             raise ValueError("give either vocab_size or dtype")
@@ -309,11 +316,11 @@ class IndexedWriter:
         self.num_tokens = self.num_sequences = self.num_documents = 0
         self._bin_path, self._idx_path = paths(prefix)
         mark = f"{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        self._bin_temporary = self._bin_path.with_name(f"{self._bin_path.name}.{mark}")
-        self._idx_temporary = self._idx_path.with_name(f"{self._idx_path.name}.{mark}")
-        folder = self._bin_path.parent
+        folder = within or self._bin_path.parent
+        self._bin_temporary = folder / f"{self._bin_path.name}.{mark}"
+        self._idx_temporary = folder / f"{self._idx_path.name}.{mark}"
         with _refused(self._bin_path, "written"):
-            folder.mkdir(parents=True, exist_ok=True)
+            self._bin_path.parent.mkdir(parents=True, exist_ok=True)
             # Lengths and bounds belong into the index behind counts not known yet: they wait in nameless files.
             self._lengths = tempfile.TemporaryFile(dir=folder, buffering=_CHUNK)  # noqa: SIM115
             self._bounds = tempfile.TemporaryFile(dir=folder, buffering=_CHUNK)  # noqa: SIM115

@@ -162,7 +162,7 @@ def parse_segments(texts: Sequence[str], base: list[Fraction], total_samples: in
                 f'data_path_segments="{text}" has {len(weights)} weights, {sum(map(bool, weights))} of them above 0, '
                 f"and the data path names {len(base)} sets; give one for each, not all 0."
             )
-        place = _place(read[1], text, total_samples)
+        place = _place(read[1], text, total_samples, is_change=read[2] not in (None, "1"))
         if number == 0 and place == 0:
             points = [(0, weights)]
             continue
@@ -186,13 +186,13 @@ def parse_segments(texts: Sequence[str], base: list[Fraction], total_samples: in
     return points
 
 
-def _place(text: str, whole: str, total_samples: int | None) -> Fraction:
-    """A number of samples, not yet a whole one."""
+def _place(text: str, whole: str, total_samples: int | None, is_change: bool) -> Fraction:
+    """A number of samples, not yet a whole one. A change in steps may be complete when the run ends."""
     if not text.endswith("%"):
         return Fraction(text.replace("_", ""))
     share = Fraction(text[:-1]) / 100
-    if share > 1:
-        raise ConfigError(f'data_path_segments="{whole}" begins behind the end of the run; give a share up to 100%.')
+    if share > 1 or (share == 1 and not is_change):
+        raise ConfigError(f'data_path_segments="{whole}" begins when the run is over; give a share below 100%.')
     if total_samples is None:
         raise ConfigError(
             f'data_path_segments="{whole}" begins at a share of the run, whose length in epochs is not known before; '

@@ -86,11 +86,11 @@ def scores_path(prefix: str | os.PathLike) -> Path:
     return Path(f"{os.fspath(prefix)}.scores.npy")
 
 
-def write_provenance(prefix: str | os.PathLike, provenance: Provenance) -> None:
-    """Publish the facts of a set whole."""
+def write_provenance(prefix: str | os.PathLike, provenance: Provenance, within: Path | None = None) -> None:
+    """Publish the facts of a set whole, written in the folder `within` the same disk if one is given."""
     path = manifest_path(prefix)
     try:
-        publish(path, json.dumps({"format": FORMAT, **dataclasses.asdict(provenance)}, indent=1) + "\n")
+        publish(path, json.dumps({"format": FORMAT, **dataclasses.asdict(provenance)}, indent=1) + "\n", within)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror}") from None
 

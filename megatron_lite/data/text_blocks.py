@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -65,7 +64,7 @@ class BlockInFile:
             data = file.read(self.size)
         if crc32(data) != self.crc32:
             raise DataError(
-                f"{self.source.place(self.first_line)}: the file was changed while it was read; run the command again"
+                f"{self.source.place(self.first_line)}: the file was changed while it was read; --overwrite begins anew"
             )
         return Block(self.source, self.first_line, data, self.read, place=self.place)
 
@@ -101,7 +100,7 @@ def _cut_text(raw: CountedStream, source: Source, block_bytes: int, longest: int
     pending: list[bytes] = []
     usual = min(block_bytes, longest)
     size, wanted, line, told, skipped = 0, usual, 1, 0, 0
-    lies_there = not source.packing and os.path.isfile(source.path)
+    lies_there = source.is_file and not source.packing
     for chunk in chunks(raw, source):
         pending.append(chunk)
         size += len(chunk)

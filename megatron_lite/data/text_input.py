@@ -56,9 +56,14 @@ class Source:
         return "standard input" if self.path == STANDARD_INPUT else without_credentials(self.path)
 
     @property
+    def is_file(self) -> bool:
+        """Whether it is a local file: standard input is none, whatever has its name."""
+        return self.path != STANDARD_INPUT and os.path.isfile(self.path)
+
+    @property
     def size(self) -> int | None:
         """Bytes on disk; None for what is no local file."""
-        return os.stat(self.path).st_size if os.path.isfile(self.path) else None
+        return os.stat(self.path).st_size if self.is_file else None
 
     @property
     def is_repeatable(self) -> bool:

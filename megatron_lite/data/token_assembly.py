@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import glob
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,11 +84,10 @@ def assemble(
     end what units do not. Raises InputUnfit if there is no text.
     """
     totals = _Totals(len(job.json_keys), vocab_size)
-    for prefix in job.prefixes:
-        _remove_leftovers(Path(prefix))
+    _remove_leftovers(work)
     with contextlib.ExitStack() as publishing:
         if job.shuffle_seed is None and job.score_key is None:
-            sets = [publishing.enter_context(token_set(prefix, vocab_size)) for prefix in job.prefixes]
+            sets = [publishing.enter_context(token_set(prefix, vocab_size, within=work)) for prefix in job.prefixes]
             for unit in map(open_unit, units):
                 totals.add(unit)
                 for key, made in enumerate(sets):
@@ -103,7 +101,7 @@ def assemble(
             scored = None if job.score_key is None else totals.documents
             sets = []
             for key, prefix in enumerate(job.prefixes):
-                made = publishing.enter_context(token_set(prefix, vocab_size, scored=scored))
+                made = publishing.enter_context(token_set(prefix, vocab_size, scored=scored, within=work))
                 batches = (unit_documents(open_unit(path), key, made.dtype) for path in units)
                 if job.shuffle_seed is not None:
                     memory = min(job.max_memory // 2, _MOST_SHUFFLED)
@@ -125,9 +123,9 @@ def _append(made: TokenSetWriter, batch: TokenDocuments) -> None:
     made.add(batch.ids, batch.lengths[filled], filled, batch.scores)
 
 
-def _remove_leftovers(prefix: Path) -> None:
-    """What a run that was killed while it published has left: the work folder is held, so nobody else is at it."""
-    for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.*.tmp"):
+def _remove_leftovers(work: Path) -> None:
+    """What a run that was killed before it published has left: the folder is held, so nobody else is at it."""
+    for path in work.glob("*.tmp"):
         path.unlink()
 
 

@@ -21,8 +21,10 @@ from megatron_lite.publish import published
 class TokenSetWriter:
     """The documents of a token set as they come."""
 
-    def __init__(self, writer: IndexedWriter, scores: np.ndarray | None, counts: IdCounts | None):
-        self._writer, self._scores, self._counts = writer, scores, counts
+    def __init__(
+        self, writer: IndexedWriter, scores: np.ndarray | None, counts: IdCounts | None, within: Path | None = None
+    ):
+        self._writer, self._scores, self._counts, self._within = writer, scores, counts, within
         self.dtype, self._created_by = writer.dtype, _created_by()
 
     def add(
@@ -50,7 +52,7 @@ class TokenSetWriter:
             files=files,
             **facts,
         )
-        write_provenance(self._writer.prefix, provenance)
+        write_provenance(self._writer.prefix, provenance, self._within)
         return provenance
 
 
@@ -62,20 +64,21 @@ def token_set(
     scored: int | None = None,
     counted: int | None = None,
     masked: bool = False,
+    within: Path | None = None,
 ) -> Iterator[TokenSetWriter]:
     """A set that is published when the block ends well.
 
     `scored` is its number of documents where they have scores; `counted` the size of the vocabulary where the entropy
     of ids is to be found. Facts, scores and the loss mask of a set that was there before are gone first, but for a mask
-    that was made for this one, which is `masked`. Raises DataError as IndexedWriter does, and for an id outside the
-    vocabulary.
+    that was made for this one, which is `masked`. Until all is whole it lies in the folder `within` the same disk,
+    if any. Raises DataError as IndexedWriter does, and for an id outside the vocabulary.
     """
     with contextlib.ExitStack() as publishing:
-        writer = publishing.enter_context(IndexedWriter(prefix, vocab_size, dtype))
+        writer = publishing.enter_context(IndexedWriter(prefix, vocab_size, dtype, within))
         scores = None
         if scored is not None:
-            scores = publishing.enter_context(_score_column(scores_path(prefix), scored))
-        yield TokenSetWriter(writer, scores, None if counted is None else IdCounts(counted))
+            scores = publishing.enter_context(_score_column(scores_path(prefix), scored, within))
+        yield TokenSetWriter(writer, scores, None if counted is None else IdCounts(counted), within)
         for path in (manifest_path(prefix), scores_path(prefix), *(() if masked else paths(mask_prefix(prefix)))):
             path.unlink(missing_ok=True)
 
@@ -100,8 +103,8 @@ class IdCounts:
 
 
 @contextlib.contextmanager
-def _score_column(path: Path, documents: int) -> Iterator[np.memmap]:
-    with published(path) as temporary:
+def _score_column(path: Path, documents: int, within: Path | None) -> Iterator[np.memmap]:
+    with published(path, within=within) as temporary:
         column = np.lib.format.open_memmap(temporary, "w+", "<f4", (documents,))
         yield column
         column.flush()

@@ -130,7 +130,7 @@ def job_facts(sources: Sequence[Source], **options: Any) -> dict[str, Any]:
     stated = []
     for source in sources:
         stated.append(dataclasses.asdict(source) | {"path": source.name})
-        if os.path.isfile(source.path):
+        if source.is_file:
             stat = os.stat(source.path)
             stated[-1] |= {"size": stat.st_size, "modified": stat.st_mtime_ns}
     return {_SOURCES: stated, **options}

@@ -60,6 +60,20 @@ def test_a_value_of_a_wrong_type_is_an_error_that_names_it(words, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_flag_that_lacks_a_dash_is_no_value():
+    for words, meant in (
+        ("--data-path a -seq-length 5", "-seq-length among its values; perhaps you meant --seq-length."),
+        ("--data-path -no-bf16", "-no-bf16 among its values; perhaps you meant --no-bf16."),
+        ("--micro-batch-size 4 -lr=2", "-lr=2 among its values; perhaps you meant --lr."),
+        ("--data-path a -dry-run", "-dry-run among its values; perhaps you meant --dry-run."),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(words)
+        assert str(caught.value) == f"{words.split()[0]} has {meant}"
+    assert load("--data-path 0.5 -x 1 -").data.data_path == ("0.5", "-x", "1", "-")
+    assert load("--rampup-batch-size -1 2 3").training.rampup_batch_size == (-1, 2, 3)
+
+
 def test_a_switch_given_a_value_says_how_to_write_it():
     for words in ("--bf16 true", "--no-bf16 true"):
         with pytest.raises(ConfigError) as caught:
@@ -75,6 +89,8 @@ def test_a_number_is_what_it_is_in_a_file(tmp_path):
     assert load("--train-tokens 3e11 --rampup-batch-size 1e1 2 3_000") == file
     assert file.training.train_tokens == 300_000_000_000 and file.training.rampup_batch_size == (10, 2, 3000)
     assert load("--train-tokens=3e11 --train-tokens None --lr 1e-3").training.train_tokens is None
+    assert load("--rampup-batch-size None").training.rampup_batch_size is None
+    assert load("--data-path a None").data.data_path == ("a", "None")
 
 
 def test_values_of_a_wrong_type_are_said_together():

@@ -45,6 +45,12 @@ configs = st.builds(
 )
 
 
+def test_a_number_beyond_all_bounds_is_refused():
+    for section, name in (("optimizer", "lr"), ("model", "num_layers")):
+        with pytest.raises(ConfigError, match="number"):
+            sources.typed({section: {name: 10**400}}, "manifest.json")
+
+
 @settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
 @given(configs)
 def test_a_dump_gives_every_field_back(config):

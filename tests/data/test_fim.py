@@ -95,6 +95,17 @@ def test_compiled_or_not_the_tokens_are_the_same(lengths, number, rate, dtype, m
     )
 
 
+def test_pieces_of_three_tokens_or_fewer_stay_as_they_are():
+    """Those of none too, though no stream gives such: they have no token to look at."""
+    made = stream([1])
+    assert made._compiled
+    for permute in (made._compiled, made._permute):
+        for size, starts in ((0, [0]), (3, [0]), (6, [0, 3, 3, 6]), (5, [0, 0, 2, 4, 5])):
+            tokens = np.full(size, IDS.eod, np.uint16)
+            assert not permute(1, tokens, np.array(starts, np.int64), np.ones(size, bool))
+            assert (tokens == IDS.eod).all()
+
+
 def test_as_many_as_asked_and_cuts_everywhere():
     orders, cuts = [], np.zeros(28, int)
     for number in range(3000):

@@ -74,6 +74,15 @@ def test_every_integer_dtype_is_read(tmp_path, code):
     assert reader.max_token_id(0, 3) == 3
 
 
+def test_stretches_are_copied_end_to_end_and_lie_within_the_set(tmp_path):
+    reader = IndexedReader(put(tmp_path, index_bytes([5], [0, 1]), tokens_bytes([1, 2, 3, 4, 5])))
+    assert reader.stretches(np.array([3, 0]), np.array([2, 3])).tolist() == [4, 5, 1, 2, 3]
+    assert reader.stretches(np.zeros(0, int), np.zeros(0, int)).tolist() == []
+    for starts, lengths in (([0, -3], [1, 2]), ([0, 4], [1, 2]), ([6], [0]), ([3], [-1])):
+        with pytest.raises(IndexError, match="stretches from token"):
+            reader.stretches(np.array(starts), np.array(lengths))
+
+
 def test_modes_of_a_multimodal_set_are_passed_over(tmp_path):
     reader = IndexedReader(put(tmp_path, index_bytes([1, 1], [0, 2], modes=b"\x00\x01"), tokens_bytes([5, 6])))
     assert reader.tokens(0, 2).tolist() == [5, 6]

@@ -166,6 +166,7 @@ def test_weights_change_at_shares_of_the_run_and_linearly():
     ]  # fmt: skip
     assert mixed.segments[1:] == mixture([9, 9], 1200, [7, 1], data_path_segments=texts).segments[1:]
     assert parse_segments(["0 2 1"], [Fraction(1)] * 2, None) == [(0, [2, 1])]
+    assert [first for first, _ in parse_segments(["100%/4 0 1"], [Fraction(1)] * 2, 1200)] == [0, 300, 600, 900, 1200]
 
 
 def test_shares_that_are_one_sample_of_a_short_run_are_in_order_still():
@@ -186,7 +187,8 @@ def test_shares_that_are_one_sample_of_a_short_run_are_in_order_still():
         (["20 1 1", "20 1 2"], "begins at sample 20, not behind the one before, at 20"),
         (["50% 1 1"], "length in epochs is not known"),
         (["80% 1 1", "80% 1 2"], "begins at sample 80, not behind the one before, at 80"),
-        (["100.5% 1 1"], "behind the end of the run; give a share up to 100%"),
+        (["100.5%/2 1 1"], "begins when the run is over; give a share below 100%"),
+        (["100% 1 1"], "begins when the run is over"),
         (["100%/1001 1 1"], "changes in 1,001 steps.* at most 1,000"),
     ],
 )

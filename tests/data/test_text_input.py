@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from megatron_lite.data.text_blocks import Block, BlockInFile, read_blocks, to_send
 from megatron_lite.data.text_documents import BadDocument, parse_block
 from megatron_lite.data.text_input import Source, find_sources
+from megatron_lite.data.work_folder import job_facts
 from megatron_lite.errors import DataError
 
 PACKINGS = {
@@ -160,6 +161,19 @@ def test_inputs_are_found_or_named(tmp_path):
             found(pattern)
 
 
+def test_standard_input_is_no_file_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("-").write_bytes(b'{"text": "of the file"}\n' * 3)
+    Path("piped").write_bytes(b'{"text": "of the pipe"}\n' * 3)
+    with open("piped") as piped:
+        monkeypatch.setattr("sys.stdin", piped)
+        (source,) = find_sources(["-"])
+        block, *_ = read_blocks(source, 30)
+    assert b"of the pipe" in block.data and to_send(block) is block and source.size is None
+    assert "modified" not in job_facts([source])["sources"][0]
+    assert isinstance(to_send(next(read_blocks(*find_sources(["./-"]), 30))), BlockInFile)
+
+
 def test_blocks_that_lie_in_a_file_are_read_there_by_another_process(tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [b'{"text": "%d %s"}\n' % (number, b"x" * (number * 37 % 300)) for number in range(200)]
@@ -173,5 +187,7 @@ def test_blocks_that_lie_in_a_file_are_read_there_by_another_process(tmp_path):
     packed.write_bytes(gzip.compress(b"".join(lines)))
     assert all(isinstance(to_send(block), Block) for block in read_blocks(Source(str(packed), "jsonl", "gz"), 1000))
     path.write_bytes(path.read_bytes().replace(b'"0 ', b'"1 '))
-    with pytest.raises(DataError, match=r"a\.jsonl, line 1: the file was changed while it was read"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 1: the file was changed while it was read; --overwrite begins"
+    ):
         sent[0].block()

@@ -229,6 +229,26 @@ def begun(corpus, tmp_path, monkeypatch) -> CorpusJob:
     return job
 
 
+def test_sets_in_the_making_lie_in_the_work_folder_alone(begun, tmp_path, monkeypatch):
+    from megatron_lite.data import token_set_writer as module
+
+    beside, stale = [], tmp_path / "out.work" / "out_text_document.bin.1-ab.tmp"
+
+    class Watched(module.TokenSetWriter):
+        def add(self, *documents):
+            super().add(*documents)
+            beside.append([path.name for path in tmp_path.glob("*_document*")])
+            assert not stale.exists()
+
+    monkeypatch.setattr(module, "TokenSetWriter", Watched)
+    stale.write_bytes(b"left by a run that was killed")
+    tokenize_corpus(begun)
+    for path in tmp_path.glob("*_document*"):
+        path.unlink()
+    tokenize_corpus(dataclasses.replace(begun, **IN_ORDER))
+    assert len(beside) > 4 and not any(beside)
+
+
 def test_work_of_another_job_is_refused(begun, expected, tmp_path):
     with pytest.raises(
         DataError, match=r"out\.work is of another job \(append_eod, shuffle_seed differ\).*--overwrite"

@@ -66,6 +66,7 @@ for size in (1, 4, 5, 300):
         counts = random.random(size) < 0.98
         assert fill_in(2**40, tokens, pieces, counts) == (7 in tokens)
         fill_in(1, tokens, pieces, None)
+        assert not fill_in(1, tokens, np.array([size, size]), counts) and not fill_in(1, tokens[:0], pieces[:1], None)
 """
 
 

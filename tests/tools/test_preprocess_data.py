@@ -77,6 +77,22 @@ def test_standard_input(tmp_path):
     assert IndexedReader(tmp_path / "out_text_document").num_documents == 2
 
 
+def test_a_closed_stream_is_no_failure(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(["ab"]))
+    options = (
+        "--input",
+        tmp_path / "a.jsonl",
+        "--output-prefix",
+        tmp_path / "out",
+        "--tokenizer-type",
+        "ByteTokenizer",
+    )
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, *map(str, options)], stderr=subprocess.PIPE, env=ENVIRONMENT
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr.decode()
+
+
 def test_bad_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "ok"}\n{"text": 1}\n{"text"\n')
     options = (
