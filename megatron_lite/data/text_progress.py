@@ -25,7 +25,7 @@ class TextProgress:
         self._interval = interval
         self._next = interval
         self._start = time.monotonic()
-        self._bar = _bar(total) if sys.stderr.isatty() else None
+        self._bar = _bar(total) if sys.stderr is not None and sys.stderr.isatty() else None
 
     @property
     def seconds(self) -> float:

@@ -77,7 +77,8 @@ def test_standard_input(tmp_path):
     assert IndexedReader(tmp_path / "out_text_document").num_documents == 2
 
 
-def test_a_closed_stream_is_no_failure(tmp_path):
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_a_closed_stream_is_no_failure(tmp_path, closed):
     (tmp_path / "a.jsonl").write_bytes(lines(["ab"]))
     options = (
         "--input",
@@ -88,7 +89,7 @@ def test_a_closed_stream_is_no_failure(tmp_path):
         "ByteTokenizer",
     )
     done = subprocess.run(
-        ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, *map(str, options)], stderr=subprocess.PIPE, env=ENVIRONMENT
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND, *map(str, options)], stderr=subprocess.PIPE, env=ENVIRONMENT
     )
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr.decode()
 
