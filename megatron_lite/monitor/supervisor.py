@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_lite import log
 from megatron_lite.errors import EXIT_ERROR
@@ -133,13 +134,22 @@ class Supervisor:
     def _attempt(self) -> _End:
         """Start the launcher and wait until it and all it started are gone."""
         exit_path = self._run_dir / exit_file.NAME
-        stale = _mark(exit_path)
+        stale, oldest = None, 0
+        try:
+            stale = _mark(exit_path)
+        except OSError as error:
+            oldest = time.time_ns()
+            log.warn(f"{error}: it counts if it is written from now on")
         self._launcher = subprocess.Popen(self._command)
         if self._stopped.is_set():
             self._launcher.send_signal(signal.SIGTERM)  # it came while there was none to pass it on to
         code = self._launcher.wait()
         self._await_survivors()
-        told = None if _mark(exit_path) in (None, stale) else exit_file.read_exit(self._run_dir)
+        told = None
+        with contextlib.suppress(OSError):
+            mark = _mark(exit_path)
+            if mark not in (None, stale) and mark.mtime_ns > oldest:
+                told = exit_file.read_exit(self._run_dir)
         return _End(None, code if code >= 0 else 128 - code, "") if told is None else _End(*told)
 
     def _await_survivors(self) -> None:
@@ -184,13 +194,20 @@ class Supervisor:
             log.warn(f"{HISTORY} could not be written: {error}")
 
 
-def _mark(path: Path) -> tuple[int, int] | None:
+class _Mark(NamedTuple):
     """What tells one version of a published file from another."""
+
+    inode: int
+    mtime_ns: int
+
+
+def _mark(path: Path) -> _Mark | None:
+    """That of a file; None where there is none. Raises OSError where that cannot be told."""
     try:
         found = path.stat()
-    except OSError:
+    except FileNotFoundError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return _Mark(found.st_ino, found.st_mtime_ns)
 
 
 def _status(code: int) -> str:

@@ -115,6 +115,23 @@ def test_the_word_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path):
     assert attempts(tmp_path) == [(None, 1, 0), ("done", 0, 0)]
 
 
+def test_a_word_that_could_not_be_looked_at_for_once_is_not_taken_for_this_ones(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "exit.json").write_text('{"cause": "done", "code": 0, "message": ""}')
+    before = (
+        "from pathlib import Path; stat = Path.stat; calls = iter([0, 1, 1, 0])\n"
+        "def once(self, **how):\n"
+        "    if self.name == 'exit.json' and not next(calls, 1): raise OSError(116, 'Stale file handle', str(self))\n"
+        "    return stat(self, **how)\n"
+        "Path.stat = once"
+    )
+    plan = ["exit=1", "exit=1", "tell=done:0"]
+    code, said = ended(start(tmp_path, *plan, before=before))
+    # Not looked at before the first attempt, and not after the second.
+    assert code == 0 and attempts(tmp_path) == [(None, 1, 0), (None, 1, 0), ("done", 0, 0)]
+    assert "Stale file handle" in said and "it counts if it is written from now on" in said
+
+
 def test_whatever_the_launcher_ends_with_is_told_and_tried_again(tmp_path):
     """247 is 256 - 9, of DeepSpeed's launcher; 255 that of mpirun and ssh."""
     code, said = ended(start(tmp_path, "step=1 exit=255", "step=2 exit=247", "step=3 exit=200", "tell=done:0"))
