@@ -105,6 +105,8 @@ def stretches_in(state: dict[str, Any], where: str) -> list[Stretch]:
     try:
         found = [Stretch(**kept) for kept in state.get("stretches", [])]
         for stretch in found:
+            if not isinstance(stretch.training, dict):
+                raise TypeError(f"training is {stretch.training!r}")
             consumed_at(stretch.plan, stretch.step, stretch.consumed_samples, stretch.step + 1)
     except (TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(f"{where}: its stretches cannot be read: {error}") from None

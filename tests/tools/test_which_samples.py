@@ -214,7 +214,8 @@ def test_stretches_of_before_they_were_recorded(run):
     assert begins(manifest.state) == [0] and begins(manifest.state, other) == begins(manifest.state, data="x") == [0, 4]
     gone_back = {"stretches": continued(manifest.state, progress, other, data)}
     assert begins(gone_back, data="x") == [0, 4] and begins(gone_back, other) == [0, 4] and begins(gone_back) == [0]
-    for damaged in ([{}], [{**manifest.state["stretches"][0], "training": {"rampup_batch_size": "x"}}], 3):
+    first = manifest.state["stretches"][0]
+    for damaged in ([{}], [{**first, "training": {"rampup_batch_size": "x"}}], [{**first, "training": None}], 3):
         with pytest.raises(CheckpointError, match="its stretches cannot be read"):
             stretches_in({"stretches": damaged}, "here")
 
