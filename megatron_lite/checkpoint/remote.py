@@ -69,12 +69,15 @@ class RemoteCopies:
         """Copy the checkpoint in `folder`, which all ranks see; whether that went well. All ranks call.
 
         Each takes its share of the files. A copy that fails is said and costs itself alone. Copies of later steps are
-        set aside. Then `best` is made to name that of `best_step`, and others are deleted, as under --save.
+        set aside. Then `best` is made to name that of `best_step`, and others are deleted, as under --save; where that
+        fails it is said, and costs no copy.
         """
         step, target = int(_STEP.fullmatch(folder.name)[1]), f"{self._root}/{folder.name}"
 
         def clear() -> None:
             if ranks.global_rank == 0:
+                if best_step != step == self.best():
+                    self._files.rm_file(f"{self._root}/best")
                 self._remove(target)
                 self._files.makedirs(target, exist_ok=True)
 
@@ -90,7 +93,6 @@ class RemoteCopies:
                     manifest = f"{self._root}/{store.step_name(later)}/{FILE_NAME}"
                     self._files.mv(manifest, f"{manifest.rpartition('/')[0]}/{_ABANDONED}")
                 self._put(folder / FILE_NAME, f"{target}/{FILE_NAME}")
-                self._tidy(keep_last, keep_every, best_step)
 
         try:
             for action in (clear, send_shards, publish):
@@ -98,6 +100,13 @@ class RemoteCopies:
         except RankFailures as failures:
             log.warn(f"{folder} is saved, but its copy to {self.url} failed: {failures}")
             return False
+        if ranks.global_rank == 0:
+            try:
+                self._tidy(keep_last, keep_every, best_step)
+            except Exception as error:
+                # Each service has errors of its own.
+                text = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+                log.warn(f"the copy of {folder.name} is there, but {self.url} could not be tidied: {text}")
         return True
 
     def steps(self) -> list[int]:

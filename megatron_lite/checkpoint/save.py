@@ -74,6 +74,8 @@ def save(
                 if claim is not None:
                     claim.insist()
                 store.write_durably(temporary / FILE_NAME, raw)
+                if best_step != step:
+                    store.unmark(root, step)
                 store.publish(root, step, token)
 
         together(ranks, publish)

@@ -249,6 +249,13 @@ def is_passed(step: int, there: Collection[int], keep_last: int) -> bool:
     return sum(at > step for at in there) >= keep_last
 
 
+def unmark(root: Path, step: int) -> None:
+    """Let `best` no longer name `step`, whose checkpoint is about to be another; what fails is left to `mark_best`."""
+    with contextlib.suppress(OSError):
+        if (root / "best").read_text(errors="replace").strip() == step_name(step):
+            (root / "best").unlink()
+
+
 def mark_best(root: Path, best_step: int | None, token: str) -> None:
     """Let `best` name the step that `step_for_best` has."""
     there, kept = steps(root), best(root)

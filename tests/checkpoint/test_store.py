@@ -114,6 +114,15 @@ def test_the_best_is_that_of_the_run_that_went_back(one_rank, tmp_path):
     assert best_after(2, None) is None
 
 
+def test_best_names_no_other_save_of_its_step(one_rank, tmp_path, monkeypatch):
+    save_value(tmp_path, 2, one_rank, best_step=2)
+    monkeypatch.setattr(store, "mark_best", lambda *how: None)  # as if the run were killed before
+    save_value(tmp_path, 2, one_rank, best_step=2)
+    assert store.best(tmp_path) == tmp_path / "step-00000002"
+    save_value(tmp_path, 2, one_rank, best_step=1)
+    assert store.best(tmp_path) is None
+
+
 def test_abandoned_checkpoints_go_when_so_many_are_beyond_them(one_rank, tmp_path, capsys):
     for step in (10, 20, 30, 20):
         save_value(tmp_path, step, one_rank, keep_last=2)
