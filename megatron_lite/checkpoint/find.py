@@ -69,13 +69,24 @@ def search(
             log.warn(faults[-1])
             continue
         if faults:
-            log.warn(f"going back to {folder}")
+            log.warn(f"the newest under {root} that can be used is {folder}")
         return Found(folder, manifest)
     if faults:
         raise CheckpointError(
             f"no checkpoint under {root} can be used:\n" + "\n".join(f"  {fault}" for fault in faults)
         )
     return None
+
+
+def is_whole(found: Found, ranks: Ranks) -> bool:
+    """Whether every byte of a checkpoint matches its checksum; what does not is named. All ranks call, and get the
+    same answer."""
+    try:
+        together(ranks, lambda: bool(verify(found.folder, None, "", ranks.global_rank, ranks.world_size)))
+    except RankFailures as failures:
+        log.warn(f"{found.folder} does not count as saved: {failures}")
+        return False
+    return True
 
 
 def _candidates(root: Path) -> list[tuple[int | None, str]]:

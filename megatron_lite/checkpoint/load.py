@@ -29,7 +29,7 @@ from megatron_lite.checkpoint.manifest import (
 from megatron_lite.checkpoint.piece import DTYPES, Piece
 from megatron_lite.checkpoint.ranks import RankFailures, Ranks, together
 from megatron_lite.checkpoint.shard import ShardReader, by_readers
-from megatron_lite.errors import CheckpointDamaged, CheckpointError
+from megatron_lite.errors import CheckpointDamaged, CheckpointError, MegatronLiteError
 
 _SHOWN = 4
 
@@ -52,7 +52,8 @@ def load(
 
     Raises, on all ranks alike: CheckpointError when a tensor is missing, superfluous, or of another shape or dtype,
     and nothing has been written; CheckpointDamaged when what is stored cannot be read or does not match its checksum,
-    and `pieces` may have been written in part.
+    and `pieces` may have been written in part. What says nothing against the checkpoint (no memory, too many open
+    files, a mistake in the program) is raised as it is where it happened, as an error that tells of it elsewhere.
     """
     folder = Path(folder)
     wanted = [piece for piece in pieces if piece.name.startswith(only)]
@@ -61,14 +62,18 @@ def load(
         _tell_conversions(folder, manifest, wanted)
         together(ranks, lambda: fill(folder, manifest, wanted))
     except RankFailures as failures:
-        raise CheckpointDamaged(f"{folder} cannot be loaded: {failures}") from failures
+        text = f"{folder} cannot be loaded: {failures}"
+        if not failures.is_explained:
+            raise failures.unforeseen or MegatronLiteError(text) from None
+        is_damage = not any(failure.is_io for failure in failures.failures)
+        raise (CheckpointDamaged if is_damage else CheckpointError)(text) from failures
     return manifest.state
 
 
 def read_tensor(folder: str | os.PathLike[str], name: str) -> torch.Tensor:
     """One whole tensor of a checkpoint, on the CPU, in its stored dtype; of 8-bit codes in fp32.
 
-    Raises CheckpointError."""
+    Raises what `ShardReader` does."""
     manifest = read_manifest(folder)
     if name not in manifest.tensors:
         raise CheckpointError(f"{folder} holds no tensor {name!r}; it holds {_some(manifest.tensors)}")
@@ -160,7 +165,9 @@ def _some(names: Collection[str]) -> str:
 
 
 def fill(folder: Path, manifest: Manifest, pieces: Sequence[Piece]) -> None:
-    """Read `pieces` of stored tensors in place, whatever their dtype: parts of tensors too. Raises CheckpointError."""
+    """Read `pieces` of stored tensors in place, whatever their dtype: parts of tensors too.
+
+    Raises what `ShardReader` does."""
     by_name: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces:
         by_name[piece.name].append(piece)

@@ -10,6 +10,7 @@ from megatron_lite.errors import MegatronLiteError
 
 Value = TypeVar("Value")
 
+_EXPLAINED = (MegatronLiteError, OSError, type(None))
 _SHOWN = 4
 
 
@@ -54,6 +55,15 @@ class RankFailures(Exception):
     def is_io(self) -> bool:
         return all(failure.is_io for failure in self.failures)
 
+    @property
+    def is_explained(self) -> bool:
+        return all(failure.is_explained for failure in self.failures)
+
+    @property
+    def unforeseen(self) -> BaseException | None:
+        """The error of this rank, with its traceback, if it is one that nobody foresaw."""
+        return None if isinstance(self.__cause__, _EXPLAINED) else self.__cause__
+
 
 def _named(ranks: list[int]) -> str:
     if len(ranks) == 1:
@@ -73,11 +83,15 @@ def together(ranks: Ranks, action: Callable[[], Value]) -> list[Value]:
         answer = [True, action()]
     except Exception as error:
         cause = error
-        explained = isinstance(error, (OSError, MegatronLiteError))
+        explained = isinstance(error, _EXPLAINED)
         text = str(error) if explained else f"{type(error).__name__}: {error}"
         answer = [False, text, isinstance(error, OSError), explained]
-    answers = ranks.gather_json(answer)
-    failures = [Failure(rank, *told) for rank, (done, *told) in enumerate(answers) if not done]
-    if failures:
-        raise RankFailures(failures) from cause
-    return [value for _, value in answers]
+    try:
+        answers = ranks.gather_json(answer)
+        failures = [Failure(rank, *told) for rank, (done, *told) in enumerate(answers) if not done]
+        if failures:
+            raise RankFailures(failures) from cause
+        return [value for _, value in answers]
+    finally:
+        # Its traceback holds this frame: as a cycle the two would keep all that the callers hold, a model maybe.
+        del cause

@@ -43,6 +43,8 @@ _BLOCK_BYTES = 2**18
 _FLUSH_BYTES = 8 * 2**20
 """How much is written before the disk is told to begin with it."""
 _SYNC_FILE_RANGE_WRITE = 2
+_OF_THIS_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Why a file cannot be opened that says nothing against the file."""
 
 
 class _Placed(NamedTuple):
@@ -153,7 +155,10 @@ def _begin_flush(file: BinaryIO) -> None:
 
 
 class ShardReader(contextlib.AbstractContextManager):
-    """The files of one checkpoint, opened when first read; whatever is handed out has been checked."""
+    """The files of one checkpoint, opened when first read; whatever is handed out has been checked.
+
+    Its methods raise CheckpointError, and OSError where this process can open no file at all.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest):
         self._folder = folder
@@ -194,6 +199,8 @@ class ShardReader(contextlib.AbstractContextManager):
             try:
                 self._open[name] = open_regular(self._folder / name)
             except OSError as error:
+                if error.errno in _OF_THIS_PROCESS:
+                    raise
                 raise CheckpointError(f"{self._folder / name} cannot be read: {error.strerror}") from None
         return self._open[name]
 
@@ -225,7 +232,8 @@ def by_readers(
     folder: Path, manifest: Manifest, tasks: Iterable[Task], read: Callable[[ShardReader, Task], None]
 ) -> None:
     """Call `read(reader, task)` for every task, begun in their order on a few threads: checksums, copies and disks go
-    on side by side. Raises what the first thread that fails raises, once all have ended; they end early then."""
+    on side by side. Raises what the first thread that fails raises, once all have ended; they end early then, and when
+    the caller is interrupted."""
     left = deque(tasks)
 
     def work() -> None:
@@ -239,8 +247,15 @@ def by_readers(
 
     count = min(_READERS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(count, "read-checkpoint") as pool:
-        for reading in [pool.submit(work) for _ in range(count)]:
-            reading.result()
+        reading = None
+        try:
+            for reading in [pool.submit(work) for _ in range(count)]:
+                reading.result()
+        finally:
+            # Who interrupts this waits for what is being read, not for all that is left.
+            left.clear()
+            # Its error's traceback holds this frame: as a cycle the two would keep all that the callers hold.
+            del reading
 
 
 def _taken(tasks: deque[Task]) -> Iterator[Task]:

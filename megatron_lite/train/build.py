@@ -78,14 +78,10 @@ def together(mesh: ProcessMesh, action: Callable[[], T]) -> T:
         except ranks.RankFailures as failures:
             texts = {failure.text for failure in failures.failures}
             everywhere = len(texts) == 1 and len(failures.failures) == mesh.world_size
-            kind = UserError if all(failure.is_explained for failure in failures.failures) else MegatronLiteError
+            kind = UserError if failures.is_explained else MegatronLiteError
             # What nobody foresaw is told where it happened, with its traceback.
-            unforeseen = failures.__cause__ if not isinstance(failures.__cause__, _EXPLAINED) else None
-            raise unforeseen or kind(texts.pop() if everywhere else str(failures)) from None
+            raise failures.unforeseen or kind(texts.pop() if everywhere else str(failures)) from None
     return done[0]
-
-
-_EXPLAINED = (MegatronLiteError, OSError, type(None))
 
 
 @contextlib.contextmanager

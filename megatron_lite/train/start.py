@@ -13,7 +13,7 @@ import torch
 
 from megatron_lite import log
 from megatron_lite.checkpoint import store
-from megatron_lite.checkpoint.find import Found, search
+from megatron_lite.checkpoint.find import Found, is_whole, search
 from megatron_lite.checkpoint.load import load
 from megatron_lite.checkpoint.remote import RemoteCopies, find_newest
 from megatron_lite.config import sources
@@ -183,6 +183,7 @@ def _assemble(
                 log.warn(str(error))
                 begin = _instead_of(begin, _what_to_load(config, mesh, copies, values=True))
                 start = _load(config, mesh, engine, begin, start, data.facts)
+        log.note(begin.told)
         family = begin.found.manifest.state.get("facts", {}).get("family")
     elif config.checkpoint.load_hf is not None:
         with build.alike():
@@ -321,6 +322,8 @@ class _Beginning:
 
     found: Found
     is_own: bool
+    told: str
+    """What to say once it is loaded: until then it may turn out to be damaged."""
 
 
 def _what_to_load(
@@ -340,15 +343,14 @@ def _what_to_load(
         if own is None and copies is not None and options.resume == "must":
             raise CheckpointError(f"--resume must, but neither {options.save} nor {copies.url} holds a checkpoint")
     if own is not None:
-        log.note(f"going on with this run from step {own.manifest.step} in {own.folder} (--resume {options.resume})")
-        return _Beginning(own, is_own=True)
+        told = f"going on with this run from step {own.manifest.step} in {own.folder} (--resume {options.resume})"
+        return _Beginning(own, True, told)
     if elsewhere is not None:
         given = search(elsewhere, mesh, options.ckpt_step, values=values)
         if given is None:
             wanted = "complete checkpoint" if options.ckpt_step is None else f"complete step {options.ckpt_step}"
             raise CheckpointError(f"--load {elsewhere} holds no {wanted}")
-        log.note(f"starting from {given.folder}")
-        return _Beginning(given, is_own=False)
+        return _Beginning(given, False, f"starting from {given.folder}")
     if options.save is not None and options.resume == "auto":
         log.note(f"{options.save} holds no checkpoint: starting from step 0 (--resume auto)")
     return None
@@ -430,7 +432,9 @@ def _load(
         seed = fresh.dropout_seed
     progress = Progress.from_state(state["progress"])
     stretches = continued(state, progress, config, facts["train_data"])
-    return _Start(progress, curve, seed, stretches, saved_step=progress.step if begin.is_own else None)
+    # What was not read may be damaged, and then the step is to be saved again.
+    is_saved = begin.is_own and (optimizer or is_whole(begin.found, mesh))
+    return _Start(progress, curve, seed, stretches, saved_step=progress.step if is_saved else None)
 
 
 def _choose_schedule(config: RunConfig, saved: Schedule, asked: Schedule, take_saved: bool) -> Schedule:

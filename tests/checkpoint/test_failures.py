@@ -9,8 +9,10 @@ import resource
 import shutil
 import signal
 import time
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +22,10 @@ from megatron_lite.checkpoint import shard, store
 from megatron_lite.checkpoint.background import Background
 from megatron_lite.checkpoint.find import find, verify
 from megatron_lite.checkpoint.load import load
+from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.checkpoint.piece import Piece
 from megatron_lite.checkpoint.save import save
-from megatron_lite.errors import CheckpointError, CheckpointNotSaved
+from megatron_lite.errors import CheckpointDamaged, CheckpointError, CheckpointNotSaved, MegatronLiteError
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
 
@@ -312,7 +315,7 @@ def test_any_damage_is_named_and_the_step_before_is_used(as_ranks, one_rank, tmp
         capsys.readouterr()
         assert as_ranks(lambda ranks: find(tmp_path, ranks), 2) == [tmp_path / "step-00000001"] * 2, what
         said = capsys.readouterr().err
-        assert str(intact / file) in said and "going back to" in said, (what, said)
+        assert str(intact / file) in said and "that can be used is" in said, (what, said)
         with pytest.raises(CheckpointError, match=file):
             load(intact, pieces(0, 0, 1), one_rank)
         with pytest.raises(CheckpointError, match=file):
@@ -338,6 +341,47 @@ def test_a_checkpoint_under_another_steps_name_is_refused(one_rank, tmp_path, no
     shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000005")
     assert find(tmp_path, one_rank) == tmp_path / "step-00000001"
     assert "step is 1, but the folder stands for 5" in capsys.readouterr().err
+
+
+def test_an_interrupted_read_ends_with_what_is_being_read(monkeypatch):
+    read = []
+
+    def slow(reader, task):
+        read.append(task)
+        time.sleep(0.01)
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shard.by_readers(Path(), SimpleNamespace(chunk_bytes=1), range(2000), slow)
+    assert len(read) < 2000
+
+
+@pytest.mark.parametrize(
+    ("planted", "raised", "elsewhere"),
+    [
+        (RuntimeError("out of device memory"), RuntimeError, MegatronLiteError),
+        (OSError(errno.EMFILE, "Too many open files"), CheckpointError, CheckpointError),
+        (OSError(errno.EIO, "Input/output error"), CheckpointDamaged, CheckpointDamaged),
+    ],
+)
+def test_what_says_nothing_against_a_checkpoint_is_no_damage(
+    planted, raised, elsewhere, as_ranks, tmp_path, no_fsync, monkeypatch
+):
+    folder = as_ranks(lambda ranks: save_value(tmp_path, 1, ranks), 2)[0]
+    manifest = read_manifest(folder)
+
+    def refuse(path):
+        if path.name.startswith("rank-00001"):
+            raise planted
+        return open(path, "rb")
+
+    monkeypatch.setattr(shard, "open_regular", refuse)
+    outcomes = as_ranks(lambda ranks: load(folder, pieces(0, ranks.global_rank, 2), ranks, manifest=manifest), 2)
+    assert [type(outcome) for outcome in outcomes] == [elsewhere, raised]
+    assert all(str(planted.args[-1]) in str(outcome) for outcome in outcomes)
 
 
 def test_a_damaged_tensor_is_the_same_error_on_every_rank(as_ranks, tmp_path, no_fsync):

@@ -60,6 +60,9 @@ def test_the_newest_of_both_is_used(one_rank, copies, tmp_path, capsys):
     # Damaged here, whole there: taken from there.
     (tmp_path / "step-00000003" / FILE_NAME).write_text("{}")
     assert newest() == 3
+    said = capsys.readouterr().err
+    assert "that can be used is" in said.splitlines()[-2] and "brought step 3 from" in said.splitlines()[-1]
+    assert "going back" not in said, "a newer one is brought after it"
     # Of a step that is damaged in both places the one before is used.
     (tmp_path / "step-00000003" / FILE_NAME).write_text("{}")
     flip("/copies/of a run/step-00000003/rank-00000.safetensors")
@@ -89,6 +92,22 @@ def test_a_copy_without_its_manifest_is_none(one_rank, copies, tmp_path, monkeyp
     assert save_and_send(tmp_path, 2, one_rank, copies) and copies.steps() == [1, 2]
 
 
+def test_a_copy_that_is_there_is_one_even_if_the_others_cannot_be_deleted(
+    one_rank, copies, tmp_path, monkeypatch, capsys
+):
+    save_and_send(tmp_path, 1, one_rank, copies)
+
+    def refuse(self, target):
+        if target.endswith("1"):
+            raise PermissionError("deletion is forbidden")
+
+    monkeypatch.setattr(RemoteCopies, "_remove", refuse)
+    assert save_and_send(tmp_path, 2, one_rank, copies, keep_last=1)
+    said = capsys.readouterr().err
+    assert f"the copy of step-00000002 is there, but {URL} could not be tidied: deletion is forbidden" in said
+    assert "failed" not in said and copies.steps() == [1, 2]
+
+
 def test_copies_are_pruned_as_the_originals_are(one_rank, copies, tmp_path):
     for step in range(1, 8):
         save_and_send(tmp_path, step, one_rank, copies, keep_last=2, keep_every=3)
@@ -110,6 +129,15 @@ def test_the_best_copy_is_kept_and_named(one_rank, copies, tmp_path):
         assert copies.best() is None
     save_and_send(tmp_path / "there", 7, one_rank, copies)
     assert not fsspec.filesystem("memory").exists("/copies/of a run/best")
+
+
+def test_best_names_no_copy_of_another_save_of_its_step(one_rank, copies, tmp_path, monkeypatch):
+    save_and_send(tmp_path, 2, one_rank, copies, best_step=2)
+    monkeypatch.setattr(RemoteCopies, "_tidy", lambda *how: None)  # as if the run were killed before
+    save_and_send(tmp_path, 2, one_rank, copies, best_step=2)
+    assert copies.best() == 2
+    save_and_send(tmp_path, 2, one_rank, copies, best_step=1)
+    assert copies.steps() == [2] and copies.best() is None
 
 
 def test_copies_that_were_set_aside_or_cut_off_go_when_so_many_are_beyond_them(one_rank, copies, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from ranks import run_on_ranks
 from train.layouts import BATCH, Case, config_of
 
+from megatron_lite.checkpoint.find import find
 from megatron_lite.checkpoint.load import read_tensor
 from megatron_lite.checkpoint.manifest import read_manifest
 from megatron_lite.config import cli, sources
@@ -137,6 +138,26 @@ def test_a_value_that_is_found_damaged_while_it_is_loaded_costs_one_step(tmp_pat
     after = read_manifest(newest)
     assert (after.tensors, after.state) == (before.tensors, before.state)
     assert len(_state(newest)) == len(before.tensors)
+
+
+def test_a_step_whose_optimizer_state_was_not_read_counts_as_saved_only_if_it_is_whole(tmp_path):
+    folder, mesh = tmp_path / "run", ProcessMesh.create(MeshShape())
+    config = _config(Case(), folder, train_iters=1, rampup_batch_size=None)
+
+    def newest():
+        run = train_on(mesh, config, StopRequest(), "test")
+        assert run.keeper.saved_step == run.progress.step == 1
+        return (folder / "step-00000001").stat().st_ino
+
+    first = newest()
+    config = sources.override(config, {"checkpoint": {"no_load_optim": True}})
+    assert newest() == first, "it is whole: nothing is put in its place"
+    box = read_manifest(folder / "step-00000001").tensors["exp_avg/final_norm.weight"].boxes[0]
+    with open(folder / "step-00000001" / box.file, "r+b") as file:
+        file.seek(box.first_byte)
+        file.write(b"\xff\xff")
+    assert newest() != first
+    assert find(folder, mesh) == folder / "step-00000001"
 
 
 def test_state_is_the_same_at_another_layout(tmp_path):
