@@ -197,6 +197,13 @@ class RollCall:
                 for rank, place in enumerate(places):
                     if rank != self._keeper and place["machine"] == places[self._keeper]["machine"]:
                         lost[rank] = Lost(self._at(rank, "its node may be gone as well"), spoke=False)
+        else:
+            nodes = [(place["machine"], place["host"]) for place in places]
+            others = [rank for rank, node in enumerate(nodes) if node != nodes[self._rank]]
+            # The end of this node's launcher is watched by other means, so that of two it was the other's.
+            if len({nodes[rank] for rank in others}) == 1:
+                what = "its process, its launcher or its node is gone"
+                lost = {rank: Lost(self._at(rank, what), spoke=False) for rank in others}
         mine = [rank for rank, place in enumerate(places) if place["machine"] == here and rank not in lost]
         return lost, self._rank == min(mine, default=self._rank)
 

@@ -140,9 +140,8 @@ def test_a_node_that_goes_with_the_store_is_told_once_on_each_machine_that_is_le
     here, there = this_place(), {"host": "far", "pid": 1, "machine": "another"}
     neighbour = here | {"pid": os.getppid()}
     with _kept_elsewhere() as (store, end):
-        first, second, launched = RollCall(store, 2, 4), RollCall(store, 3, 4), RollCall(store, 2, 4, keeper=None)
-        for roll in (first, launched):
-            roll.watch_neighbours([there, there, here, neighbour])
+        first, second = RollCall(store, 2, 4), RollCall(store, 3, 4)
+        first.watch_neighbours([there, there, here, neighbour])
         second.watch_neighbours([there, there, neighbour, here])
         end()
     lost = {
@@ -150,9 +149,22 @@ def test_a_node_that_goes_with_the_store_is_told_once_on_each_machine_that_is_le
         1: Lost("on far: its node may be gone as well", spoke=False),
     }
     assert first.who_is_lost() == (lost, True) and second.who_is_lost() == (lost, False)
-    assert launched.who_is_lost() == ({}, True) and not launched.can_ask
-    assert "the launcher's store cannot be reached" in str(lost_rank({}, "seen", launched.can_ask))
-    for roll in (first, second, launched):
+    for roll in (first, second):
+        roll.close()
+
+
+def test_a_launchers_store_that_goes_is_the_loss_of_the_other_node_where_there_are_two():
+    here, far, further = this_place(), *({"host": name, "pid": 1, "machine": name} for name in ("far", "further"))
+    with _kept_elsewhere() as (store, end):
+        of_two, of_three = RollCall(store, 2, 3, keeper=None), RollCall(store, 2, 3, keeper=None)
+        of_two.watch_neighbours([far, far, here])
+        of_three.watch_neighbours([far, further, here])
+        end()
+    gone = Lost("on far: its process, its launcher or its node is gone", spoke=False)
+    assert of_two.who_is_lost() == ({0: gone, 1: gone}, True) and not of_two.can_ask
+    assert of_three.who_is_lost() == ({}, True) and not of_three.can_ask
+    assert "the launcher's store cannot be reached" in str(lost_rank({}, "seen", of_three.can_ask))
+    for roll in (of_two, of_three):
         roll.close()
 
 
