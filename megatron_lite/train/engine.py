@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -298,6 +299,17 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 
 def load_libraries(config: RunConfig, device: str = "cpu") -> None:
     """Import what a run on such a device needs now, so that measures of time and memory from here on leave it out."""
+    # What the collector ends in the midst of an import may import as well, and Python 3.11 fails in that.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        _load(config, device)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _load(config: RunConfig, device: str) -> None:
     if config.parallel.pipeline_model_parallel_size > 1:
         import torch.distributed.pipelining
     recomputes, stage = config.training.recompute_granularity != "none", config.effective_zero_stage

@@ -30,6 +30,7 @@ from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.parallel.random import micro_batch_seed
 from megatron_lite.train import build
 from megatron_lite.train.batch_plan import samples_of_run
+from megatron_lite.train.engine import load_libraries
 from megatron_lite.train.engine_interface import Engine
 from megatron_lite.train.reading import count_targets, read
 from megatron_lite.train.step import train_step
@@ -87,6 +88,7 @@ def trace(
 
     Raises what training does.
     """
+    load_libraries(config, mesh.device.type)
     engine = build.build_engine(config, build.build_model_to_train(config, mesh, vocab_size), mesh)
     pipeline = build.build_pipeline(config, engine.module, mesh)
     total_samples = samples_of_run(config.training, mesh.size("data"), config.data.seq_length)
