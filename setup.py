@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from megatron_lite import __version__
 from megatron_lite.errors import KernelError
 from megatron_lite.kernels import sources
 from megatron_lite.kernels.build import built, find_pybind11
@@ -83,7 +84,7 @@ setup(
     cmdclass={"build_ext": BuildNative},
     ext_modules=[Extension("megatron_lite._host", sources=[])],
     name="megatron_lite",
-    version="0.1.0",
+    version=__version__,
     description="Pretraining of large language models, from a laptop without a GPU to many nodes",
     license="MIT",
     python_requires=">=3.11",

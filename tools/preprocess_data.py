@@ -24,7 +24,7 @@ from megatron_lite.data.corpus_job import CorpusJob
 from megatron_lite.data.provenance import Provenance
 from megatron_lite.data.text_blocks import parse_limit
 from megatron_lite.data.text_input import TxtDocuments, format_problems
-from megatron_lite.data.tokenize_corpus import tokenize_corpus
+from megatron_lite.data.tokenize_corpus import CorpusRun
 from megatron_lite.data.tokenizer_ladder import Engine
 from megatron_lite.errors import EXIT_INTERRUPTED, MegatronLiteError
 
@@ -142,8 +142,8 @@ def _describe(prefix: str, facts: Provenance) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns its exit code."""
+def main(argv: Sequence[str] | None = None, keep: list[CorpusRun] | None = None) -> int:
+    """Run the tool; returns its exit code. `keep` gets the run, for a caller that has no time to free its memory."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         options = read(
@@ -153,7 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Turn text into the token sets that training reads. Flags are Megatron's; dashes and "
             "underscores are alike.",
         )
-        for prefix, facts in tokenize_corpus(options.job()).items():
+        run = CorpusRun(options.job())
+        if keep is not None:
+            keep.append(run)
+        for prefix, facts in run.made().items():
             print(_describe(prefix, facts))
     except MegatronLiteError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -179,4 +182,5 @@ if __name__ == "__main__":
     # A vocabulary is many objects that all stay: Python would look through them over and over while they are made, and
     # in workers, which would copy the memory that they share.
     gc.set_threshold(1 << 20)
-    _end(main())
+    kept: list[CorpusRun] = []
+    _end(main(keep=kept))

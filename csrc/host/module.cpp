@@ -9,6 +9,7 @@
 #include "host/document_bounds.h"
 #include "host/draws.h"
 #include "host/fill_in.h"
+#include "host/framed.h"
 #include "host/permutation.h"
 
 namespace py = pybind11;
@@ -24,6 +25,23 @@ UnalignedArray array_in(const py::buffer_info& buffer, int64_t offset, int64_t c
   if (buffer.itemsize != 1 || offset < 0 || count < 0 || offset > buffer.size || (buffer.size - offset) / 8 < count)
     throw py::value_error("an array that leaves its buffer");
   return {static_cast<const unsigned char*>(buffer.ptr) + offset, count};
+}
+
+using Counts = py::array_t<uint32_t, py::array::c_style>;
+
+// Ids of documents in their frames, and the first id that is none; `lengths` are those of the framed documents.
+template <typename Token>
+std::pair<py::array, int64_t> framed_ids(const megatron_lite::Frame& frame, const py::array_t<int32_t>& ids,
+                                         const py::array_t<int32_t>& lengths, int64_t total, Counts& counts) {
+  py::array_t<Token> made(total);
+  Token* to = made.mutable_data();
+  uint32_t* count = counts.mutable_data();
+  int64_t outside;
+  {
+    py::gil_scoped_release release;
+    outside = megatron_lite::put_framed(frame, ids.data(), lengths.data(), lengths.size(), count, counts.size(), to);
+  }
+  return {std::move(made), outside};
 }
 
 }  // namespace
@@ -111,6 +129,26 @@ PYBIND11_MODULE(_host, module) {
             return py::make_tuple(starts, ends);
           },
           py::arg("documents"), py::arg("end"), "int64, int64: where documents of a stream of `end` tokens lie.");
+
+  module.def(
+      "framed",
+      [](const py::array_t<int32_t, py::array::c_style>& ids, const py::array_t<int64_t, py::array::c_style>& lengths,
+         std::optional<int64_t> bos, std::optional<int64_t> eod, int width, Counts counts) {
+        const megatron_lite::Frame frame{bos, eod};
+        for (const auto& id : {bos, eod})
+          if (id && (*id < 0 || *id >= counts.size())) throw py::value_error("a frame outside the vocabulary");
+        py::array_t<int32_t> in_frames(lengths.size());
+        std::copy_n(lengths.data(), lengths.size(), in_frames.mutable_data());
+        const int64_t total = add_frames(frame, ids.size(), in_frames.mutable_data(), in_frames.size());
+        if (total < 0) throw py::value_error("lengths that are not those of the ids");
+        auto [made, outside] = width == 2 ? framed_ids<uint16_t>(frame, ids, in_frames, total, counts)
+                                          : framed_ids<int32_t>(frame, ids, in_frames, total, counts);
+        return py::make_tuple(made, in_frames, outside);
+      },
+      py::arg("ids"), py::arg("lengths"), py::arg("bos"), py::arg("eod"), py::arg("width"),
+      py::arg("counts").noconvert(),
+      "data/framing.py's documents: uint16 or int32 ids, as `width` says, int32 lengths, and the first id outside of "
+      "`counts` (uint32, added to), or -1.");
 
   py::class_<FillIn>(module, "FillIn", "data/fim.py's permutation of the pieces of a sample; pieces are not checked.")
       .def(py::init<uint64_t, uint64_t, int64_t, int64_t, int64_t, std::optional<int64_t>, std::optional<int64_t>,

@@ -36,6 +36,7 @@ _DTYPE_OF_CODE = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "
 _CODE_OF_DTYPE = {np.dtype(name): code for code, name in _DTYPE_OF_CODE.items()}
 _FLOAT_CODES = (6, 7)
 _LARGEST_LENGTH = 2**31 - 1
+_WRITTEN_BACK = 8 << 20
 _CHUNK = 1 << 20
 
 IdArray = Sequence[int] | np.ndarray
@@ -327,6 +328,7 @@ class IndexedWriter:
             self._bin = open(self._bin_temporary, "xb", buffering=_CHUNK)  # noqa: SIM115
         self._files = (self._bin, self._lengths, self._bounds)
         self._bin_hash = hashlib.sha256()
+        self._begun = 0
         self.files: dict[str, dict[str, int | str]] = {}
         """Once closed: bytes and SHA-256 of "bin" and of "idx"."""
 
@@ -379,9 +381,18 @@ class IndexedWriter:
         self._bin_hash.update(tokens)
         with _refused(self._bin_path, "written"):
             self._bin.write(tokens)
+            self._write_back()
             self._lengths.write(lengths.data)
         self.num_tokens += len(array)
         self.num_sequences += len(lengths)
+
+    def _write_back(self) -> None:
+        """Have the system begin to write what was added to disk, a piece at a time: `close` has less to wait for."""
+        if (end := self._bin.tell()) - self._begun >= _WRITTEN_BACK and hasattr(os, "posix_fadvise"):
+            self._bin.flush()
+            # Pages that are on their way to disk are not dropped by this.
+            os.posix_fadvise(self._bin.fileno(), self._begun, end - self._begun, os.POSIX_FADV_DONTNEED)
+            self._begun = end
 
     def _append_bounds(self, bounds: np.ndarray) -> None:
         with _refused(self._idx_path, "written"):

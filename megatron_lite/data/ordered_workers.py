@@ -51,6 +51,7 @@ def map_in_order(
             method = "fork" if copies and _can_be_copied() else "spawn"
             for _ in range(workers):
                 pool.append(running.enter_context(Worker(make, method, pool)))
+            running.callback(lambda: [worker.kill() for worker in pool])  # all, before one is waited for
         waiting: collections.deque[Worker] = collections.deque()
         for number, item in enumerate(items):
             if len(waiting) == IN_FLIGHT * workers:
@@ -114,11 +115,14 @@ class Worker:
             -code if code is not None and code < 0 else None,
         )
 
+    def kill(self) -> None:
+        self._process.kill()
+
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        self.kill()
         self._process.join()
         self._connection.close()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_lite import __version__
 from megatron_lite.data.indexed import IndexedWriter, paths
 from megatron_lite.data.loss_mask import mask_prefix
 from megatron_lite.data.provenance import Provenance, manifest_path, scores_path, write_provenance
@@ -25,7 +26,7 @@ class TokenSetWriter:
         self, writer: IndexedWriter, scores: np.ndarray | None, counts: IdCounts | None, within: Path | None = None
     ):
         self._writer, self._scores, self._counts, self._within = writer, scores, counts, within
-        self.dtype, self._created_by = writer.dtype, _created_by()
+        self.dtype = writer.dtype
 
     def add(
         self, ids: np.ndarray, sequence_lengths: np.ndarray, sequences: np.ndarray, scores: np.ndarray | None = None
@@ -48,7 +49,7 @@ class TokenSetWriter:
         provenance = Provenance(
             documents=self._writer.num_documents,
             tokens=self._writer.num_tokens,
-            created_by=self._created_by,
+            created_by=f"megatron_lite {__version__}",
             files=files,
             **facts,
         )
@@ -113,12 +114,3 @@ def _score_column(path: Path, documents: int, within: Path | None) -> Iterator[n
 def _file_facts(path: Path) -> dict[str, int | str]:
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _created_by() -> str:
-    import importlib.metadata  # takes a while to load
-
-    try:
-        return f"megatron_lite {importlib.metadata.version('megatron_lite')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "megatron_lite, not installed"

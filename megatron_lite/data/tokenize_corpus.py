@@ -43,40 +43,15 @@ FORMAT = 1
 
 
 def tokenize_corpus(job: CorpusJob) -> dict[str, Provenance]:
-    """Write the token sets of a job, or what is left of it, and return the facts of each by its prefix.
-
-    Memory does not grow with the corpus. All files are published at the end. Raises InputUnfit for a bad document,
-    naming file and line, after which nothing is left, and DataError for a lost worker or a full disk, after which the
-    same job goes on.
-    """
-    run = _Run(job)
-    with claimed(run.work, str(run.work)):
-        run.begin()
-        made = run.known()
-        try:
-            while made is None:
-                try:
-                    made = run.assembled()
-                except _Slipped:
-                    clear(run.work)
-        except InputUnfit:
-            clear(run.work)
-            raise
-        except BaseException:
-            if not run.can_go_on:
-                run.clean()
-            elif not run.goes_on:
-                clear(run.work)
-            raise
-        run.clean()
-    return made
+    """Write the token sets of a job, or what is left of it, as `CorpusRun` does."""
+    return CorpusRun(job).made()
 
 
 class _Slipped(Exception):
     """A library that encoded the first units turned out to give other ids: they are thrown away."""
 
 
-class _Run:
+class CorpusRun:
     """One run of a job: what it is to make, how far it is, and what tells it from other jobs."""
 
     def __init__(self, job: CorpusJob):
@@ -89,11 +64,39 @@ class _Run:
         self._recipe = _recipe(job)
         self._facts = self._stated()
         self._digest = digest_of(self._facts)
-        self.work = Path(f"{job.output_prefix}.work")
-        self._done = self.work / "units.json"
-        self.goes_on = False
+        self._work = Path(f"{job.output_prefix}.work")
+        self._done = self._work / "units.json"
+        self._goes_on = False
         """Whether units are kept for another run: those of an earlier one, or those of a library that was checked."""
-        self.can_go_on = all(source.is_repeatable for source in self._sources)
+        self._can_go_on = all(source.is_repeatable for source in self._sources)
+
+    def made(self) -> dict[str, Provenance]:
+        """Write the token sets of the job, or what is left of it, and return the facts of each by its prefix.
+
+        Memory does not grow with the corpus. All files are published at the end. Raises InputUnfit for a bad document,
+        naming file and line, after which nothing is left, and DataError for a lost worker or a full disk, after which
+        the same job goes on.
+        """
+        with claimed(self._work, str(self._work)):
+            self._begin()
+            made = self._known()
+            try:
+                while made is None:
+                    try:
+                        made = self._assembled()
+                    except _Slipped:
+                        clear(self._work)
+            except InputUnfit:
+                clear(self._work)
+                raise
+            except BaseException:
+                if not self._can_go_on:
+                    self._clean()
+                elif not self._goes_on:
+                    clear(self._work)
+                raise
+            self._clean()
+        return made
 
     def _stated(self) -> dict[str, Any]:
         """What decides the output."""
@@ -111,7 +114,7 @@ class _Run:
         )
         return json.loads(json.dumps(facts))
 
-    def known(self) -> dict[str, Provenance] | None:
+    def _known(self) -> dict[str, Provenance] | None:
         """The facts of the sets, if this very job has made all of them of files that are here to be compared."""
         if self._job.overwrite or any(source.size is None for source in self._sources):
             return None
@@ -132,20 +135,20 @@ class _Run:
         log.note(f"{', '.join(found)}: made by the same job already; --overwrite makes it again")
         return found
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Claim the work folder for this job, with what is done of it. Raises DataError if it has another's."""
-        if not self.can_go_on:
+        if not self._can_go_on:
             log.note("what comes through a pipe cannot be read again: a run that is killed has to begin anew")
-        self.goes_on = begin(
-            self.work, self._facts, str(self.work), self._job.overwrite, self.can_go_on, stated_now=False
+        self._goes_on = begin(
+            self._work, self._facts, str(self._work), self._job.overwrite, self._can_go_on, stated_now=False
         )
-        if self.goes_on:
-            log.note(f"the job that {self.work} is of goes on")
+        if self._goes_on:
+            log.note(f"the job that {self._work} is of goes on")
 
-    def assembled(self) -> dict[str, Provenance]:
+    def _assembled(self) -> dict[str, Provenance]:
         """Publish the sets and their facts, all units made that are left."""
         with contextlib.closing(self._units()) as units:
-            return assemble(self._job, self._tokenizer, self._vocab_size, units, self.work, self._more)
+            return assemble(self._job, self._tokenizer, self._vocab_size, units, self._work, self._more)
 
     def _more(self) -> dict[str, Any]:
         """The facts that the units do not tell, when there are all."""
@@ -154,7 +157,7 @@ class _Run:
 
     def _units(self) -> Iterator[Path]:
         """The files of all units in order, those that are left made meanwhile; when they are, `_done` says so."""
-        folder = self.work / "units"
+        folder = self._work / "units"
         if self._done.exists():
             count, *_ = read_note(self._done, list)
             yield from (unit_path(folder, number) for number in range(count))
@@ -165,7 +168,7 @@ class _Run:
         if self._recipe is None:
             made = self._tokenize(self._sources, job.json_keys, job.limit, ledger, folder)
         else:
-            refined = self._recipe.refined(job.overwrite or not self.can_go_on)
+            refined = self._recipe.refined(job.overwrite or not self._can_go_on)
             made = self._tokenize(refined.sources, (TEXT_KEY,), NO_LIMIT, ledger, folder)
         with contextlib.closing(made):
             for path in made:
@@ -187,7 +190,7 @@ class _Run:
         blocks = itertools.chain(first, blocks)
         sample = texts_of(first, keys)
         # What was read of a pipe is gone, and units of an earlier run are kept with new ones: there, no doubtful ones.
-        begins_unchecked = self.can_go_on and not self.goes_on
+        begins_unchecked = self._can_go_on and not self._goes_on
         engine = self._ladder.stand() if begins_unchecked else self._ladder.climb(sample)
         paths: collections.deque[Path] = collections.deque()
 
@@ -201,7 +204,7 @@ class _Run:
                     yield TokenUnit(path, group if job.workers == 1 else tuple(map(to_send, group)))
                 elif unit.head["input_crc32"] != crc_of(group):
                     raise DataError(
-                        f"{group[0].source.place(group[0].first_line)}: the input is not what it was when {self.work} "
+                        f"{group[0].source.place(group[0].first_line)}: the input is not what it was when {self._work} "
                         "was begun; --overwrite begins anew"
                     )
             self._check(sample)
@@ -231,16 +234,16 @@ class _Run:
 
         Raises _Slipped if it is not to encode.
         """
-        if self.goes_on:
+        if self._goes_on:
             return
-        if self.can_go_on and not self._ladder.check(sample):
+        if self._can_go_on and not self._ladder.check(sample):
             raise _Slipped
-        state(self.work, self._facts)
-        self.goes_on = True
+        state(self._work, self._facts)
+        self._goes_on = True
 
-    def clean(self) -> None:
+    def _clean(self) -> None:
         """Throw the work away, and leave what users look at."""
-        clear(self.work)
+        clear(self._work)
         if self._recipe is not None:
             self._recipe.clean()
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_lite.data.corpus_job import CorpusJob
+from megatron_lite.data.framing import Frame, framed
 from megatron_lite.data.indexed import dtype_for
 from megatron_lite.data.text_blocks import Block, BlockInFile
 from megatron_lite.data.text_documents import BadDocument, parse_block
 from megatron_lite.data.text_input import Source
 from megatron_lite.data.token_documents import TokenDocuments
-from megatron_lite.data.token_set_writer import IdCounts
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.data.tokenizer_ladder import stand_on
@@ -71,8 +71,7 @@ class UnitTokenizer:
             tokenizer = build_tokenizer(job.tokenizer)
             stand_on(tokenizer, engine)
         self._tokenizer = tokenizer
-        self._bos = self._tokenizer.bos if job.prepend_bos else None
-        self._eod = self._tokenizer.eod if job.append_eod else None
+        self._frame = Frame(tokenizer.bos if job.prepend_bos else None, tokenizer.eod if job.append_eod else None)
         self._stops = job.on_error == "stop"
 
     def __reduce__(self) -> tuple[type[UnitTokenizer], tuple]:
@@ -80,12 +79,12 @@ class UnitTokenizer:
 
     def __call__(self, unit: TokenUnit) -> UnitOutcome:
         blocks = [block if isinstance(block, Block) else block.block() for block in unit.blocks]
-        made = [_KeyTokens(self._vocab_size) for _ in self._keys]
+        made = [_KeyTokens(self._tokenizer, self._frame, self._vocab_size) for _ in self._keys]
         scores: list[float] = []
         bad: list[tuple[Source, BadDocument]] = []
         for documents in self._batches(blocks, bad):
             for number, tokens in enumerate(made):
-                tokens.add(*self._encoded([document[number] for document in documents]))
+                tokens.add([document[number] for document in documents])
             scores += [document[-1] for document in documents] if self._number_keys else []
         read = sum(block.read for block in blocks)
         if bad and self._stops:
@@ -99,7 +98,7 @@ class UnitTokenizer:
         }
         sections = {"scores": np.array(scores, "<f4").data}
         for number, tokens in enumerate(made):
-            sections |= {f"{name}-{number}": array.data for name, array in tokens.arrays().items()}
+            sections |= {f"{name}-{number}": data for name, data in tokens.sections().items()}
         write_unit(unit.path, head, sections, synced=False)
         return UnitOutcome(
             unit.path,
@@ -127,41 +126,30 @@ class UnitTokenizer:
                     batch, characters = [], 0
         yield batch
 
-    def _encoded(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray, int]:
-        """Ids end to end, how many of each text, and the bytes of all."""
-        ids, lengths = self._tokenizer.encode_block(texts)
-        if self._bos is not None:
-            ids = np.insert(ids, np.cumsum(lengths) - lengths, self._bos)
-            lengths = lengths + 1
-        if self._eod is not None:
-            # As in Megatron, a document without tokens gets no end.
-            filled = lengths > 0
-            ids = np.insert(ids, np.cumsum(lengths)[filled], self._eod)
-            lengths = lengths + filled
-        return ids, lengths, sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-
 
 class _KeyTokens:
     """The tokens of a unit under one key, in the making."""
 
-    def __init__(self, vocab_size: int):
-        self._dtype = dtype_for(vocab_size)
-        self._counts = IdCounts(vocab_size)
+    def __init__(self, tokenizer: Tokenizer, frame: Frame, vocab_size: int):
+        self._tokenizer, self._frame, self._dtype = tokenizer, frame, dtype_for(vocab_size)
+        self._counts = np.zeros(vocab_size, "<u4")
         self._ids: list[np.ndarray] = []
         self._lengths: list[np.ndarray] = []
         self.documents = self.tokens = self.text_bytes = 0
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
-        self._counts.add(ids)
-        self._ids.append(ids.astype(self._dtype))
-        self._lengths.append(lengths.astype("<i4"))
-        self.documents += len(lengths)
+    def add(self, texts: Sequence[str]) -> None:
+        """Encode documents. Raises DataError for an id outside the vocabulary."""
+        ids, lengths = framed(*self._tokenizer.encode_block(texts), self._frame, self._dtype, self._counts)
+        self._ids.append(ids)
+        self._lengths.append(lengths)
+        self.documents += len(texts)
         self.tokens += len(ids)
-        self.text_bytes += text_bytes
+        self.text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        counts = self._counts.counts.astype("<u4")
-        return {"ids": np.concatenate(self._ids), "lengths": np.concatenate(self._lengths), "counts": counts}
+    def sections(self) -> dict[str, memoryview]:
+        """The parts of a unit's file, but for the number of the key."""
+        arrays = {"ids": np.concatenate(self._ids), "lengths": np.concatenate(self._lengths), "counts": self._counts}
+        return {name: array.data for name, array in arrays.items()}
 
 
 def grouped(blocks: Iterable[Block], size: int) -> Iterator[tuple[Block, ...]]:

@@ -115,11 +115,7 @@ def tiktoken_of_description(description: Mapping[str, Any]) -> Encode:
 
 
 def require_byte_level(description: Mapping[str, Any]) -> None:
-    """Raise Unfit unless a tokenizer.json is a byte-level BPE of which the other libraries know every setting.
-
-    Its merges come in the order of the ids they make, out of tokens of lower ids, and without `ignore_merges` they make
-    every token: then the lowest id that can be made is the next merge.
-    """
+    """Raise Unfit unless a tokenizer.json is a byte-level BPE of which the other libraries know every setting."""
     model = description["model"]
     if model.get("type", "BPE") != "BPE":
         raise Unfit(f"its model is {model['type']}")
@@ -133,25 +129,32 @@ def require_byte_level(description: Mapping[str, Any]) -> None:
     for token in tokens_in_text(description):
         if odd := [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]:
             raise Unfit(f"its added token {token['content']!r} has {odd[0]}")
-    vocab = model["vocab"]
-    if not all(map(vocab.__contains__, BYTE_ALPHABET)):
+    if not all(map(model["vocab"].__contains__, BYTE_ALPHABET)):
         raise Unfit("it has no token for some of the 256 bytes")
-    pairs = merge_pairs(model)
+
+
+def disorder_of_merges(description: Mapping[str, Any]) -> str | None:
+    """Why the lowest id that can be made is not always the next merge of a byte-level BPE, as half a sentence.
+
+    It is, and the answer None, where merges come in the order of the ids they make, out of tokens of lower ids, and
+    make every token, which they need not with `ignore_merges`.
+    """
+    model = description["model"]
+    vocab, pairs = model["vocab"], merge_pairs(model)
     left, right, made = (
         np.fromiter(map(vocab.__getitem__, tokens), np.int64, len(pairs))
         for tokens in (map(itemgetter(0), pairs), map(itemgetter(1), pairs), map("".join, pairs))
     )
     if (made <= np.maximum(left, right)).any() or (np.diff(made) < 0).any():
-        raise Unfit("its merges are not in the order of its ids")
+        return "its merges are not in the order of its ids"
     if model.get("ignore_merges"):
-        return
+        return None
     ids = np.fromiter(vocab.values(), np.int64, len(vocab))
     can_be = np.zeros(ids.max() + 1, bool)
     can_be[made] = can_be[[vocab[token] for token in BYTE_ALPHABET]] = True
     unmade = set(itertools.compress(vocab, ~can_be[ids]))
     unmade -= {token["content"] for token in description.get("added_tokens") or ()}
-    if unmade:
-        raise Unfit(f"{len(unmade):,} of its tokens come of no merge, as {min(unmade)!r}")
+    return f"{len(unmade):,} of its tokens come of no merge, as {min(unmade)!r}" if unmade else None
 
 
 def tokens_in_text(description: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -178,7 +181,10 @@ def cut_pattern(description: Mapping[str, Any]) -> str:
 
 def merge_pairs(model: Mapping[str, Any]) -> list[Sequence[str]]:
     """The merges of a model, whichever way a tokenizer.json writes them."""
-    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    merges = model["merges"]
+    if str not in map(type, merges):
+        return merges
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
 
 
 def _kind(part: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -14,6 +15,7 @@ import tokenizers
 
 from megatron_lite.data.tokenizer_engines import (
     Encode,
+    disorder_of_merges,
     gigatoken_of_description,
     merge_pairs,
     require_byte_level,
@@ -58,6 +60,27 @@ def _essence(value: Any) -> Any:
     return value
 
 
+def _merges(file: Path, vocab_file: Path, vocab: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """The merges of a file in the form of GPT-2's vocab.bpe. Raises TokenizerError naming the line that is none."""
+    text = file.read_text(encoding="utf-8")
+    begin = text.find("\n") + 1 if text.startswith("#version") else 0
+    tokens = text[begin:].split()
+    merges = list(zip(tokens[::2], tokens[1::2], strict=False))
+    two_a_line = "\n".join(map(" ".join, merges)) == text[begin:].rstrip("\n")
+    if two_a_line and all(map(vocab.__contains__, itertools.chain(tokens, map("".join, merges)))):
+        return merges
+    merges = []
+    for number, line in enumerate(text[begin:].split("\n"), 2 if begin else 1):
+        pair = tuple(line.split())
+        if pair and (len(pair) != 2 or not vocab.keys() >= {*pair, "".join(pair)}):
+            raise TokenizerError(
+                f"{file}, line {number}: {line!r} is not a merge of two tokens of {vocab_file}; "
+                "give vocabulary and merges of one tokenizer"
+            )
+        merges += [pair] if pair else []
+    return merges
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """The tokenizer of a tokenizer.json, run by `tokenizers`; what its post-processor adds is `template`.
 
@@ -77,13 +100,15 @@ class HuggingFaceTokenizer(Tokenizer):
         names = {name for candidates in ROLE_NAMES.values() for name in candidates}
         specials = {text: id for text, (id, is_special) in self._added.items() if is_special or text in names}
         vocab = description["model"].get("vocab")
-        ids = vocab | {text: id for text, (id, _) in self._added.items()} if isinstance(vocab, dict) else None
-        ids = ids or self._library.get_vocab(with_added_tokens=True)
+        if not (isinstance(vocab, dict) and vocab):
+            vocab = self._library.get_vocab(with_added_tokens=True)
+        ids = collections.ChainMap({text: id for text, (id, _) in self._added.items()}, vocab)
         role_ids = {role: ids.get(token) for role, token in roles.items()}
         unknown = description["model"].get("unk_token")
         if isinstance(unknown, str):
             role_ids.setdefault("unk", ids.get(unknown))
-        super().__init__(max(ids.values(), default=-1) + 1, specials, role_ids)
+        largest = max(itertools.chain(*(each.values() for each in ids.maps)), default=-1)
+        super().__init__(largest + 1, specials, role_ids)
 
     @functools.cached_property
     def _library(self) -> tokenizers.Tokenizer:
@@ -138,6 +163,9 @@ class HuggingFaceTokenizer(Tokenizer):
         require_byte_level(self._description)
         return make(self._description)
 
+    def disorder(self) -> str | None:
+        return disorder_of_merges(self._description)
+
     def _decode_ids(self, ids: list[int]) -> str:
         return self._library.decode(ids, skip_special_tokens=False)
 
@@ -164,19 +192,9 @@ class GPT2BPETokenizer(HuggingFaceTokenizer):
     def from_files(cls, vocab_file: Path, merge_file: Path) -> GPT2BPETokenizer:
         """Load vocabulary and merges. Raises TokenizerError naming file and line of what does not fit."""
         vocab = _read_json(vocab_file)
-        if not isinstance(vocab, dict) or not all(type(id) is int and id >= 0 for id in vocab.values()):
+        if not isinstance(vocab, dict) or {*map(type, vocab.values())} != {int} or min(vocab.values()) < 0:
             raise TokenizerError(f"{vocab_file} is not a map of tokens to ids; give GPT-2's encoder.json or vocab.json")
-        lines = merge_file.read_text(encoding="utf-8").split("\n")
-        filled = [line for line in lines[lines[0].startswith("#version") :] if line.strip()]
-        merges = [tuple(line.split()) for line in filled]
-        tokens = itertools.chain(itertools.chain.from_iterable(merges), map("".join, merges))
-        if not (set(map(len, merges)) <= {2} and all(map(vocab.__contains__, tokens))):
-            wrong = next(pair for pair in merges if len(pair) != 2 or not vocab.keys() >= {*pair, "".join(pair)})
-            line = filled[merges.index(wrong)]
-            raise TokenizerError(
-                f"{merge_file}, line {lines.index(line) + 1}: {line!r} is not a merge of two tokens of {vocab_file}; "
-                "give vocabulary and merges of one tokenizer"
-            )
+        merges = _merges(merge_file, vocab_file, vocab)
         special = "<|endoftext|>"
         added = [{"id": vocab[special], "content": special, "special": True}] if special in vocab else []
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -125,6 +125,10 @@ class Tokenizer(abc.ABC):
         """
         return {}
 
+    def disorder(self) -> str | None:
+        """Why those libraries would give other ids after all, as half a sentence; it takes a while to look for."""
+        return None
+
     def run_by(self, encode: Encode | None) -> None:
         """Let `encode` do the work of `encode_block`; None: this tokenizer's own library."""
         self._encode_block = encode

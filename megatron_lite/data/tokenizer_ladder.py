@@ -86,6 +86,11 @@ class Ladder:
         tokenizer = self._tokenizer
         if not self._names:
             return True
+        if reason := tokenizer.disorder():
+            tokenizer.run_by(None)
+            while self._names:
+                self._leave(reason)
+            return False
         texts = list(_trials(tokenizer, sample))
         for text in texts:
             if tokenizer.encode_block([text])[0].tolist() != tokenizer.encode(text):

@@ -8,20 +8,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lite import __version__
+
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "tiktoken", "sentencepiece", "safetensors", "tyro")
 
 
 def versions(devices: Sequence[str] = ()) -> dict[str, str | list[str] | None]:
-    """Versions by name: megatron_lite's commit, Python, the platform, `PACKAGES`, and `devices`.
+    """Versions by name: megatron_lite's and its commit, Python, the platform, `PACKAGES`, and `devices`.
 
     None stands for a package that is not installed and for code outside a git checkout.
     """
     found: dict[str, str | list[str] | None] = {
+        "megatron_lite": __version__,
         "megatron_lite_commit": git_commit(Path(__file__).resolve().parents[2]),
         "python": platform.python_version(),
         "platform": f"{sys.platform} {platform.machine()}",
     }
-    for package in ("megatron_lite", *PACKAGES):
+    for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -19,7 +19,12 @@ from megatron_lite.data.corpus_job import CorpusJob
 from megatron_lite.data.indexed import IndexedReader
 from megatron_lite.data.tokenize_corpus import tokenize_corpus
 from megatron_lite.data.tokenizer import build_tokenizer
-from megatron_lite.data.tokenizer_engines import Unfit, require_byte_level, tiktoken_of_description
+from megatron_lite.data.tokenizer_engines import (
+    Unfit,
+    disorder_of_merges,
+    require_byte_level,
+    tiktoken_of_description,
+)
 from megatron_lite.data.tokenizer_huggingface import HuggingFaceTokenizer
 from megatron_lite.data.tokenizer_ladder import Ladder, stand_on
 from megatron_lite.errors import TokenizerError
@@ -87,7 +92,7 @@ def test_a_rung_that_differs_is_left(sources, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "gigatoken does not encode the text: its ids differ from those of tokenizers, as for 'a zebra fish" in said
     assert tokenizer.encode_block(sample)[0].tolist() == tokenizer.encode(sample[0])
-    with pytest.raises(TokenizerError, match="--tokenizer-engine gigatoken cannot run this GPT2BPETokenizer: its ids"):
+    with pytest.raises(TokenizerError, match=r"--tokenizer-engine gigatoken cannot run this GPT2BPETokenizer: its ids"):
         climb(tokenizer, "gigatoken", sample)
     assert tokenizer.encode_block(sample)[0].tolist() == tokenizer.encode(sample[0])
 
@@ -142,7 +147,7 @@ def test_units_of_a_library_that_turns_out_to_differ_are_thrown_away(sources, tm
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ENGLISH[:60]))
     paths = (str(tmp_path / "a.jsonl"),)
     job = CorpusJob(paths, f"{tmp_path}/out", sources["gpt2"], workers=workers, unit_bytes=512, block_bytes=512)
-    with pytest.raises(TokenizerError, match="--tokenizer-engine gigatoken cannot run this GPT2BPETokenizer: its ids"):
+    with pytest.raises(TokenizerError, match=r"--tokenizer-engine gigatoken cannot run this GPT2BPETokenizer: its ids"):
         tokenize_corpus(dataclasses.replace(job, tokenizer_engine="gigatoken"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
     tokenize_corpus(job)
@@ -228,11 +233,28 @@ def swap_merges(content: dict) -> None:
     ],
 )
 def test_what_is_no_plain_byte_level_bpe(sources, spoil, reason):
+    def found(content):
+        try:
+            require_byte_level(content)
+        except Unfit as unfit:
+            return str(unfit)
+        return disorder_of_merges(content)
+
     content = description(sources)
-    require_byte_level(content)
+    assert found(content) is None
     spoil(content)
-    with pytest.raises(Unfit, match=reason):
-        require_byte_level(content)
+    assert reason in found(content)
+
+
+def test_merges_in_another_order_are_left_to_their_own_library(sources, capsys):
+    content = description(sources)
+    swap_merges(content)
+    assert climb(HuggingFaceTokenizer(content, {}, "test"), "auto", ENGLISH[:2]) == "tokenizers"
+    told = capsys.readouterr().err
+    for name in ("gigatoken", "tiktoken"):
+        assert told.count(f"{name} does not encode the text: its merges are not in the order of its ids") == 1
+    with pytest.raises(TokenizerError, match=r"--tokenizer-engine gigatoken cannot run this .* in the order"):
+        climb(HuggingFaceTokenizer(content, {}, "test"), "gigatoken", ENGLISH[:2])
 
 
 def test_tiktoken_takes_no_tokens_in_text_and_no_second_merge(sources):

@@ -67,6 +67,14 @@ for size in (1, 4, 5, 300):
         assert fill_in(2**40, tokens, pieces, counts) == (7 in tokens)
         fill_in(1, tokens, pieces, None)
         assert not fill_in(1, tokens, np.array([size, size]), counts) and not fill_in(1, tokens[:0], pieces[:1], None)
+for lengths in ([], [0], [3], random.integers(0, 5, 100)):
+    for bos, eod, width in ((None, None, 2), (0, 9, 2), (None, 9, 4), (0, None, 4)):
+        ids, counts = random.integers(0, 10, sum(lengths)).astype(np.int32), np.zeros(10, np.uint32)
+        made, framed, outside = host.framed(ids, np.array(lengths, np.int64), bos, eod, width, counts)
+        assert outside == -1 and len(made) == framed.sum() == counts.sum()
+        if len(ids):
+            ids[-1] = 10
+            assert host.framed(ids, np.array(lengths, np.int64), bos, eod, width, counts)[2] == 10
 """
 
 
