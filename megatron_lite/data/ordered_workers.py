@@ -48,7 +48,7 @@ def map_in_order(
     with contextlib.ExitStack() as running:
         with interrupts_ignored():
             pool: list[Worker] = []
-            method = "fork" if copies and _can_be_copied() else "spawn"
+            method = "fork" if copies and can_be_copied() else "spawn"
             for _ in range(workers):
                 pool.append(running.enter_context(Worker(make, method, pool)))
             running.callback(lambda: [worker.kill() for worker in pool])  # all, before one is waited for
@@ -62,8 +62,8 @@ def map_in_order(
             yield waiting.popleft().receive()
 
 
-def _can_be_copied() -> bool:
-    """A copy has none of the threads, and waits for ever for a lock that one of them held."""
+def can_be_copied() -> bool:
+    """Whether this process can: a copy has none of the threads, and waits for ever for a lock that one of them held."""
     return sys.platform == "linux" and threading.active_count() == 1
 
 

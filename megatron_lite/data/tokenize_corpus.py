@@ -191,6 +191,8 @@ class CorpusRun:
         sample = texts_of(first, keys)
         # What was read of a pipe is gone, and units of an earlier run are kept with new ones: there, no doubtful ones.
         begins_unchecked = self._can_go_on and not self._goes_on
+        if begins_unchecked and job.workers > 1:
+            self._ladder.prepare(sample)
         engine = self._ladder.stand() if begins_unchecked else self._ladder.climb(sample)
         paths: collections.deque[Path] = collections.deque()
 

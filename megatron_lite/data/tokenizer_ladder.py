@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_lite import log
+from megatron_lite.data.ordered_workers import Worker, WorkerLost, can_be_copied, interrupts_ignored
 from megatron_lite.data.tokenizer_engines import Encode, Unfit
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import TokenizerError
@@ -47,6 +50,14 @@ _HARD = (
 """Texts at which implementations of the same tokenizer differ, if they do."""
 
 
+class _Answers(NamedTuple):
+    """What a tokenizer's own library makes of trial texts, and why no other one can be trusted with it, if so."""
+
+    disorder: str | None
+    texts: list[str]
+    ids: list[list[int]]
+
+
 class Ladder:
     """The libraries that may encode the blocks of a tokenizer, the fastest first.
 
@@ -62,6 +73,8 @@ class Ladder:
             )
         self._tokenizer, self._wish = tokenizer, wish
         self._names = list(others) if wish == "auto" else [wish] if wish in others else []
+        self._copy: Worker | None = None
+        self._answers: _Answers | None = None
 
     def stand(self) -> str:
         """Let the fastest library that can be made, and did not fail a `check`, encode the blocks of the tokenizer; its
@@ -78,6 +91,14 @@ class Ladder:
         log.note(f"text is encoded by {self._tokenizer.library}")
         return self._tokenizer.library
 
+    def prepare(self, sample: Sequence[str]) -> None:
+        """Have a copy of this process, where it can be copied, find out meanwhile what `check` compares with."""
+        if self._names and can_be_copied():
+            find = functools.partial(_answers, self._tokenizer, sample)
+            with interrupts_ignored():
+                self._copy = Worker(lambda: lambda _: find(), "fork")
+            self._copy.send(None)
+
     def check(self, sample: Sequence[str]) -> bool:
         """Whether the library that `stand` took gives the ids of the tokenizer's own; if not, it is never taken again.
 
@@ -86,14 +107,14 @@ class Ladder:
         tokenizer = self._tokenizer
         if not self._names:
             return True
-        if reason := tokenizer.disorder():
+        disorder, texts, answers = self._answered(sample)
+        if disorder:
             tokenizer.run_by(None)
             while self._names:
-                self._leave(reason)
+                self._leave(disorder)
             return False
-        texts = list(_trials(tokenizer, sample))
-        for text in texts:
-            if tokenizer.encode_block([text])[0].tolist() != tokenizer.encode(text):
+        for text, ids in zip(texts, answers, strict=True):
+            if tokenizer.encode_block([text])[0].tolist() != ids:
                 tokenizer.run_by(None)
                 self._leave(f"its ids differ from those of {tokenizer.library}, as for {text!r:.80}")
                 return False
@@ -102,6 +123,15 @@ class Ladder:
             "texts tried"
         )
         return True
+
+    def _answered(self, sample: Sequence[str]) -> _Answers:
+        if self._copy is not None:
+            with self._copy as copy, contextlib.suppress(WorkerLost):
+                self._answers = copy.receive()
+            self._copy = None
+        if self._answers is None:
+            self._answers = _answers(self._tokenizer, sample)
+        return self._answers
 
     def climb(self, sample: Sequence[str]) -> str:
         """Let the fastest library that gives the same ids encode the blocks of the tokenizer; its name."""
@@ -133,6 +163,11 @@ def _made(tokenizer: Tokenizer, name: str) -> Encode:
         raise Unfit(f"the package {error.name} is not installed") from None
     except BaseException as error:  # Rust's panics are no Exception
         raise Unfit(f"{name} says: {str(error).partition(chr(10))[0]:.120}") from None
+
+
+def _answers(tokenizer: Tokenizer, sample: Sequence[str]) -> _Answers:
+    texts = list(_trials(tokenizer, sample))
+    return _Answers(tokenizer.disorder(), texts, list(map(tokenizer.encode, texts)))
 
 
 def _trials(tokenizer: Tokenizer, sample: Sequence[str]) -> Iterator[str]:
