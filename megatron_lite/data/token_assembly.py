@@ -19,6 +19,7 @@ from megatron_lite.data.token_shuffle import shuffled
 from megatron_lite.data.tokenize_units import unit_counts, unit_documents
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.data.unit_file import UnitFile, open_unit
+from megatron_lite.publish import interrupts_awaited
 
 _EXAMPLES = 3
 """Places named for each kind of skipped document."""
@@ -109,12 +110,16 @@ def assemble(
                 for batch in batches:
                     _append(made, batch)
                 sets.append(made)
-    totals.warn_of_skipped()
-    shared = _shared_facts(job, tokenizer) | {"skipped": dict(totals.skipped), **more()}
-    return {
-        prefix: made.describe(text_bytes=totals.text_bytes[key], unigram_entropy=totals.counts[key].entropy(), **shared)
-        for key, (prefix, made) in enumerate(zip(job.prefixes, sets, strict=True))
-    }
+        totals.warn_of_skipped()
+        shared = _shared_facts(job, tokenizer) | {"skipped": dict(totals.skipped), **more()}
+        with interrupts_awaited():  # one that comes now is too late: the sets appear together
+            publishing.close()
+            return {
+                prefix: made.describe(
+                    text_bytes=totals.text_bytes[key], unigram_entropy=totals.counts[key].entropy(), **shared
+                )
+                for key, (prefix, made) in enumerate(zip(job.prefixes, sets, strict=True))
+            }
 
 
 def _append(made: TokenSetWriter, batch: TokenDocuments) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data.corpus_job import CorpusJob
-from megatron_lite.data.indexed import IndexedReader
+from megatron_lite.data.indexed import IndexedReader, IndexedWriter
 from megatron_lite.data.provenance import read_manifest
 from megatron_lite.data.text_blocks import Limit
 from megatron_lite.data.tokenize_corpus import tokenize_corpus
@@ -247,6 +248,18 @@ def test_sets_in_the_making_lie_in_the_work_folder_alone(begun, tmp_path, monkey
         path.unlink()
     tokenize_corpus(dataclasses.replace(begun, **IN_ORDER))
     assert len(beside) > 4 and not any(beside)
+
+
+def test_an_interrupt_while_sets_are_published_comes_too_late(corpus, expected, tmp_path, monkeypatch):
+    close = IndexedWriter.close
+
+    def interrupted(self):
+        close(self)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(IndexedWriter, "close", interrupted)
+    tokenize_corpus(job_of(corpus, tmp_path / "out"))
+    assert contents(tmp_path) == expected
 
 
 def test_work_of_another_job_is_refused(begun, expected, tmp_path):

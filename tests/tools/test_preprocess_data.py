@@ -69,6 +69,11 @@ def test_gpt2_by_megatrons_flags(tmp_path):
     assert b"tokens/s" in done.stderr
 
 
+def of_bytes(folder):
+    """Options that make a set of the documents of a.jsonl in a folder."""
+    return ("--input", folder / "a.jsonl", "--output-prefix", folder / "out", "--tokenizer-type", "ByteTokenizer")
+
+
 def test_standard_input(tmp_path):
     options = ("--input", "-", "--output-prefix", tmp_path / "out", "--tokenizer-type", "ByteTokenizer")
     assert run(*options, stdin=lines(["ab", "c"])).returncode == 0
@@ -80,34 +85,20 @@ def test_standard_input(tmp_path):
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
 def test_a_closed_stream_is_no_failure(tmp_path, closed):
     (tmp_path / "a.jsonl").write_bytes(lines(["ab"]))
-    options = (
-        "--input",
-        tmp_path / "a.jsonl",
-        "--output-prefix",
-        tmp_path / "out",
-        "--tokenizer-type",
-        "ByteTokenizer",
-    )
     done = subprocess.run(
-        ["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND, *map(str, options)], stderr=subprocess.PIPE, env=ENVIRONMENT
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *COMMAND, *map(str, of_bytes(tmp_path))],
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
     )
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr.decode()
 
 
 def test_bad_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "ok"}\n{"text": 1}\n{"text"\n')
-    options = (
-        "--input",
-        tmp_path / "a.jsonl",
-        "--output-prefix",
-        tmp_path / "out",
-        "--tokenizer-type",
-        "ByteTokenizer",
-    )
-    done = run(*options)
+    done = run(*of_bytes(tmp_path))
     assert done.returncode == 2 and b"a.jsonl, line 2: not a string: 'text' is of type int" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-    done = run(*options, "--on-error", "skip")
+    done = run(*of_bytes(tmp_path), "--on-error", "skip")
     assert done.returncode == 0
     assert b"skipped 2 bad documents" in done.stderr and b"a.jsonl:3" in done.stderr
 
