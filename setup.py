@@ -18,10 +18,10 @@ from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from megatron_lite import __version__
 from megatron_lite.errors import KernelError
 from megatron_lite.kernels import sources
 from megatron_lite.kernels.build import built, find_pybind11
+from megatron_lite.version import __version__
 
 
 class BuildNative(build_ext):

@@ -331,6 +331,7 @@ class IndexedWriter:
         self._begun = 0
         self.files: dict[str, dict[str, int | str]] = {}
         """Once closed: bytes and SHA-256 of "bin" and of "idx"."""
+        self._unnamed: dict[str, dict[str, int | str]] = {}
 
     def add_document(self, ids: IdArray, sequence_lengths: IdArray | None = None) -> None:
         """Append one document of one sequence, or of consecutive sequences of the given lengths."""
@@ -399,8 +400,8 @@ class IndexedWriter:
             self._bounds.write(bounds.astype("<i8").data)
         self.num_documents += len(bounds)
 
-    def close(self) -> None:
-        """Write the index, sync both files and give them their names; a second call does nothing."""
+    def finish(self) -> None:
+        """Write the index and sync both files, under their temporary names yet; a second call does nothing."""
         if self._bin.closed:
             return
         try:
@@ -415,18 +416,30 @@ class IndexedWriter:
                 _sync(self._bin)
                 for file in self._files:
                     file.close()
+        except BaseException:
+            self.abort()
+            raise
+        self._unnamed = {
+            "bin": {"bytes": self.num_tokens * self.dtype.itemsize, "sha256": self._bin_hash.hexdigest()},
+            "idx": {"bytes": idx_size, "sha256": idx_hash.hexdigest()},
+        }
+
+    def close(self) -> None:
+        """`finish`, and give both files their names; a second call does nothing."""
+        self.finish()
+        if not self._unnamed:
+            return
+        try:
+            with _refused(self._bin_path, "written"):
                 # An old index must never meet new tokens, however the process ends.
                 self._idx_path.unlink(missing_ok=True)
                 os.replace(self._bin_temporary, self._bin_path)
                 os.replace(self._idx_temporary, self._idx_path)
                 _sync_folder(self._bin_path.parent)
-            self.files = {
-                "bin": {"bytes": self.num_tokens * self.dtype.itemsize, "sha256": self._bin_hash.hexdigest()},
-                "idx": {"bytes": idx_size, "sha256": idx_hash.hexdigest()},
-            }
         except BaseException:
             self.abort()
             raise
+        self.files, self._unnamed = self._unnamed, {}
 
     def _index_blocks(self) -> Iterator[bytes | memoryview]:
         code = _CODE_OF_DTYPE[self.dtype]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import multiprocessing
 import os
 import queue
@@ -12,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from megatron_lite.errors import DataError, MegatronLiteError
 
@@ -122,6 +123,10 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process and wait until it has."""
         self.kill()
         self._process.join()
         self._connection.close()
@@ -134,7 +139,10 @@ def _serve(make: Callable[[], Callable], connection: Connection, of_parent: Sequ
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     inbox: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
-    function = make()
+    try:
+        function = make()
+    except MegatronLiteError as error:
+        function = functools.partial(_fail, error)
     while True:
         try:
             result = function(inbox.get())
@@ -144,6 +152,10 @@ def _serve(make: Callable[[], Callable], connection: Connection, of_parent: Sequ
             connection.send(result)
         except OSError:
             os._exit(0)
+
+
+def _fail(error: MegatronLiteError, _: Any) -> NoReturn:
+    raise error
 
 
 def _receive(connection: Connection, inbox: queue.SimpleQueue) -> None:

@@ -112,6 +112,8 @@ def assemble(
                 sets.append(made)
         totals.warn_of_skipped()
         shared = _shared_facts(job, tokenizer) | {"skipped": dict(totals.skipped), **more()}
+        for made in sets:
+            made.finish()
         with interrupts_awaited():  # one that comes now is too late: the sets appear together
             publishing.close()
             return {

@@ -144,6 +144,8 @@ def _write(
                     joined_pieces(batch.sequence_lengths, sequence_ends[chosen], sequences),
                     sequences,
                 )
+        for made in sets:
+            made.finish()
     if facts is None:
         return
     known = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}

@@ -55,8 +55,9 @@ def join(
             if mask is not None:
                 flags = np.repeat(np.tile(counts, len(totals)), kept[some].ravel())
                 mask.add_many(flags, totals[totals > 0], totals > 0)
+        made.finish()
     if None not in facts:
-        made.describe(**combined_facts(prefixes, facts))
+        made.describe(**combined_facts(prefixes, facts) | {"score_key": None})
     return len(kept), int(kept.sum()), int(kept[:, counts == 1].sum())
 
 

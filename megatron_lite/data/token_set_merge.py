@@ -54,6 +54,7 @@ def merge(prefixes: Sequence[str], output: str, pause: Callable[[], None] = lamb
             token_set(output, dtype=readers[0].dtype, scored=scored, counted=counted, masked=bool(masks))
         )
         _copy(readers, made, pause, columns if has_scores else None)
+        made.finish()
         if masks:
             # Published ahead of the set, which would else be trained on whole.
             _copy(masks, publishing.enter_context(token_set(mask_prefix(output), dtype=masks[0].dtype)), pause)
@@ -61,7 +62,7 @@ def merge(prefixes: Sequence[str], output: str, pause: Callable[[], None] = lamb
         bare = next(reader.prefix for reader, known in zip(readers, facts, strict=True) if known is None)
         log.note(f"{bare} has no manifest, so {output} has none")
     else:
-        made.describe(**combined_facts(prefixes, facts))
+        made.describe(**combined_facts(prefixes, facts) | ({} if has_scores else {"score_key": None}))
     return documents, sum(reader.num_tokens for reader in readers)
 
 

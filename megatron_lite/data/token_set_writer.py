@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lite import __version__
 from megatron_lite.data.indexed import IndexedWriter, paths
 from megatron_lite.data.loss_mask import mask_prefix
 from megatron_lite.data.provenance import Provenance, manifest_path, scores_path, write_provenance
 from megatron_lite.errors import DataError
 from megatron_lite.publish import published
+from megatron_lite.version import __version__
 
 
 class TokenSetWriter:
@@ -38,6 +38,12 @@ class TokenSetWriter:
             self._scores[first : first + len(sequences)] = scores
         if self._counts is not None:
             self._counts.add(ids)
+
+    def finish(self) -> None:
+        """Have all bytes on disk, before a set that was there is touched: several sets are published alike."""
+        if self._scores is not None:
+            self._scores.flush()
+        self._writer.finish()
 
     def describe(self, **facts: Any) -> Provenance:
         """Write the facts of a set that is published, but for those that are known here."""
@@ -70,17 +76,21 @@ def token_set(
     """A set that is published when the block ends well.
 
     `scored` is its number of documents where they have scores; `counted` the size of the vocabulary where the entropy
-    of ids is to be found. Facts, scores and the loss mask of a set that was there before are gone first, but for a mask
-    that was made for this one, which is `masked`. Until all is whole it lies in the folder `within` the same disk,
-    if any. Raises DataError as IndexedWriter does, and for an id outside the vocabulary.
+    of ids is to be found. Of a set that was there before, index, facts, scores and loss mask are gone first, but for a
+    mask that was made for this one, which is `masked`; only when the new one is on disk. Until all is whole it lies in
+    the folder `within` the same disk, if any. Raises DataError as IndexedWriter does, and for an id outside the
+    vocabulary.
     """
     with contextlib.ExitStack() as publishing:
         writer = publishing.enter_context(IndexedWriter(prefix, vocab_size, dtype, within))
         scores = None
         if scored is not None:
             scores = publishing.enter_context(_score_column(scores_path(prefix), scored, within))
-        yield TokenSetWriter(writer, scores, None if counted is None else IdCounts(counted), within)
-        for path in (manifest_path(prefix), scores_path(prefix), *(() if masked else paths(mask_prefix(prefix)))):
+        made = TokenSetWriter(writer, scores, None if counted is None else IdCounts(counted), within)
+        yield made
+        made.finish()
+        others = (manifest_path(prefix), scores_path(prefix), *(() if masked else paths(mask_prefix(prefix))))
+        for path in (paths(prefix)[1], *others):
             path.unlink(missing_ok=True)
 
 

@@ -20,6 +20,7 @@ from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.data.tokenizer_ladder import stand_on
 from megatron_lite.data.unit_file import UnitFile, write_unit
+from megatron_lite.kernels import host
 from megatron_lite.kernels.crc32 import crc32
 
 _ENCODED_AT_ONCE = 1 << 20
@@ -73,6 +74,7 @@ class UnitTokenizer:
         self._tokenizer = tokenizer
         self._frame = Frame(tokenizer.bos if job.prepend_bos else None, tokenizer.eod if job.append_eod else None)
         self._stops = job.on_error == "stop"
+        host.module()  # copies have it then, and a warning is given once
 
     def __reduce__(self) -> tuple[type[UnitTokenizer], tuple]:
         return UnitTokenizer, self._arguments

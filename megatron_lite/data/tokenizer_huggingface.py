@@ -15,6 +15,7 @@ import tokenizers
 
 from megatron_lite.data.tokenizer_engines import (
     Encode,
+    Unfit,
     disorder_of_merges,
     gigatoken_of_description,
     merge_pairs,
@@ -63,7 +64,7 @@ def _essence(value: Any) -> Any:
 def _merges(file: Path, vocab_file: Path, vocab: Mapping[str, int]) -> list[tuple[str, ...]]:
     """The merges of a file in the form of GPT-2's vocab.bpe. Raises TokenizerError naming the line that is none."""
     text = file.read_text(encoding="utf-8")
-    begin = text.find("\n") + 1 if text.startswith("#version") else 0
+    begin = len(text.partition("\n")[0]) + 1 if text.startswith("#version") else 0
     tokens = text[begin:].split()
     merges = list(zip(tokens[::2], tokens[1::2], strict=False))
     two_a_line = "\n".join(map(" ".join, merges)) == text[begin:].rstrip("\n")
@@ -164,6 +165,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return make(self._description)
 
     def disorder(self) -> str | None:
+        try:
+            require_byte_level(self._description)
+        except Unfit as reason:
+            return str(reason)
         return disorder_of_merges(self._description)
 
     def _decode_ids(self, ids: list[int]) -> str:

@@ -88,12 +88,13 @@ class Ladder:
                 return self._names[0]
             except Unfit as reason:
                 self._leave(str(reason))
+        self._dismiss_copy()
         log.note(f"text is encoded by {self._tokenizer.library}")
         return self._tokenizer.library
 
     def prepare(self, sample: Sequence[str]) -> None:
         """Have a copy of this process, where it can be copied, find out meanwhile what `check` compares with."""
-        if self._names and can_be_copied():
+        if self._names and self._answers is None and can_be_copied():
             find = functools.partial(_answers, self._tokenizer, sample)
             with interrupts_ignored():
                 self._copy = Worker(lambda: lambda _: find(), "fork")
@@ -126,12 +127,17 @@ class Ladder:
 
     def _answered(self, sample: Sequence[str]) -> _Answers:
         if self._copy is not None:
-            with self._copy as copy, contextlib.suppress(WorkerLost):
-                self._answers = copy.receive()
-            self._copy = None
+            with contextlib.suppress(WorkerLost):
+                self._answers = self._copy.receive()
+            self._dismiss_copy()
         if self._answers is None:
             self._answers = _answers(self._tokenizer, sample)
         return self._answers
+
+    def _dismiss_copy(self) -> None:
+        if self._copy is not None:
+            self._copy.close()
+            self._copy = None
 
     def climb(self, sample: Sequence[str]) -> str:
         """Let the fastest library that gives the same ids encode the blocks of the tokenizer; its name."""

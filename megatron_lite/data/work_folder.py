@@ -43,7 +43,8 @@ def claimed(work: Path, name: str) -> Iterator[None]:
                     clear(work)
                     # Last: without it, a folder that holds anything is not ours.
                     (work / _LOCK).unlink()
-                    work.rmdir()
+                    with contextlib.suppress(OSError):  # another process may have claimed it since
+                        work.rmdir()
     except OSError as error:
         raise DataError(f"{name} cannot be written: {error.strerror or error}") from None
 
@@ -54,9 +55,9 @@ def _held(work: Path, name: str) -> TextIO:
     path = work / _LOCK
     while True:
         work.mkdir(parents=True, exist_ok=True)
-        if any(work.iterdir()) and not path.exists():
-            raise DataError(f"{work} holds files that no run has left there; move it away, or give another place")
         try:
+            if any(work.iterdir()) and not path.exists():
+                raise DataError(f"{work} holds files that no run has left there; move it away, or give another place")
             lock = open(path, "w")  # noqa: SIM115
         except FileNotFoundError:  # its holder has just removed the folder
             continue

@@ -31,7 +31,7 @@ def _module() -> ModuleType | None:
     try:
         return _load()
     except (KernelError, ImportError) as error:
-        log.once(f"the order and the packing of samples are computed in Python, which is slower, since {error}")
+        log.once(f"tokens are put in order, packed and framed in Python, which is slower, since {error}")
         return None
 
 

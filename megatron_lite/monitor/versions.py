@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lite import __version__
+from megatron_lite.version import __version__
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "tiktoken", "sentencepiece", "safetensors", "tyro")
 

@@ -50,6 +50,16 @@ def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
+def refuse():
+    raise DataError("the package x is missing")
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_an_error_of_making_the_function_comes_through(copies):
+    with pytest.raises(DataError, match="the package x is missing"):
+        list(map_in_order(refuse, range(9), 2, copies))
+
+
 def test_a_worker_that_ends_is_reported():
     with pytest.raises(DataError, match="a worker process ended with exit code 3"):
         list(map_in_order(makes(os._exit), [3, 3], 2))

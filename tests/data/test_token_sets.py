@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import re
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 
 from megatron_lite.config.data import DataConfig
+from megatron_lite.data import indexed
 from megatron_lite.data.corpus_job import CorpusJob
 from megatron_lite.data.indexed import IndexedReader, IndexedWriter
 from megatron_lite.data.loss_mask import mask_prefix, read_mask
-from megatron_lite.data.provenance import manifest_path, read_manifest, write_provenance
+from megatron_lite.data.provenance import manifest_path, read_manifest, scores_path, write_provenance
 from megatron_lite.data.token_set_division import divide
 from megatron_lite.data.token_set_join import join
 from megatron_lite.data.token_set_merge import merge
@@ -266,6 +268,34 @@ def test_an_old_loss_mask_goes_with_its_set(tmp_path):
     assert any("loss_mask" in fault for fault in faults(whole))
     join([question, answer], [], whole)
     assert describe(whole)["loss_mask"] is None and list(faults(whole)) == []
+
+
+def test_a_set_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    question, answer = make(tmp_path, "q", TEXTS), make(tmp_path, "a", TEXTS)
+    whole = str(tmp_path / "whole")
+    join([question, answer], [question], whole)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("whole*")}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(indexed, "_sync", full)
+    for again in (lambda: merge([question, answer], whole), lambda: join([answer, question], [answer], whole)):
+        with pytest.raises(DataError, match="No space left on device"):
+            again()
+        assert {path.name: path.read_bytes() for path in tmp_path.glob("whole*")} == before
+
+
+def test_joined_and_half_scored_sets_have_no_scores(tmp_path):
+    question, answer = (make(tmp_path, name, TEXTS, [1.0] * len(TEXTS)) for name in "qa")
+    whole = str(tmp_path / "whole")
+    join([question, answer], [question], whole)
+    assert list(faults(whole)) == []
+    merge([question, answer], whole)
+    assert list(faults(whole)) == [] and scores_path(whole).exists()
+    scores_path(answer).unlink()
+    merge([question, answer], whole)
+    assert list(faults(whole)) == [] and not scores_path(whole).exists()
 
 
 def test_what_cannot_be_joined_is_refused_before_anything_is_written(tmp_path):

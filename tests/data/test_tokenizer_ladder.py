@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -255,6 +256,24 @@ def test_merges_in_another_order_are_left_to_their_own_library(sources, capsys):
         assert told.count(f"{name} does not encode the text: its merges are not in the order of its ids") == 1
     with pytest.raises(TokenizerError, match=r"--tokenizer-engine gigatoken cannot run this .* in the order"):
         climb(HuggingFaceTokenizer(content, {}, "test"), "gigatoken", ENGLISH[:2])
+
+
+@pytest.mark.parametrize("spoil", [change("model.byte_fallback", True), lambda c: c["model"]["vocab"].pop("!")])
+def test_a_copy_that_prepares_the_check_of_what_no_other_library_runs_is_ended(sources, spoil, capfd):
+    content = description(sources)
+    spoil(content)
+    ladder = Ladder(HuggingFaceTokenizer(content, {}, "test"), "auto")
+    ladder.prepare(ENGLISH[:2])
+    assert ladder.stand() == "tokenizers" and ladder.check(ENGLISH[:2])
+    assert not multiprocessing.active_children()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_prepared_check_is_the_same_as_another(sources, monkeypatch):
+    ladder = Ladder(HuggingFaceTokenizer(description(sources), {}, "test"), "auto")
+    ladder.prepare(ENGLISH[:2])
+    assert ladder.stand() == "gigatoken" and ladder.check(ENGLISH[:2])
+    assert not multiprocessing.active_children()
 
 
 def test_tiktoken_takes_no_tokens_in_text_and_no_second_merge(sources):

@@ -48,7 +48,8 @@ def test_exit_file(tmp_path):
 
 def test_versions_name_what_is_installed():
     found = versions(["cpu"])
-    assert found["torch"] == torch.__version__ and found["devices"] == ["cpu"]
+    # A build for a GPU says "2.13.0+cu130" of itself, and is installed as 2.13.0.
+    assert torch.__version__.startswith(found["torch"]) and found["devices"] == ["cpu"]
     json.dumps(found)
 
 
