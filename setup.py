@@ -120,7 +120,7 @@ setup(
             "resiliparse>=2",
             "selectolax>=1",
         ],
-        "remote": ["fsspec>=2024.6"],
+        "remote": ["fsspec>=2024.6", "gcsfs>=2024.6", "s3fs>=2024.6"],
         "test": [
             "alt-profanity-check>=1.9",
             "bitsandbytes>=0.49",
