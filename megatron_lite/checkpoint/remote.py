@@ -41,8 +41,8 @@ class RemoteCopies:
             self._files, root = url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise ConfigError(
-                f"--save-copy-to {url} cannot be reached: {error}; `pip install megatron_lite[remote]` brings what s3:// "
-                f"and gs:// need, other kinds of URL what fsspec says"
+                f"--save-copy-to {url} cannot be reached: {error}; `pip install megatron_lite[remote]` brings what "
+                "s3:// and gs:// need; for other kinds of URL fsspec says it"
             ) from None
         except Exception as error:
             # Some kinds connect at once, and each service has errors of its own.
