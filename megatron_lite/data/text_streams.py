@@ -10,7 +10,7 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from megatron_lite.data.text_input import FORMATS, STANDARD_INPUT, Source, reading
@@ -108,14 +108,45 @@ def _unpacked(raw: CountedStream, packing: str) -> Iterator[bytes]:
         case "gz":
             stream = gzip.GzipFile(fileobj=raw)
         case "bz2":
-            stream = bz2.BZ2File(raw)
+            return _unpacked_streams(raw, bz2.BZ2Decompressor)
         case "xz":
-            stream = lzma.LZMAFile(raw)  # noqa: SIM115
+            return _unpacked_streams(raw, lzma.LZMADecompressor, padding=b"\0")
         case "zst":
             return _unpacked_zstd(raw)
         case _:
             stream = raw
     return iter(lambda: stream.read(_READ_BYTES), b"")
+
+
+def _unpacked_streams(
+    raw: CountedStream, begun: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor], padding: bytes = b""
+) -> Iterator[bytes]:
+    # Not BZ2File and LZMAFile: they take what follows a stream and does not begin as one for the end of the file.
+    stream = begun()
+    padded = 0
+    while data := raw.read(_READ_BYTES):
+        while True:
+            if stream is None:
+                packed = data.lstrip(padding)
+                padded += len(data) - len(packed)
+                if not packed:
+                    break
+                _insist_on_padding(padded)
+                stream, data, padded = begun(), packed, 0
+            yield stream.decompress(data, _READ_BYTES)
+            data = stream.unused_data
+            if stream.eof:
+                stream = None
+            elif stream.needs_input:
+                break
+    if stream is not None:
+        raise EOFError("the last stream has no end")
+    _insist_on_padding(padded)
+
+
+def _insist_on_padding(size: int) -> None:
+    if size % 4:
+        raise OSError(f"{size} zeros follow a stream, where xz has a multiple of 4")
 
 
 def _unpacked_zstd(raw: CountedStream) -> Iterator[bytes]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from megatron_lite.data.text_blocks import Block, BlockInFile, read_blocks, to_send
 from megatron_lite.data.text_documents import BadDocument, parse_block
 from megatron_lite.data.text_input import Source, find_sources
+from megatron_lite.data.text_streams import chunks, opened
 from megatron_lite.data.work_folder import job_facts
 from megatron_lite.errors import DataError
 
@@ -56,6 +57,46 @@ def test_a_packed_file_that_is_cut_off_or_damaged_is_named(tmp_path, suffix):
     path.write_bytes(b"this is not packed")
     with pytest.raises(DataError, match=f"a.jsonl{suffix} cannot be read"):
         documents(path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_later_stream_that_is_damaged_or_cut_off_is_no_end(tmp_path, suffix):
+    pack = {".gz": gzip, ".bz2": bz2, ".xz": lzma, ".zst": zstandard}[suffix].compress
+    first, second, third = (pack(b'{"text": "%d"}\n' % i * 100) for i in range(3))
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(first + second + third)
+    assert len(documents(path)) == 300
+    for wrong in (first + b"?" + second[1:] + third, first + second[:3], first + second[:-1], first + b"more"):
+        path.write_bytes(wrong)
+        with pytest.raises(DataError, match=f"a.jsonl{suffix} (ends early|cannot be read)"):
+            documents(path)
+
+
+def test_streams_of_xz_are_padded_by_fours(tmp_path):
+    stream = lzma.compress(b'{"text": "one"}\n')
+    path = tmp_path / "a.jsonl.xz"
+    for zeros, closing in ((4, 0), (8, 1 << 18), (1 << 18, 4)):
+        path.write_bytes(stream + bytes(zeros) + stream + bytes(closing))
+        assert documents(path) == [("one",)] * 2
+        for wrong in (bytes(zeros + 1) + stream, bytes(closing + 3), stream + bytes(2)):
+            path.write_bytes(stream + wrong)
+            with pytest.raises(DataError, match=r"a\.jsonl\.xz cannot be read: \d+ zeros follow a stream"):
+                documents(path)
+    path.write_bytes(bytes(4) + stream)
+    with pytest.raises(DataError, match=r"a\.jsonl\.xz cannot be read"):
+        documents(path)
+    path.write_bytes(lzma.compress(b'{"text": "of old"}\n', lzma.FORMAT_ALONE))
+    assert documents(path) == [("of old",)]
+
+
+@pytest.mark.parametrize("kind", [bz2, lzma])
+def test_streams_come_in_small_pieces_however_packed(tmp_path, kind):
+    path = tmp_path / "a"
+    path.write_bytes(kind.compress(bytes(3_000_000)) * 2)
+    source = Source(str(path), "file", {bz2: "bz2", lzma: "xz"}[kind])
+    with opened(source) as raw:
+        sizes = [len(chunk) for chunk in chunks(raw, source)]
+    assert sum(sizes) == 6_000_000 and max(sizes) <= 1 << 17
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
