@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from megatron_lite import log
@@ -64,6 +65,8 @@ def _file_stream(
     if not mixes:
         filled = _filled([windows for of in sets for windows in of], split)
         return ShuffledWindows(filled, "order", seed, split, 0)
+    if split != "train":
+        entries, sets = _with_samples(entries, sets, split)
     sets = [_filled(of, split) for of in sets]
     members = [
         ShuffledWindows([windows], "order", seed, split, i) for i, windows in enumerate(w for of in sets for w in of)
@@ -113,10 +116,24 @@ def _filled(sets: list[WindowsOfDocuments], split: str) -> list[WindowsOfDocumen
     filled = [windows for windows in sets if len(windows)]
     if not filled:
         raise _no_sample(sets[0], split)
-    for windows in sets:
-        if not len(windows):
-            log.warn(f"{windows.describe()}: too short for one {split} sample, it is left out")
+    _warn_of_short([windows for windows in sets if not len(windows)], split)
     return filled
+
+
+def _with_samples(
+    entries: Sequence[Entry], sets: Sequence[list[WindowsOfDocuments]], split: str
+) -> tuple[list[Entry], list[list[WindowsOfDocuments]]]:
+    """The parts of a blend that hold a sample; all where none does. A small set does not stop a validation."""
+    holds = [any(map(len, of)) for of in sets]
+    if not any(holds):
+        return list(entries), list(sets)
+    _warn_of_short([windows for of, held in zip(sets, holds, strict=True) if not held for windows in of], split)
+    return list(itertools.compress(entries, holds)), list(itertools.compress(sets, holds))
+
+
+def _warn_of_short(sets: Iterable[WindowsOfDocuments], split: str) -> None:
+    for windows in sets:
+        log.warn(f"{windows.describe()}: too short for one {split} sample, it is left out")
 
 
 def _no_sample(windows: WindowsOfDocuments, split: str) -> DataError:

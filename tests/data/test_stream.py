@@ -128,6 +128,15 @@ def test_a_set_shorter_than_one_sequence_gives_the_numbers(tmp_path):
             build(*paths, split="1")
 
 
+def test_a_weighted_set_without_a_validation_sample_is_left_out_aloud(tmp_path, capsys):
+    short, long = write(tmp_path / "short", 1, length=9), write(tmp_path / "long", 20)
+    both = build("1", short, "3", long, of="valid", split="9,1")
+    assert "too short for one valid sample" in capsys.readouterr().err
+    assert both.fingerprint == build("3", long, of="valid", split="9,1").fingerprint
+    with pytest.raises(DataError, match="short holds no valid sample"):
+        build("1", short, "3", short, of="valid", split="9,1")
+
+
 def test_among_several_a_set_without_a_sample_is_left_out_aloud(tmp_path, capsys):
     short, long = write(tmp_path / "short", 1, length=SEQ), write(tmp_path / "long", 9)
     assert build(long, short, split="1").samples_per_epoch == build(long, split="1").samples_per_epoch
