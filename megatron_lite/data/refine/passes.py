@@ -208,9 +208,9 @@ class _UnitWork:
                     keys[number], drop = stage.sign(document), None
                 else:
                     drop = self._steps[number](document)
-            except MegatronLiteError:
+            except (MegatronLiteError, KeyboardInterrupt):
                 raise
-            except Exception as error:
+            except BaseException as error:  # Rust's panics are no Exception, nor is SystemExit
                 self._count(number, before, None, time.thread_time() - started)
                 self._set_aside(number, stage.name, error, document, before)
                 return

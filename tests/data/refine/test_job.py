@@ -247,6 +247,13 @@ def test_units_that_are_done_are_not_done_again(corpus, tmp_path, monkeypatch):
     assert len(after) > len(before) and before.items() <= after.items()
 
 
+def test_an_end_of_the_program_in_a_stage_sets_the_document_aside(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("fine", "LEAVE", "fine too")))
+    report = refine(job_of(path, tmp_path / "out", "stages: [score: {function: 'stages_for_tests:leaves'}]"))
+    assert (report.kept, report.quarantined) == (2, 1)
+
+
 def test_a_document_that_kills_its_worker_is_set_aside(tmp_path):
     path = tmp_path / "a.jsonl"
     texts = [f"fine {number} " * 20 for number in range(60)]
