@@ -123,14 +123,15 @@ def _expand(pattern: str, form: str, txt_documents: TxtDocuments, own: Sequence[
     if pattern.startswith(NAMED):
         return _named(pattern)
     if pattern.startswith(_DATA_SET):
+        if not pattern.removeprefix(_DATA_SET).partition(":")[0]:
+            raise DataError(f"{pattern} names no data set; give hf:NAME, hf:NAME:CONFIG:SPLIT or hf:FOLDER")
         return [Source(pattern, "dataset")]
     if _is_address(pattern):
         paths = _remote_paths(pattern)
     elif pattern == STANDARD_INPUT or os.path.isfile(pattern):
         paths = [pattern]
     elif os.path.isdir(pattern):
-        files = sorted(str(path) for path in Path(pattern).rglob("*") if path.is_file())
-        paths = _inside(pattern, _foreign(files, own))
+        paths = _inside(pattern, _foreign(_files_below(pattern), own))
     elif os.path.exists(pattern):  # a pipe or a device
         paths = [pattern]
     else:
@@ -139,6 +140,33 @@ def _expand(pattern: str, form: str, txt_documents: TxtDocuments, own: Sequence[
             raise DataError(f"{pattern}: no such file, and no file matches it as a pattern")
         paths = _foreign([path for path in matches if not os.path.isdir(path)], own)
     return [_source(path, form, txt_documents) for path in paths]
+
+
+def _files_below(folder: str) -> list[str]:
+    """The files in a folder and in those inside it, linked ones too, by name; links that lead nowhere are among them.
+
+    A folder counts once, by its own name where it lies inside, so that links may lead round. Hidden ones do not.
+    """
+    files: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    tops = [str(Path(folder))]
+    for top in tops:
+        for here, folders, names in os.walk(top, onerror=_warn_of_folder):
+            status = os.stat(here)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            paths = [os.path.join(here, name) for name in folders]
+            tops += filter(os.path.islink, paths)
+            paths = [str(Path(here, name)) for name in names]
+            files += [path for path in paths if os.path.isfile(path) or not os.path.exists(path)]
+    return sorted(files)
+
+
+def _warn_of_folder(error: OSError) -> None:
+    log.warn(f"{error.filename} is left out: it cannot be read: {error.strerror}")
 
 
 def _foreign(paths: list[str], own: Sequence[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import itertools
 import json
@@ -50,6 +51,47 @@ def test_a_folder_is_its_files_of_text_in_order(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="is a folder without a file of text"):
         read(str(tmp_path / "empty"))
+
+
+def test_a_folder_is_read_through_links(tmp_path, capsys, monkeypatch):
+    for name in ("there/shard/b.jsonl", "corpus/a.jsonl", "corpus/own/c.jsonl", "corpus/.v1/d.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl(Path(name).stem))
+    corpus = tmp_path / "corpus"
+    for name, target in {
+        "linked": "../there/shard",
+        "current": ".v1",
+        "back": ".",
+        "also": "own",
+        "own/up": "..",
+        "round": "round",
+        "e.jsonl": "a.jsonl",
+        ".#a.jsonl": "nowhere",
+    }.items():
+        (corpus / name).symlink_to(target)
+    expected = ["a.jsonl", "current/d.jsonl", "e.jsonl", "linked/b.jsonl", "own/c.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    for folder in (corpus, "corpus", "./corpus/"):
+        found = [source.path for source in find_sources([str(folder)])]
+        assert found == [str(Path(folder, name)) for name in expected]
+    (corpus / "lost.jsonl").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"lost\.jsonl cannot be read: No such file"):
+        read("corpus")
+
+
+def test_a_folder_that_cannot_be_looked_into_is_told(tmp_path, capsys, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.jsonl").write_bytes(jsonl("1"))
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert read(str(tmp_path)) == [("1",)]
+    assert "closed is left out: it cannot be read: Permission denied" in capsys.readouterr().err
 
 
 def test_a_format_says_what_a_name_does_not(tmp_path):
@@ -173,6 +215,9 @@ def test_data_sets_are_streamed_and_names_stand_for_them(monkeypatch, capsys):
     assert "source:code is hf:codeparrot/codeparrot-clean" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"there is no source of that name; there are web \("):
         read("source:none")
+    for nameless in ("hf:", "hf::en"):
+        with pytest.raises(DataError, match=f"{nameless} names no data set; give hf:NAME"):
+            find_sources([nameless])
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="hf:owner/name needs the package datasets: pip install datasets"):
         read("hf:owner/name")
