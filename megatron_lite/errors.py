@@ -70,6 +70,10 @@ class DataError(UserError):
     """A dataset, index or text file that cannot be used, with the file and the field."""
 
 
+class SamplesLost(MegatronLiteError):
+    """Samples that cannot be read this time, since a process or a disk failed: another attempt may read them."""
+
+
 class TokenizerError(UserError):
     """A tokenizer that cannot be loaded or does not fit the data."""
 

@@ -51,8 +51,8 @@ class BatchLoader:
     def step(self, consumed_samples: int, global_batch_size: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that begins after `consumed_samples`.
 
-        Raises DataError, naming the sample, for one that cannot be read or leaves the vocabulary, and naming
-        the process for one that reads ahead no more.
+        Raises DataError, naming the sample, for one that is damaged or leaves the vocabulary; SamplesLost for one that
+        its disk does not give, and naming the process for one that reads ahead no more.
         """
         stride = self._data_size * self._micro_batch_size
         if global_batch_size % stride:

@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_lite.data.ordered_workers import Worker, WorkerLost, interrupts_ignored
 from megatron_lite.data.sample import Sample
-from megatron_lite.errors import DataError
+from megatron_lite.errors import DataError, SamplesLost
 
 
 class Samples(Protocol):
@@ -40,7 +40,8 @@ class SampleReader:
     def read(self, first: int, count: int) -> list[Sample]:
         """Samples `first` to `first` + `count`.
 
-        Raises DataError, naming the sample, for one that cannot be read or leaves the vocabulary.
+        Raises DataError, naming the sample, for one that is damaged or leaves the vocabulary, SamplesLost for one
+        that its disk does not give.
         """
         return [self._sample(first + i) for i in range(count)]
 
@@ -48,7 +49,8 @@ class SampleReader:
         try:
             sample = self._stream[number]
         except (DataError, OSError) as error:
-            raise DataError(f"sample {number:,} cannot be read: {error}") from error
+            kind = DataError if isinstance(error, DataError) else SamplesLost
+            raise kind(f"sample {number:,} cannot be read: {error}") from error
         except Exception as error:
             error.add_note(f"while sample {number} was read")
             raise
@@ -157,7 +159,7 @@ class ReadAhead:
     def take(self) -> Iterator[list[Sample]]:
         """The next run asked for; it may be written over once the `with` block is left.
 
-        Raises DataError where a sample cannot be read, and where the process that reads it is gone.
+        Raises what `SampleReader.read` raises, and SamplesLost where the process that reads is gone.
         """
         first, place, worker = self._asked.popleft()
         try:
@@ -170,7 +172,7 @@ class ReadAhead:
     def forget(self) -> None:
         """Take what was asked for and leave it."""
         while self._asked:
-            with contextlib.suppress(DataError), self.take():
+            with contextlib.suppress(DataError, SamplesLost), self.take():
                 pass
 
     @contextlib.contextmanager
@@ -179,7 +181,7 @@ class ReadAhead:
             yield
         except WorkerLost as lost:
             how = "ended" if lost.signal_number is None else f"was killed by signal {lost.signal_number}"
-            raise DataError(
+            raise SamplesLost(
                 f"the process that reads samples {first:,} to {first + self._count - 1:,} ahead (pid {lost.pid}) "
                 f"{how}; if the machine ran out of memory, use fewer --num-workers, or none."
             ) from None

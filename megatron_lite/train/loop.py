@@ -77,7 +77,8 @@ def train(run: Run) -> str:
     """Train to the end of the plan or until a reason to stop; returns that reason.
 
     The state is saved at the end whatever the reason. Raises NonFiniteError, CheckpointNotSaved where that
-    last save failed, and UserError for samples that cannot be read or have no target.
+    last save failed, SamplesLost for samples that cannot be read, and UserError for those that are damaged or have no
+    target.
     """
     started = time.monotonic()
     run.memory.begin()

@@ -17,7 +17,8 @@ from megatron_lite.data.feed import build_stream
 from megatron_lite.data.loader import BatchLoader
 from megatron_lite.data.micro_batch import Assembly
 from megatron_lite.data.stream import MockStream
-from megatron_lite.errors import DataError
+from megatron_lite.errors import EXIT_ERROR, DataError, SamplesLost, UserError
+from megatron_lite.monitor.supervisor import _End
 
 
 def loader(stream, rank=0, size=1, micro=2, workers=0, vocab_size=10**6, **options):
@@ -114,11 +115,13 @@ def test_going_back_and_ahead_reads_what_was_asked(opened):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("error", [DataError("web.bin shrank"), OSError(5, "Input/output error")])
-def test_a_sample_that_cannot_be_read_is_named_in_the_step_that_wants_it(opened, error, workers):
+@pytest.mark.parametrize(
+    ("error", "kind"), [(DataError("web.bin shrank"), DataError), (OSError(5, "Input/output error"), SamplesLost)]
+)
+def test_a_sample_that_cannot_be_read_is_named_in_the_step_that_wants_it(opened, error, kind, workers):
     each = opened(Numbered(bad=13, error=error), workers=workers)
     each.step(0, 8)
-    with pytest.raises(DataError, match=r"sample 13 cannot be read: .*(shrank|Input/output)"):
+    with pytest.raises(kind, match=r"sample 13 cannot be read: .*(shrank|Input/output)"):
         each.step(8, 8)
 
 
@@ -151,14 +154,21 @@ def test_a_lost_process_is_named_with_what_it_was_to_read(opened):
     wanted = (
         rf"reads samples (8 to 9|10 to 11|12 to 13) ahead \(pid {reader.pid}\) was killed by signal 9; .*num-workers"
     )
-    with pytest.raises(DataError, match=wanted):
+    with pytest.raises(SamplesLost, match=wanted):
         each.step(8, 8)
+
+
+def test_a_lost_sample_is_a_crash_and_no_mistake_of_the_users():
+    """A supervisor starts again after it."""
+    lost = SamplesLost("sample 13 cannot be read: Input/output error")
+    assert not isinstance(lost, UserError) and lost.exit_code == EXIT_ERROR
+    assert _End(lost.cause, lost.exit_code, str(lost)).may_pass
 
 
 def test_a_mistake_of_ours_in_a_process_is_no_wait_for_ever(opened, capfd):
     each = opened(Numbered(bad=9, error=ZeroDivisionError("division")), workers=1)
     each.step(0, 8)
-    with pytest.raises(DataError, match=r"reads samples 8 to 9 ahead \(pid \d+\) ended; "):
+    with pytest.raises(SamplesLost, match=r"reads samples 8 to 9 ahead \(pid \d+\) ended; "):
         each.step(8, 8)
     said = capfd.readouterr().err
     assert "ZeroDivisionError" in said and "while sample 9 was read" in said
