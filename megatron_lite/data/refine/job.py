@@ -113,6 +113,8 @@ def refine(job: RefineJob) -> Report:
         _assemble(job, run.finished, output, work)
         report.write(output, work)
         clear(work)
+        for failure in report.failures():
+            log.warn(failure)
         return report
 
 

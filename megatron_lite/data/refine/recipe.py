@@ -90,8 +90,9 @@ def parse_recipe(text: str, source: str, changes: Sequence[str] = ()) -> tuple[S
     problems: list[str] = []
     named: list[tuple[str, dict[str, Any]]] = []
     for number, item in enumerate(listed, 1):
-        stage, options = (item, {}) if isinstance(item, str) else next(iter(item.items()), (None, None))
-        if not isinstance(stage, str) or (not isinstance(item, str) and len(item) != 1):
+        pairs = [(item, {})] if isinstance(item, str) else list(item.items()) if isinstance(item, dict) else []
+        stage, options = pairs[0] if len(pairs) == 1 else (None, None)
+        if not isinstance(stage, str):
             problems.append(f"{source}: stage {number} must be a name, or a name with its options.")
         elif stage not in STAGES:
             problems.append(

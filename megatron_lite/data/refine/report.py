@@ -11,7 +11,7 @@ from typing import Any
 from megatron_lite.data.refine.passes import READ
 from megatron_lite.data.refine.report_page import page
 from megatron_lite.data.refine.stage import Stage
-from megatron_lite.data.refine.tally import StageTally
+from megatron_lite.data.refine.tally import FAILED, StageTally
 from megatron_lite.data.unit_file import open_unit
 from megatron_lite.errors import DataError
 from megatron_lite.publish import publish
@@ -63,6 +63,17 @@ class Report:
         share = self.kept / max(self.documents, 1)
         aside = f", {self.quarantined:,} set aside since a stage failed on them" if self.quarantined else ""
         return f"{self.documents:,} documents in, {self.kept:,} kept ({share:.1%}), {self.dropped:,} dropped{aside}"
+
+    def failures(self) -> list[str]:
+        """The stages that failed on every document they saw, a sentence each."""
+        found = []
+        for stage in self.stages:
+            if stage.tally.quarantined and not stage.tally.kept and not stage.dropped:
+                _, place, error, _ = stage.tally.samples[FAILED][0]
+                found.append(
+                    f"{stage.name} set aside all of the {stage.tally.quarantined:,} documents it saw, as {place}: {error}"
+                )
+        return found
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it. All but what is under "cost" is the same for the same input and recipe."""

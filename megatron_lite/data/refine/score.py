@@ -49,9 +49,12 @@ class Score(DocumentStage):
         except (ImportError, AttributeError) as error:
             raise DataError(f"{self.name}: {self.function} cannot be loaded: {error}") from None
         try:
-            return function(**self.arguments) if self.arguments or isinstance(function, type) else function
+            scorer = function(**self.arguments) if self.arguments or isinstance(function, type) else function
         except TypeError as error:
             raise DataError(f"{self.name}: {self.function} does not take the arguments given: {error}") from None
+        if not callable(scorer):
+            raise DataError(f"{self.name}: {self.function} is no function, but gives {type(scorer).__name__}")
+        return scorer
 
     def open(self, folder: Path) -> Step:
         score_of = self._scorer()

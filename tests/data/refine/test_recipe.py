@@ -91,8 +91,9 @@ stages:
     for wrong in ("just text", "stages: web", "stage: []", "- a", "stages: [\n"):
         with pytest.raises(ConfigError, match=r"mine\.yaml (must be a mapping|is not valid YAML)"):
             parse_recipe(wrong, "mine.yaml")
-    with pytest.raises(ConfigError, match="must be a name, or a name with its options"):
-        parse_recipe("stages: [{length: {}, urls: {}}]", "mine.yaml")
+    for item in ("{length: {}, urls: {}}", "{}", "[length]", "null"):
+        with pytest.raises(ConfigError, match="stage 1 must be a name, or a name with its options"):
+            parse_recipe(f"stages: [{item}]", "mine.yaml")
     with pytest.raises(ConfigError, match="--recipe wbe is no preset; perhaps you meant web"):
         read_recipe("wbe")
     with pytest.raises(ConfigError, match=r"--recipe none\.yaml cannot be read"):

@@ -47,6 +47,20 @@ class Page(HTMLParser):
         self.words += data
 
 
+def test_a_stage_that_fails_on_all_it_sees_is_told(tmp_path, capsys):
+    def told(*stages: str) -> str:
+        (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "none"}\n')
+        stages = parse_recipe(f"stages: [{', '.join(stages)}]", "r")
+        refine(RefineJob((str(tmp_path / "a.jsonl"),), str(tmp_path / "out"), stages, overwrite=True))
+        return capsys.readouterr().err
+
+    fails, short = "score: {function: 'json:loads'}", "length: {max_words: 9}"
+    assert "score set aside all of the 2 documents it saw, as " in told(short, fails, "exact_duplicates")
+    assert "a.jsonl:1: JSONDecodeError: " in told("length: {max_characters: 3}", fails)
+    assert "set aside all" not in told(short, "exact_duplicates")
+    assert "set aside all" not in told("length: {min_characters: 9}", fails)
+
+
 @pytest.fixture(scope="module")
 def output(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("report")

@@ -76,6 +76,9 @@ def test_any_function_scores(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(DataError, match=match):
             Score(function=function).prepare(tmp_path)
+    for stage in (Score(function="sys:maxsize"), Score(function="builtins:int", arguments={})):
+        with pytest.raises(DataError, match=f"{stage.function} is no function, but gives int"):
+            stage.prepare(tmp_path)
     with pytest.raises(ValueError, match="gives no number"):
         Score(function="stages_for_tests:gives_no_number").open(tmp_path)(Document("nan", {}, "here", 1))
 
