@@ -40,6 +40,11 @@ from megatron_lite.publish import interrupts_awaited
 _SUFFIXES = (".bin", ".idx")
 
 
+def _bare(name: str) -> str:
+    """The prefix of a set that is named by it or by one of its files."""
+    return name[: -len(_SUFFIXES[0])] if name.endswith(_SUFFIXES) else name
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sets:
     prefix: tuple[str, ...]
@@ -48,13 +53,13 @@ class _Sets:
     @property
     def prefixes(self) -> list[str]:
         """Each set once, without the suffix of one of its files."""
-        bare = (name[: -len(_SUFFIXES[0])] if name.endswith(_SUFFIXES) else name for name in self.prefix)
-        return list(dict.fromkeys(bare))
+        return list(dict.fromkeys(map(_bare, self.prefix)))
 
     @property
     def parts(self) -> list[str]:
         """The sets that are put together, each once. Raises ConfigError if one is named twice."""
-        if repeated := {name for name in self.prefix if self.prefix.count(name) > 1}:
+        named = list(map(_bare, self.prefix))
+        if repeated := {name for name in named if named.count(name) > 1}:
             raise ConfigError(
                 f"{', '.join(sorted(repeated))} is named more than once, and a set is taken once; name each once (a "
                 "weight of --data-path makes training read one more often)."
@@ -145,9 +150,10 @@ class MergeOptions(_Sets):
     """Prefix of the merged set."""
 
     def run(self) -> int:
+        output = _bare(self.output)
         with interrupts_awaited() as pause:
-            documents, tokens = merge(self.parts, self.output, pause)
-        print(f"{self.output}: {documents:,} documents, {tokens:,} tokens of {len(self.parts)} sets")
+            documents, tokens = merge(self.parts, output, pause)
+        print(f"{output}: {documents:,} documents, {tokens:,} tokens of {len(self.parts)} sets")
         return EXIT_DONE
 
 
@@ -161,9 +167,10 @@ class JoinOptions(_Sets):
     """Sets that are read and not predicted: the joined set gets a loss mask, OUTPUT.loss_mask, that training uses."""
 
     def run(self) -> int:
+        output = _bare(self.output)
         with interrupts_awaited() as pause:
-            documents, tokens, counted = join(self.parts, self.context, self.output, pause)
-        print(f"{self.output}: {documents:,} documents, {tokens:,} tokens, {counted:,} of them to be predicted")
+            documents, tokens, counted = join(self.parts, tuple(map(_bare, self.context)), output, pause)
+        print(f"{output}: {documents:,} documents, {tokens:,} tokens, {counted:,} of them to be predicted")
         return EXIT_DONE
 
 

@@ -110,6 +110,18 @@ def test_merge_and_divide(capsys, tmp_path):
     assert sum(IndexedReader(tmp_path / f"all_bucket{i}").num_documents for i in range(2)) == 24
 
 
+def test_outputs_and_context_may_be_named_by_a_file_as_sets_are(capsys, tmp_path):
+    a, b = (str(write_token_set(tmp_path / name)) for name in "ab")
+    words = ("join", a, b, "--context", f"{a}.idx", "--output", tmp_path / "both.bin")
+    code, out, error = run(capsys, *words)
+    assert (code, error) == (0, "") and out.startswith(f"{tmp_path}/both: ")
+    assert run(capsys, "merge", f"{a}.idx", b, "--output", f"{tmp_path}/all.idx")[0] == 0
+    assert run(capsys, "info", f"{tmp_path}/all.bin")[0] == run(capsys, "verify", f"{tmp_path}/both.bin")[0] == 0
+    assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(("bin.bin", "idx.idx", "idx.bin"))]
+    code, _, error = run(capsys, "merge", a, f"{a}.bin", "--output", tmp_path / "twice")
+    assert code == 2 and f"{a} is named more than once" in error
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
