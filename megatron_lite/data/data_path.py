@@ -12,7 +12,8 @@ from fractions import Fraction
 from megatron_lite.data.loss_mask import is_mask
 from megatron_lite.errors import ConfigError
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+# Of more digits of an exponent a fraction would fill the memory.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?")
 _CAPPED = re.compile(r"(.+):(\d+\.?\d*|\.\d+)")
 
 

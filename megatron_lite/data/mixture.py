@@ -19,7 +19,8 @@ from megatron_lite.data.segments import PERIOD_OF_CHANGES, Segment, SegmentedBle
 from megatron_lite.errors import ConfigError
 
 _POINT = re.compile(r"(\d[\d_]*|(?:\d+\.?\d*|\.\d+)%)(?:/([1-9]\d*))?")
-_WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+# Of more digits of an exponent a fraction would fill the memory.
+_WEIGHT = re.compile(r"(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?")
 _FINEST = 10**9
 _RAMP_SEGMENTS = 100
 """In which a linear or root curriculum opens."""

@@ -41,7 +41,15 @@ def test_a_pattern_stands_for_its_sets_in_the_order_of_their_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "entries", [["0.7", "data/web", "0.3"], ["data/web", "0.7"], ["0.7", "0.3", "a", "b"], ["1", "a", "b", "c"], ["3"]]
+    "entries",
+    [
+        ["0.7", "data/web", "0.3"],
+        ["data/web", "0.7"],
+        ["0.7", "0.3", "a", "b"],
+        ["1", "a", "b", "c"],
+        ["3"],
+        ["1e100", "a", "1", "b"],
+    ],
 )
 def test_weights_and_prefixes_must_alternate(entries):
     with pytest.raises(ConfigError, match="a weight before every prefix"):

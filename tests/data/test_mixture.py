@@ -183,6 +183,7 @@ def test_shares_that_are_one_sample_of_a_short_run_are_in_order_still():
         (["80% 0 0"], "has 2 weights, 0 of them above 0"),
         (["x 1 1"], "cannot be read; write where it begins"),
         (["10 1 -1"], "cannot be read"),
+        (["10 1e100 1"], "cannot be read"),
         ([""], "cannot be read"),
         (["20 1 1", "20 1 2"], "begins at sample 20, not behind the one before, at 20"),
         (["50% 1 1"], "length in epochs is not known"),
