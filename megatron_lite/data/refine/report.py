@@ -70,9 +70,8 @@ class Report:
         for stage in self.stages:
             if stage.tally.quarantined and not stage.tally.kept and not stage.dropped:
                 _, place, error, _ = stage.tally.samples[FAILED][0]
-                found.append(
-                    f"{stage.name} set aside all of the {stage.tally.quarantined:,} documents it saw, as {place}: {error}"
-                )
+                saw = f"all of the {stage.tally.quarantined:,} documents it saw"
+                found.append(f"{stage.name} set aside {saw}, as {place}: {error}")
         return found
 
     def plain(self) -> dict[str, Any]:
