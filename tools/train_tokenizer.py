@@ -24,7 +24,13 @@ from megatron_lite.data.text_progress import TextProgress
 from megatron_lite.data.text_sample import TextSample
 from megatron_lite.data.tokenizer import build_tokenizer
 from megatron_lite.data.tokenizer_interface import Tokenizer
-from megatron_lite.data.tokenizer_training import TrainingText, bytes_per_token, train_bpe, train_sentencepiece
+from megatron_lite.data.tokenizer_training import (
+    TrainingText,
+    bytes_per_token,
+    insist_on_size,
+    train_bpe,
+    train_sentencepiece,
+)
 from megatron_lite.errors import ConfigError, DataError, MegatronLiteError
 from megatron_lite.publish import insist_on_place, publish
 
@@ -120,8 +126,9 @@ def train(options: TrainTokenizerOptions) -> None:
     """Read, learn, write, and say how well held-out text is packed."""
     with _written_to(options.path):
         insist_on_place(options.path)
+    insist_on_size(options.type, options.vocab_size, options.special_tokens)
     others = dict(_known(options.compare_with))
-    limit, most = parse_limit(options.limit), parse_limit(options.sample_bytes).bytes
+    limit, most = parse_limit(options.limit), parse_limit(options.sample_bytes, "--sample-bytes").bytes
     if most is None:
         raise ConfigError(f"--sample-bytes {options.sample_bytes} is a number of documents; give bytes, as 500MB.")
     sources = find_sources(options.input, options.format)

@@ -275,18 +275,18 @@ class Limit:
 NO_LIMIT = Limit()
 
 
-def parse_limit(text: str | None) -> Limit:
-    """A --limit: 10000 is documents, 500MB or 2GiB bytes, None no limit. Raises ConfigError."""
+def parse_limit(text: str | None, flag: str = "--limit") -> Limit:
+    """A --limit, or another `flag`: 10000 is documents, 500MB or 2GiB bytes, None no limit. Raises ConfigError."""
     if text is None:
         return NO_LIMIT
     match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKMGT]?)(i?)(B?)", text)
     if not match or (match[4] and match[3] and not match[2]) or (not match[4] and (match[2] or match[3])):
-        raise ConfigError(f"--limit {text} is not known; give a number of documents (10000) or bytes (500MB, 2GiB).")
+        raise ConfigError(f"{flag} {text} is not known; give a number of documents (10000) or bytes (500MB, 2GiB).")
     number = float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2].replace("K", "k") or " ")
     if number > _MOST_COUNTED:
-        raise ConfigError(f"--limit {text:.40} is more than can be counted; leave it out to read all.")
+        raise ConfigError(f"{flag} {text:.40} is more than can be counted; leave it out to read all.")
     if number < 1 or number % 1:
-        raise ConfigError(f"--limit {text} is {number:g}; give a whole number of at least 1.")
+        raise ConfigError(f"{flag} {text} is {number:g}; give a whole number of at least 1.")
     return Limit(bytes=int(number)) if match[4] else Limit(documents=int(number))
 
 

@@ -89,7 +89,9 @@ def _cut(text: str) -> Iterator[str]:
         yield "".join(lines)
 
 
-def _check_size(vocab_size: int, specials: Sequence[str]) -> None:
+def insist_on_size(kind: Literal["bpe", "sentencepiece"], vocab_size: int, special_tokens: Sequence[str]) -> None:
+    """Raise TokenizerError for a vocabulary that has no room for bytes and special tokens, or too many ids."""
+    specials = _bpe_specials(special_tokens) if kind == "bpe" else _sentencepiece_specials(special_tokens)
     if vocab_size > MOST_IDS:
         raise TokenizerError(f"--vocab-size {vocab_size:,} is more than {MOST_IDS:,} ids; give at most that")
     least = 256 + len(specials)
@@ -97,6 +99,14 @@ def _check_size(vocab_size: int, specials: Sequence[str]) -> None:
         raise TokenizerError(
             f"--vocab-size {vocab_size} is below {least} = 256 bytes + {len(specials)} special tokens; give more"
         )
+
+
+def _bpe_specials(special_tokens: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([END_OF_DOCUMENT, *special_tokens]))
+
+
+def _sentencepiece_specials(special_tokens: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*_SENTENCEPIECE_OWN, *special_tokens]))
 
 
 def train_bpe(text: TrainingText, vocab_size: int, special_tokens: Sequence[str], show_progress: bool = False) -> str:
@@ -107,14 +117,12 @@ def train_bpe(text: TrainingText, vocab_size: int, special_tokens: Sequence[str]
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    specials = list(dict.fromkeys([END_OF_DOCUMENT, *special_tokens]))
-    _check_size(vocab_size, specials)
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=specials,
+        special_tokens=_bpe_specials(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
@@ -134,8 +142,6 @@ def train_sentencepiece(
     """
     import sentencepiece
 
-    specials = [token for token in dict.fromkeys(special_tokens) if token not in _SENTENCEPIECE_OWN]
-    _check_size(vocab_size, [*_SENTENCEPIECE_OWN, *specials])
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -143,7 +149,7 @@ def train_sentencepiece(
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
-            control_symbols=specials,
+            control_symbols=_sentencepiece_specials(special_tokens)[len(_SENTENCEPIECE_OWN) :],
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,

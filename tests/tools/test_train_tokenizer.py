@@ -128,8 +128,9 @@ def test_refusals(tmp_path, type):
     good = b'{"text": "abc"}\n'
     refused("--vocab-size 100,000,000,000 is more than 16,777,216 ids", good, "--vocab-size", "100000000000")
     refused("--compare-with gpt5 is neither", good, "--vocab-size", "300", "--compare-with", "gpt5")
+    refused("--sample-bytes abc is not known", good, "--vocab-size", "300", "--sample-bytes", "abc")
     refused("--sample-bytes 100 is a number of documents", good, "--vocab-size", "300", "--sample-bytes", "100")
-    refused("--vocab-size 100 is below", good, "--vocab-size", "100")
+    refused("--vocab-size 100 is below", b"{ not read", "--vocab-size", "100")
     other = {"bpe": "t.model", "sentencepiece": "t.json"}[type]
     wrong = ("--vocab-size", "0", "--log-interval", "0", "--special-tokens", "a", "--output", tmp_path / other)
     refused("4 problems", good, *wrong)
