@@ -15,14 +15,15 @@ namespace megatron_lite {
 
 class FillIn {
  public:
-  // Rates in 2^32nds; ids of the sentinels, and of the tokens that stay first and last where there are any.
-  FillIn(uint64_t rate, uint64_t spm_rate, int64_t prefix, int64_t middle, int64_t suffix, std::optional<int64_t> bos,
-         std::optional<int64_t> eod, const std::array<uint32_t, 3>& keys)
-      : rate_(rate), spm_rate_(spm_rate), prefix_(prefix), middle_(middle), suffix_(suffix), bos_(bos), eod_(eod),
-        keys_(keys) {}
+  // Rates in 2^32nds; whether no first token counts, as in packed samples; ids of the sentinels, and of the tokens that
+  // stay first and last where there are any.
+  FillIn(uint64_t rate, uint64_t spm_rate, bool packed, int64_t prefix, int64_t middle, int64_t suffix,
+         std::optional<int64_t> bos, std::optional<int64_t> eod, const std::array<uint32_t, 3>& keys)
+      : rate_(rate), spm_rate_(spm_rate), packed_(packed), prefix_(prefix), middle_(middle), suffix_(suffix), bos_(bos),
+        eod_(eod), keys_(keys) {}
 
   // Whether sample `number` changed: `size` tokens in which pieces begin at `starts`, those of them in which each token
-  // but the first `counts`; null if all do.
+  // `counts`, the first of packed ones aside; null if all do.
   template <typename Token>
   bool operator()(uint64_t number, Token* tokens, int64_t size, const int64_t* starts, int64_t pieces,
                   const bool* counts) const {
@@ -38,7 +39,7 @@ class FillIn {
       if (draw(4 * piece) >= rate_) continue;
       int64_t first = starts[piece], stop = piece + 1 < pieces ? starts[piece + 1] : size;
       if (stop - first <= 3) continue;
-      if (counts && !std::all_of(counts + first + 1, counts + stop, [](bool each) { return each; })) continue;
+      if (counts && !std::all_of(counts + first + packed_, counts + stop, [](bool each) { return each; })) continue;
       const bool begun = bos_ && static_cast<int64_t>(tokens[first]) == *bos_;
       const bool ended = eod_ && static_cast<int64_t>(tokens[stop - 1]) == *eod_;
       first += begun;
@@ -64,6 +65,7 @@ class FillIn {
 
  private:
   uint64_t rate_, spm_rate_;
+  bool packed_;
   int64_t prefix_, middle_, suffix_;
   std::optional<int64_t> bos_, eod_;
   std::array<uint32_t, 3> keys_;

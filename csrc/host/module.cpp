@@ -151,10 +151,10 @@ PYBIND11_MODULE(_host, module) {
       "`counts` (uint32, added to), or -1.");
 
   py::class_<FillIn>(module, "FillIn", "data/fim.py's permutation of the pieces of a sample; pieces are not checked.")
-      .def(py::init<uint64_t, uint64_t, int64_t, int64_t, int64_t, std::optional<int64_t>, std::optional<int64_t>,
+      .def(py::init<uint64_t, uint64_t, bool, int64_t, int64_t, int64_t, std::optional<int64_t>, std::optional<int64_t>,
                     const std::array<uint32_t, 3>&>(),
-           py::arg("rate"), py::arg("spm_rate"), py::arg("prefix"), py::arg("middle"), py::arg("suffix"),
-           py::arg("bos"), py::arg("eod"), py::arg("keys"))
+           py::arg("rate"), py::arg("spm_rate"), py::arg("packed"), py::arg("prefix"), py::arg("middle"),
+           py::arg("suffix"), py::arg("bos"), py::arg("eod"), py::arg("keys"))
       .def(
           "__call__",
           [](const FillIn& fill_in, uint64_t number, py::array tokens,

@@ -73,13 +73,14 @@ class FimStream:
         self._stream = stream
         self._data = data
         self._rates = [int(rate * (1 << 32)) for rate in (data.fim_rate, data.fim_spm_rate)]
+        self._packed = data.data_packing != "none"
         self._ids = ids
         self._name = name
         self._keys = keys(3, "fim", *name)
         self.samples_per_epoch = stream.samples_per_epoch
         self.ends_after = stream.ends_after
         compiled = host.module()
-        self._compiled = compiled and compiled.FillIn(*self._rates, *dataclasses.astuple(ids), self._keys)
+        self._compiled = compiled and compiled.FillIn(*self._rates, self._packed, *dataclasses.astuple(ids), self._keys)
 
     def __reduce__(self) -> tuple:
         return FimStream, (self._stream, self._data, self._ids, *self._name)
@@ -104,7 +105,8 @@ class FimStream:
         changed = False
         for piece in np.flatnonzero(draws[:, 0] < rate).tolist():
             start, stop = bounds[piece : piece + 2]
-            if stop - start > _SENTINELS and (counts is None or counts[start + 1 : stop].all()):
+            # The first token of a packed document never counts, whatever its mask says.
+            if stop - start > _SENTINELS and (counts is None or counts[start + self._packed : stop].all()):
                 _, spm, first_cut, second_cut = draws[piece].tolist()
                 changed |= self._permute_piece(tokens[start:stop], spm < spm_rate, first_cut, second_cut)
         return changed

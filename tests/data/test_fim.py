@@ -30,10 +30,9 @@ class Documents:
         return self.sample
 
 
-def stream(lengths, rate=1.0, spm_rate=0.5, ids=IDS, counts=None, seed=7):
-    return FimStream(
-        Documents(lengths, counts), MixtureConfig(fim_rate=rate, fim_spm_rate=spm_rate), ids, seed, "train"
-    )
+def stream(lengths, rate=1.0, spm_rate=0.5, ids=IDS, counts=None, seed=7, packing="none"):
+    config = MixtureConfig(fim_rate=rate, fim_spm_rate=spm_rate, data_packing=packing)
+    return FimStream(Documents(lengths, counts), config, ids, seed, "train")
 
 
 def undone(piece):
@@ -74,9 +73,10 @@ def test_undone_it_is_the_document_in_its_place(lengths, number, spm_rate):
     st.sampled_from([0.0, 0.3, 1.0]),
     st.sampled_from(["u1", "u2", "i4", "i8", "u8"]),
     st.booleans(),
+    st.sampled_from(["none", "best_fit"]),
     st.data(),
 )
-def test_compiled_or_not_the_tokens_are_the_same(lengths, number, rate, dtype, masked, data):
+def test_compiled_or_not_the_tokens_are_the_same(lengths, number, rate, dtype, masked, packing, data):
     size = sum(lengths)
     counts = np.array(data.draw(st.lists(st.sampled_from([True] * 9 + [False]), min_size=size, max_size=size)))
     ids = Sentinels(prefix=91, middle=92, suffix=93, bos=data.draw(st.sampled_from([None, 1, 300])), eod=2)
@@ -84,7 +84,8 @@ def test_compiled_or_not_the_tokens_are_the_same(lengths, number, rate, dtype, m
     tokens = np.random.default_rng(number).integers(0, 4, size).astype(dtype)
     starts = np.cumsum([0, *lengths[:-1]]).astype(np.int64)
     documents.sample = Sample(tokens, starts, counts if masked else None)
-    compiled = FimStream(documents, MixtureConfig(fim_rate=rate, fim_spm_rate=0.5), ids, 7, "train")
+    config = MixtureConfig(fim_rate=rate, fim_spm_rate=0.5, data_packing=packing)
+    compiled = FimStream(documents, config, ids, 7, "train")
     assert compiled._compiled
     plain = copy.copy(compiled)
     plain._compiled = None
@@ -140,10 +141,13 @@ def test_a_text_keeps_its_beginning_token():
 
 def test_what_does_not_count_stays_as_it_is():
     counts = np.ones(60, bool)
-    counts[[0, 20, 25, 40]] = False
-    plain, sample = Documents([20, 20, 20]).sample.tokens, stream([20, 20, 20], counts=counts)[0]
-    changed = [not np.array_equal(plain[a : a + 20], sample.tokens[a : a + 20]) for a in (0, 20, 40)]
-    assert changed == [True, False, True] and sample.counts is counts
+    counts[[20, 25, 40]] = False
+    plain = Documents([20, 20, 20]).sample.tokens
+    for packing, last in (("none", False), ("best_fit", True)):
+        sample = stream([20, 20, 20], counts=counts, packing=packing)[0]
+        changed = [not np.array_equal(plain[a : a + 20], sample.tokens[a : a + 20]) for a in (0, 20, 40)]
+        assert changed == [True, False, last] and sample.counts is counts
+        assert not set(plain[[25, *([] if last else [40])]]) & set(sample.tokens[1:][counts[1:]])
 
 
 def test_an_unpermuted_sample_is_handed_on():

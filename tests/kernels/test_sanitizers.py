@@ -59,7 +59,7 @@ for sequences in (1, 7, 300):
         assert bounds.starts(start, ends[-1] // 2)[0] == 0 <= bounds.document_at(start) < len(documents) - 1
     begins, stops = bounds.of(np.arange(len(documents) - 1), ends[-1] // 2)
     assert begins[0] == 0 and stops[-1] == ends[-1] // 2 and (begins <= stops).all()
-fill_in = host.FillIn(2**32, 2**31, 7, 8, 9, None, 5, [1, 2, 3])
+fill_in = host.FillIn(2**32, 2**31, True, 7, 8, 9, None, 5, [1, 2, 3])
 for size in (1, 4, 5, 300):
     for dtype in ("u1", "u2", "u4", "u8"):
         tokens, pieces = np.full(size, 5, dtype), np.unique(np.append(random.integers(0, size, size // 6), 0))
