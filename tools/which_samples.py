@@ -22,7 +22,7 @@ from megatron_lite.data.stream import SampleStream
 from megatron_lite.data.tokenizer_files import tokenizer_of_training
 from megatron_lite.data.tokenizer_interface import Tokenizer
 from megatron_lite.errors import EXIT_DONE, ConfigError, DataError, MegatronLiteError
-from megatron_lite.train.batch_plan import samples_of_run
+from megatron_lite.train.batch_plan import BatchPlan, samples_of_run
 from megatron_lite.train.ledger import Landmark, Ledger, StepSamples
 
 _SHOWN_CHARACTERS = 60
@@ -85,6 +85,22 @@ class _Data:
         """Whether the samples of a step are among these."""
         return (self.landmark.folder, self.skip_samples) == (samples.landmark.folder, samples.skip_samples)
 
+    def condition(self, samples: StepSamples) -> str:
+        """What has to be for a step that is still to come. Raises ConfigError where the data end before it."""
+        stop, end = samples.consumed_samples + samples.count, self.stream.ends_after
+        if end is not None and stop > end:
+            raise ConfigError(
+                f"step {samples.step} will not be: it would take samples up to number {stop - 1:,}, and the data end "
+                f"after {end:,}, as --when-exhausted and --data-max-epochs say; ask for an earlier one"
+            )
+        training, length = self.landmark.config.training, self.landmark.config.data.seq_length
+        plan = BatchPlan.of(training, 1, length, self.stream.samples_per_epoch)
+        if training.train_iters is not None:
+            is_within, told = samples.step <= training.train_iters, f"{training.train_iters:,} steps"
+        else:
+            is_within, told = stop <= plan.total_samples, f"{plan.total_samples:,} samples"
+        return "" if is_within else f" if the run is made longer than its {told}"
+
     def beginning(self, sample: int) -> str:
         """The first characters of a sample."""
         return self._tokenizer.decode(self.stream[sample].tokens[:_SHOWN_CHARACTERS].tolist())[:_SHOWN_CHARACTERS]
@@ -110,7 +126,7 @@ def _rows(options: WhichSamplesOptions) -> Iterator[dict]:
         if step > ledger.newest_step:
             log.note(
                 f"step {step} is behind the newest checkpoint, of step {ledger.newest_step}: these are the samples it "
-                "has, or will have, by that checkpoint's configuration"
+                f"has, or will have{data.condition(samples)}, by that checkpoint's configuration"
             )
         for number in range(samples.count):
             yield _row(samples, number, data, options.show_text)

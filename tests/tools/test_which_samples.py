@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +20,12 @@ from train.layouts import LENGTH, VOCABULARY, Case, config_of
 from megatron_lite.checkpoint.manifest import FILE_NAME, encode, read_manifest
 from megatron_lite.config import sources
 from megatron_lite.data.indexed import IndexedReader, IndexedWriter
-from megatron_lite.errors import CheckpointError
+from megatron_lite.errors import CheckpointError, ConfigError
 from megatron_lite.parallel.launch import StopRequest
 from megatron_lite.parallel.mesh_shape import MeshShape
 from megatron_lite.parallel.process_mesh import ProcessMesh
 from megatron_lite.train import loop
+from megatron_lite.train.ledger import Landmark, StepSamples
 from megatron_lite.train.progress import Progress
 from megatron_lite.train.start import train_on
 from megatron_lite.train.stretches import continued, stretches_in
@@ -220,6 +222,30 @@ def test_stretches_of_before_they_were_recorded(run):
             stretches_in({"stretches": damaged}, "here")
 
 
+@pytest.mark.parametrize(
+    ("length", "ends_after", "said"),
+    [
+        ({"train_iters": 5}, None, ""),
+        ({"train_iters": 4}, 40, " if the run is made longer than its 4 steps"),
+        ({"train_iters": None, "train_samples": 40}, 40, ""),
+        ({"train_iters": None, "train_samples": 39}, None, " if the run is made longer than its 32 samples"),
+        ({"train_iters": None, "train_epochs": 2.0}, None, " if the run is made longer than its 24 samples"),
+        ({"train_iters": 9}, 39, None),
+    ],
+)
+def test_a_step_to_come_is_within_the_run_or_behind_its_end_or_that_of_the_data(length, ends_after, said):
+    """Step 5 of steps of 8, over data of which an epoch is 15 samples."""
+    config = config_of(Case(1, 1, 1), training={"global_batch_size": 8, "rampup_batch_size": None, **length})
+    landmark = Landmark(Path("run"), 2, 16, config, {}, [])
+    stream = SimpleNamespace(samples_per_epoch=15, ends_after=ends_after)
+    data, samples = load_tool("which_samples")._Data(landmark, (), stream), StepSamples(5, 32, 8, (), landmark)
+    if said is None:
+        with pytest.raises(ConfigError, match="take samples up to number 39, and the data end after 39"):
+            data.condition(samples)
+    else:
+        assert data.condition(samples) == said
+
+
 def test_what_cannot_be_answered_is_refused(run, capsys, tmp_path):
     folder, _ = run
     saved = folder / "run"
@@ -249,3 +275,4 @@ def test_it_answers_without_torch(run):
     lines = done.stdout.splitlines()
     assert lines[0] == "step 1: 4 samples, numbers 0 to 3" and "sample 0  epoch 0  " in lines[1]
     assert "step 11 is behind the newest checkpoint, of step 9" in done.stderr
+    assert "if the run is made longer than its 9 steps" in done.stderr
