@@ -21,7 +21,6 @@ BLOCK_BYTES = 1 << 20
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
 _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n")
 _FILLED_LINE = re.compile(rb"^[^\S\n]*\S[^\n]*(?:\n|\Z)", re.M)
-_BY_LINES = ("jsonl", "line", "paragraph")
 _WHOLE_FILES = ("file", "html")
 _ROWS_AT_ONCE = 256
 _WARC_LENGTH = re.compile(rb"^Content-Length:[ \t]*(\d+)[ \t]*\r?$", re.M | re.I)
@@ -99,21 +98,26 @@ def _cut_text(raw: CountedStream, source: Source, block_bytes: int, longest: int
     """Where it is cut follows from the text alone, not from the amounts it comes in."""
     pending: list[bytes] = []
     usual = min(block_bytes, longest)
-    size, wanted, line, told, skipped = 0, usual, 1, 0, 0
+    size, wanted, line, told = 0, usual, 1, 0
+    skipping, skipped, passed = False, 0, 0
     lies_there = source.is_file and not source.packing
     for chunk in chunks(raw, source):
         pending.append(chunk)
         size += len(chunk)
-        while skipped or size >= wanted:
+        while skipping or size >= wanted:
             data = b"".join(pending)
-            if skipped:
-                end = data.find(b"\n") + 1 if source.documents in _BY_LINES else 0
-                skipped += end or size
-                if end:
-                    yield Block(source, line, b"", raw.position - told, too_long=skipped)
-                    line, told, skipped, wanted = line + 1, raw.position, 0, usual
-                else:
-                    end = size
+            if skipping:
+                end = _first_bound(data, source.documents)
+                # Of what may begin a blank line, its first byte is enough.
+                begun = not end and source.documents == "paragraph" and data.rstrip(b" \t\r").endswith(b"\n")
+                skipped += (end or size) - begun
+                passed += data.count(b"\n", 0, end or size) - begun
+                if not end:
+                    pending, size = [b"\n"] if begun else [], int(begun)
+                    break
+                yield Block(source, line, b"", raw.position - told, too_long=skipped)
+                line, told, wanted = line + passed, raw.position, usual
+                skipping, skipped, passed = False, 0, 0
             elif end := _last_bound(data, wanted, source.documents):
                 place = raw.position - size if lies_there else None
                 yield Block(source, line, data[:end], raw.position - told, place=place)
@@ -122,12 +126,21 @@ def _cut_text(raw: CountedStream, source: Source, block_bytes: int, longest: int
                 # Twice the size each time: a very long document costs linear time.
                 wanted = min(2 * wanted, longest)
             else:
-                end = skipped = wanted
-                line += data.count(b"\n", 0, end)
+                skipping, end = True, 0
             pending, size = [data[end:]], size - end
             if not size:
                 break
-    yield Block(source, line, b"".join(pending), raw.position - told, too_long=skipped)
+    yield Block(source, line, b"" if skipping else b"".join(pending), raw.position - told, too_long=skipped)
+
+
+def _first_bound(data: bytes, documents: Documents) -> int:
+    """Where a document that begins before `data` ends; 0 if it does not there."""
+    if documents in _WHOLE_FILES:
+        return 0
+    if documents == "paragraph":
+        found = _BLANK_LINE.search(data)
+        return found.end() if found else 0
+    return data.find(b"\n") + 1
 
 
 def _last_bound(data: bytes, end: int, documents: Documents) -> int:
@@ -213,7 +226,9 @@ def _cut_archive(raw: CountedStream, source: Source, block_bytes: int, longest: 
         yield block()
 
 
-def _row_blocks(source: Source, rows: Iterable[Mapping[str, Any]], block_bytes: int) -> Iterator[Block]:
+def _row_blocks(
+    source: Source, rows: Iterable[Mapping[str, Any] | orjson.Fragment], block_bytes: int
+) -> Iterator[Block]:
     lines: list[bytes] = []
     size, first = 0, 1
     for row in rows:
@@ -229,7 +244,8 @@ def _as_json(value: Any) -> Any:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _parquet_rows(source: Source, fields: Sequence[str] | None) -> Iterator[Mapping[str, Any]]:
+def _parquet_rows(source: Source, fields: Sequence[str] | None) -> Iterator[Mapping[str, Any] | orjson.Fragment]:
+    """The rows of a table; for one with bytes that are no UTF-8, those bytes, a line that is as bad."""
     with reading(source.name):
         import pyarrow
         import pyarrow.parquet
@@ -242,9 +258,19 @@ def _parquet_rows(source: Source, fields: Sequence[str] | None) -> Iterator[Mapp
                 wanted = {*fields, *(field.partition(".")[0] for field in fields)}
                 columns = [name for name in file.schema_arrow.names if name in wanted]
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
-                yield from batch.to_pylist()
-        except pyarrow.ArrowException as error:
+                try:
+                    yield from batch.to_pylist()
+                except UnicodeDecodeError:
+                    yield from map(_row, (batch.slice(place, 1) for place in range(batch.num_rows)))
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:
             raise DataError(f"{source.name} cannot be read: {error}") from None
+
+
+def _row(table: Any) -> Mapping[str, Any] | orjson.Fragment:
+    try:
+        return table.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return orjson.Fragment(error.object.replace(b"\n", b" "))
 
 
 def _data_set_rows(source: Source) -> Iterator[Mapping[str, Any]]:
@@ -258,10 +284,18 @@ def _data_set_rows(source: Source) -> Iterator[Mapping[str, Any]]:
         try:
             if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
                 stored = datasets.load_from_disk(name)
-                return iter(stored[split or "train"] if isinstance(stored, dict) else stored)
-            return iter(datasets.load_dataset(name, config or None, split=split or "train", streaming=True))
+                rows = stored[split or "train"] if isinstance(stored, dict) else stored
+            else:
+                rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         except (ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
             raise DataError(f"{source.name} cannot be opened: {error}") from None
+        try:
+            yield from rows
+        except (OSError, EOFError, ImportError):
+            raise
+        except Exception as error:
+            # Damage comes as errors of the library, of those it reads with, and of Python.
+            raise DataError(f"{source.name} cannot be read: {type(error).__name__}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,12 +358,18 @@ def _ends(block: Block) -> Iterator[int]:
                     yield end
                 start = end
         case "warc":
-            start = 0
-            while start < len(block.data):
-                body = block.data.index(b"\r\n\r\n", start) + 4
-                head = block.data[start:body]
-                start = min(body + int(_WARC_LENGTH.search(head)[1]) + 4, len(block.data))
-                if _WARC_RESPONSE.search(head):
-                    yield start
+            yield from (end for _, _, end in archived_pages(block))
         case _:
             yield from (match.end() for match in _FILLED_LINE.finditer(block.data))
+
+
+def archived_pages(block: Block) -> Iterator[tuple[int, int, int]]:
+    """The number of each record of a block of an archive that holds a page, where it begins and where it ends."""
+    number, start = block.first_line, 0
+    while start < len(block.data):
+        body = block.data.index(b"\r\n\r\n", start) + 4
+        head = block.data[start:body]
+        end = min(body + int(_WARC_LENGTH.search(head)[1]) + 4, len(block.data))
+        if _WARC_RESPONSE.search(head):
+            yield number, start, end
+        number, start = number + 1, end

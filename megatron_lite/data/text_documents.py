@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_lite.data.text_blocks import BLANK_LINES, Block
+from megatron_lite.data.text_blocks import BLANK_LINES, Block, archived_pages
 from megatron_lite.data.text_input import reading
 
 _ARCHIVE = "warc"
@@ -174,22 +174,30 @@ def _parse_line(line: bytes, number: int) -> Record | BadDocument:
     return Record(number, document)
 
 
-def _archived(block: Block) -> Iterator[Record]:
+def _archived(block: Block) -> Iterator[Record | BadDocument]:
     """The pages among the records of a web archive: responses of a server that are HTML or plain text."""
     with reading(block.source.name):
-        from fastwarc.warc import ArchiveIterator, WarcRecordType
+        from fastwarc.warc import ArchiveIterator
 
-    kinds = WarcRecordType.response | WarcRecordType.conversion
-    for number, record in enumerate(
-        ArchiveIterator(io.BytesIO(block.data), parse_http=True, auto_decode="all"), block.first_line
-    ):
-        if not record.record_type & kinds:
-            continue
-        kind = (record.http_content_type or "text/plain").lower()
-        if "html" not in kind and kind != "text/plain":
-            continue
-        fields = {"url": record.headers.get("WARC-Target-URI"), "date": record.headers.get("WARC-Date")}
-        yield Record(number, fields, decoded_page(record.reader.read(), record.http_charset))
+    for number, start, end in archived_pages(block):
+        # An iterator for each record: behind a body that is not what its headers say it is, one goes no further.
+        records = ArchiveIterator(io.BytesIO(block.data[start:end]), parse_http=True, auto_decode="all")
+        try:
+            page = _page(number, next(records, None))
+        except (OSError, ValueError) as error:
+            page = BadDocument(number, "damaged body", f"its headers say otherwise: {_excerpt(str(error).encode())}")
+        if page is not None:
+            yield page
+
+
+def _page(number: int, record: Any) -> Record | None:
+    if record is None:
+        return None
+    kind = (record.http_content_type or "text/plain").lower()
+    if "html" not in kind and kind != "text/plain":
+        return None
+    fields = {"url": record.headers.get("WARC-Target-URI"), "date": record.headers.get("WARC-Date")}
+    return Record(number, fields, decoded_page(record.reader.read(), record.http_charset))
 
 
 def decoded_page(data: bytes, charset: str | None = None) -> str:
@@ -197,9 +205,11 @@ def decoded_page(data: bytes, charset: str | None = None) -> str:
     declared = _DECLARED.search(data[:_DECLARED_WITHIN])
     for name in (charset, "utf-8", declared[1].decode() if declared else None):
         try:
-            return data.decode(name) if name else data.decode("utf-8")
-        except (UnicodeDecodeError, LookupError):
+            text = data.decode(name or "utf-8")
+        except (ValueError, LookupError):
             continue
+        if _is_utf8(text):
+            return text
     return data.decode(_LIKELY, errors="replace")
 
 

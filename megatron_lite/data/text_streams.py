@@ -17,6 +17,7 @@ from megatron_lite.data.text_input import FORMATS, STANDARD_INPUT, Source, readi
 from megatron_lite.errors import DataError
 
 _READ_BYTES = 1 << 17
+_ZSTD_LEAST, _ZSTD_MOST, _ZSTD_LARGE = 1 << 7, 1 << 11, 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _BEGINS = (
     (rb"\x1f\x8b\x08", "gz"),
@@ -153,16 +154,24 @@ def _unpacked_zstd(raw: CountedStream) -> Iterator[bytes]:
     # Not zstandard's stream reader: it takes a frame that is cut off for a finished one.
     import zstandard
 
-    frame = None
+    # One byte stands for up to 32 KiB and all of a slice is unpacked at once: slices are short where much comes out.
+    frame, most = None, _ZSTD_LEAST
     while data := raw.read(_READ_BYTES):
-        while data:
+        start, held, size = 0, [], 0
+        while start < len(data):
             frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            piece = data[start : start + most]
             try:
-                yield frame.decompress(data)
+                held.append(frame.decompress(piece))
             except zstandard.ZstdError as error:
                 raise OSError(error) from None
-            data = frame.unused_data
+            start += len(piece) - len(frame.unused_data)
             if frame.eof:
                 frame = None
+            most = _ZSTD_LEAST if len(held[-1]) > _ZSTD_LARGE else min(2 * most, _ZSTD_MOST)
+            size += len(held[-1])
+            if size >= _ZSTD_LARGE or start == len(data):
+                yield b"".join(held)
+                held, size = [], 0
     if frame is not None:
         raise EOFError("the last frame has no end")

@@ -45,6 +45,16 @@ def test_packings_give_the_same_documents(tmp_path, suffix):
     assert sum(block.read for block in read_blocks(source, 64)) == source.size == path.stat().st_size
 
 
+def test_little_that_unpacks_to_much_comes_in_pieces(tmp_path):
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(zstandard.compress(b"ab\n") + zstandard.compress(bytes(64 << 20)) + zstandard.compress(b"end"))
+    (source,) = find_sources([str(path)])
+    with opened(source) as raw:
+        sizes = [len(chunk) for chunk in chunks(raw, source)]
+    assert sum(sizes) == (64 << 20) + 6
+    assert max(sizes) <= 8 << 20
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_a_packed_file_that_is_cut_off_or_damaged_is_named(tmp_path, suffix):
     data = b"".join(b'{"text": "%d"}\n' % (i * 7919) for i in range(3000))

@@ -141,12 +141,16 @@ def test_a_page_is_read_in_the_charset_it_names():
     assert decoded_page(b'<meta charset="iso-8859-2">\xe8') == '<meta charset="iso-8859-2">č'
     assert decoded_page(b"\xe8", "iso-8859-5") == "ш"
     assert decoded_page(b"\x93quoted\x94", "no-such-charset") == "“quoted”"
+    for odd in ("undefined", "punycode", "idna", "a\0b", "unicode_escape\0", "base64"):
+        assert decoded_page("é".encode(), odd) == "é" and decoded_page(b"\xe8", odd) == "è"
+    assert decoded_page(b"+2AA-", "utf-7") == "+2AA-"
+    assert decoded_page(b'<meta charset="utf-7">\xe8+2AA-') == '<meta charset="utf-7">è+2AA-'
 
 
-def archive(*bodies: bytes, kind=b"response", content_type=b"text/html; charset=ISO-8859-1") -> bytes:
+def archive(*bodies: bytes, kind=b"response", content_type=b"text/html; charset=ISO-8859-1", more=b"") -> bytes:
     records = []
     for number, body in enumerate(bodies):
-        http = b"HTTP/1.1 200 OK\r\nContent-Type: " + content_type + b"\r\n\r\n" + body
+        http = b"HTTP/1.1 200 OK\r\nContent-Type: " + content_type + b"\r\n" + more + b"\r\n" + body
         records.append(
             b"WARC/1.0\r\nWARC-Type: %s\r\nWARC-Target-URI: http://site/%d\r\nWARC-Date: 2026-01-01T00:00:00Z\r\n"
             b"Content-Type: application/http; msgtype=response\r\nContent-Length: %d\r\n\r\n"
@@ -182,6 +186,19 @@ def test_a_web_archive_gives_its_pages(tmp_path):
         read(str(path))
 
 
+@pytest.mark.parametrize(
+    "lie", ["Content-Encoding: gzip", "Content-Encoding: deflate", "Content-Encoding: br", "Transfer-Encoding: chunked"]
+)
+def test_a_body_that_is_not_what_its_headers_say_is_one_bad_document(tmp_path, lie):
+    path = tmp_path / "crawl.warc"
+    lying = archive(b"<p>a plain body</p>", more=lie.encode() + b"\r\n")
+    picture = lying.replace(b"text/html; charset=ISO-8859-1", b"image/png; name=an-image.png1")
+    path.write_bytes(archive(b"first") + archive(b"asked", kind=b"request") + lying + picture + archive(b"last"))
+    first, bad, last = read(str(path))
+    assert (first, last) == (("first",), ("last",))
+    assert (bad.line, bad.reason) == (3, "damaged body")
+
+
 def test_rows_of_parquet(tmp_path):
     rows = [{"text": f"row {i}", "meta": {"url": f"u{i}"}, "data": b"\xff"} for i in range(1000)]
     path = tmp_path / "a.parquet"
@@ -194,6 +211,29 @@ def test_rows_of_parquet(tmp_path):
     path.write_bytes(b"no table")
     with pytest.raises(DataError, match=r"a\.parquet cannot be read"):
         read(str(path))
+
+
+def test_a_row_that_is_no_utf8_is_one_bad_document(tmp_path):
+    texts = pyarrow.array([b"one", b"t\n\xffwo", "drei é".encode()], pyarrow.binary())
+    spoilt = pyarrow.StringArray.from_buffers(3, texts.buffers()[1], texts.buffers()[2])
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": spoilt, "other": ["1", "2", "3"]}), path)
+    first, bad, last = read(str(path))
+    assert (first, last) == (("one",), ("drei é",))
+    assert (bad.line, bad.reason, bad.detail) == (2, "invalid UTF-8", "byte 0xff: invalid start byte")
+    assert read(str(path), keys=("other",)) == [("1",), ("2",), ("3",)]
+
+
+@pytest.mark.parametrize("damage", [ValueError("a wrong line"), KeyError("a"), pyarrow.ArrowNotImplementedError("no")])
+def test_a_data_set_that_is_damaged_further_on_is_named(monkeypatch, damage):
+    def load_dataset(*arguments, **options):
+        yield {"text": "good"}
+        raise damage
+
+    errors = types.SimpleNamespace(DatasetsError=RuntimeError)
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset, exceptions=errors))
+    with pytest.raises(DataError, match="hf:owner/name cannot be read: "):
+        read("hf:owner/name")
 
 
 def test_data_sets_are_streamed_and_names_stand_for_them(monkeypatch, capsys):
@@ -303,4 +343,21 @@ def test_a_document_that_is_too_long_is_told_and_not_held(tmp_path, block_bytes)
     assert (long.line, long.reason) == (2, "too long")
     path.write_bytes(jsonl("x" * 3_000_000))
     (only,) = read(str(path), block_bytes=block_bytes, longest=1_000_000)
+    assert (only.line, only.reason) == (1, "too long")
+
+
+@pytest.mark.parametrize("block_bytes", [10, 1 << 20])
+@pytest.mark.parametrize("blank", ["\n\n", "\n \t\r\n", "\n" + " " * 300_000 + "\n"])
+def test_a_paragraph_that_is_too_long_is_dropped_whole(tmp_path, block_bytes, blank):
+    path = tmp_path / "a.txt"
+    long = "a line of many\n" * 60_000
+    path.write_text(f"one\n\n{long}its tail{blank}two\n\nthree")
+    first, bad, *rest = found = read(str(path), block_bytes=block_bytes, longest=500_000, txt_documents="paragraph")
+    assert [first, *rest] == [("one",), ("two",), ("three",)], found
+    assert (bad.line, bad.reason) == (3, "too long")
+    (source,) = find_sources([str(path)], "auto", txt_documents="paragraph")
+    records = parse_records(list(read_blocks(source, block_bytes, longest=500_000))[-1])
+    assert list(records)[-1].line == 3 + 60_000 + 4
+    path.write_text(long)
+    (only,) = read(str(path), block_bytes=block_bytes, longest=500_000, txt_documents="paragraph")
     assert (only.line, only.reason) == (1, "too long")
