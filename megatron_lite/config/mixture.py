@@ -19,7 +19,8 @@ class MixtureConfig:
     per_split_data_args_path: str | None = None
     """JSON file with lists under "train", "valid" and "test", which stand for train_data_path and so on."""
     blend_by: Literal["samples", "tokens"] = "samples"
-    """What weights are shares of. They differ where samples of sets hold unlike numbers of tokens: packed ones."""
+    """What weights are shares of. They differ where samples of sets hold unlike numbers of tokens: packed ones. Tokens
+    that a loss mask leaves out are among them."""
     data_blend_temperature: float | None = None
     """Weights of prefixes given without: tokens^(1/T). 1 is in proportion, higher is more even."""
     data_blend_unimax: float | None = None

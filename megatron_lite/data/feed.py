@@ -102,6 +102,12 @@ def _blend(
     total_samples: int | None,
 ) -> SegmentedBlend:
     by_tokens = data.blend_by == "tokens"
+    masked = [windows.reader.prefix for of in sets for windows in of if windows.mask is not None]
+    if by_tokens and masked:
+        log.once(
+            f"blend_by=tokens: tokens that the loss mask of {masked[0]} leaves out are among those its weight is a "
+            "share of; a larger weight makes up for them"
+        )
     sizes = [
         [SetSize(len(windows), windows.num_tokens, windows.targets if by_tokens else Fraction(1)) for windows in of]
         for of in sets

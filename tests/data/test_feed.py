@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
+from megatron_lite import log
 from megatron_lite.config.data import DataConfig
 from megatron_lite.data.feed import build_stream
 from megatron_lite.data.indexed import IndexedWriter
@@ -144,6 +145,16 @@ def test_the_log_tells_of_epochs_changes_and_what_a_run_goes_through(sets):
     ending = opened(sets, "redistribute")
     changes = [line for at in range(0, ending.ends_after, 8) for line in ending.changes(at, at + 8)]
     assert any("is exhausted, its share goes to the others" in line for line in changes)
+
+
+@pytest.mark.parametrize("blend_by", ["samples", "tokens"])
+def test_shares_of_tokens_beside_a_loss_mask_are_told(sets, capsys, monkeypatch, blend_by):
+    monkeypatch.setattr(log, "_said", set())
+    for _ in range(2):
+        opened(sets, "packing", blend_by=blend_by)
+    said = capsys.readouterr()
+    wanted = f"tokens that the loss mask of {sets}/chat leaves out are among those its weight is a share of"
+    assert (said.out + said.err).count(wanted) == (blend_by == "tokens")
 
 
 def test_a_stream_that_ends_says_when(sets):
